@@ -1,0 +1,1 @@
+"""The service: HTTP in, jobs made durable, runs started, watched and recovered."""

@@ -1,0 +1,157 @@
+"""`python -m train_loop job.json`: the same job without the service, on Ray or (`--local`) in this process.
+
+Bucket keys come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, ...): there is no vault here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from train_loop.errors import Stopped, UserError
+from train_loop.spec import JobSpec
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the job; 0 when it completed, 1 when it failed, 2 when job.json isn't a job."""
+    home = Path(os.environ.get("TUNEYARD_HOME", Path.home() / ".tuneyard"))
+    parser = argparse.ArgumentParser(prog="python -m train_loop", description="Run one fine-tuning job.")
+    parser.add_argument("job", type=Path, help="the job as JSON: the body of POST /job/")
+    parser.add_argument("--local", action="store_true", help="in this process, without Ray, as one worker")
+    parser.add_argument("--storage", default=str(home / "runs"), help="where runs go: a folder or s3://bucket/prefix")
+    parser.add_argument("--mirror", default=os.environ.get("TUNEYARD_MODEL_MIRROR", str(home / "models")))
+    parser.add_argument("--request-id", default=None, help="the id of a run to go on with")
+    args = parser.parse_args(argv)
+
+    try:
+        spec = JobSpec.model_validate_json(args.job.read_bytes())
+    except OSError as error:
+        return _fail(f"{args.job} can't be read: {error.strerror}", 2)
+    except ValidationError as error:
+        lines = (f"  {'.'.join(map(str, e['loc'])) or 'job'}: {e['msg']}" for e in error.errors())
+        return _fail(f"{args.job} isn't a valid job:\n" + "\n".join(lines), 2)
+
+    request_id = args.request_id or str(uuid.uuid4())
+    uri = f"{args.storage.rstrip('/')}/{spec.org}/{request_id}"
+    try:
+        run = _run_local if args.local else _run_on_ray
+        manifest = run(spec, request_id, uri, args.mirror)
+    except UserError as error:
+        return _fail(f"FAILED {error.message}", 1)
+    except (Stopped, KeyboardInterrupt):
+        return _fail(f"STOPPED; go on with --request-id {request_id}", 1)
+    metrics = manifest["metrics"]
+    print(  # noqa: T201 - the command's result
+        json.dumps(
+            {
+                "request_id": request_id,
+                "status": "COMPLETED",
+                "adapter_uri": manifest["adapter_uri"],
+                "eval_loss_before": metrics["eval_loss_before"],
+                "eval_loss_after": metrics["eval_loss_after"],
+            }
+        )
+    )
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(message + "\n")
+    return code
+
+
+class Console:
+    """A monitor that prints. Also the body of the Ray actor that plays the job actor's part without the service."""
+
+    def __init__(self, keys: Any = None) -> None:
+        self._keys = keys
+        self._failure: UserError | None = None
+        self._step = -1
+
+    def keys(self) -> Any:
+        return self._keys
+
+    def on_phase(self, name: str) -> None:
+        self._say(f"phase {name}")
+
+    def on_event(self, kind: str, message: str) -> None:
+        self._say(f"{kind}: {message}")
+
+    def on_progress(self, progress: dict[str, Any]) -> None:
+        last = progress["metrics"]["last"]
+        if last is not None and last["step"] != self._step:
+            self._step = last["step"]
+            self._say(
+                f"step {last['step']}/{progress['total_steps']} loss {last['loss']:.4f} "
+                f"{last['tokens_per_second']:.0f} tokens/s"
+            )
+
+    def stop_requested(self) -> bool:
+        return False
+
+    def on_failure(self, error: UserError) -> None:
+        self._failure = self._failure or error
+
+    def failure(self) -> UserError | None:
+        return self._failure
+
+    def _say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)  # noqa: T201 - a console
+
+
+def _keys_from_environment() -> Any:
+    from train_loop.data.sources import Credentials
+    from train_loop.launch import Keys
+
+    env = os.environ
+    if "AWS_ACCESS_KEY_ID" not in env or "AWS_SECRET_ACCESS_KEY" not in env:
+        return Keys()
+    keys = Credentials(
+        access_key_id=env["AWS_ACCESS_KEY_ID"],
+        secret_access_key=env["AWS_SECRET_ACCESS_KEY"],
+        session_token=env.get("AWS_SESSION_TOKEN"),
+        endpoint_url=env.get("AWS_ENDPOINT_URL"),
+        region=env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION"),
+    )
+    return Keys(dataset=keys, storage=keys)
+
+
+def _run_local(spec: JobSpec, request_id: str, uri: str, mirror: str) -> dict[str, Any]:
+    from train_loop.launch import RunFiles, launch_local
+
+    keys = _keys_from_environment()
+    return launch_local(spec, request_id, RunFiles(uri, mirror, lambda: keys), Console(keys))
+
+
+def _run_on_ray(spec: JobSpec, request_id: str, uri: str, mirror: str) -> dict[str, Any]:
+    import ray
+
+    from train_loop.launch import ActorMonitor, Placement, RunFiles, launch
+
+    if not ray.is_initialized():
+        # Joins the cluster of RAY_ADDRESS (a submitted job), else starts one here; the dashboard is what Ray Train's clean-up asks.
+        ray.init(logging_level="warning", dashboard_host="127.0.0.1", namespace="tuneyard-cli")
+    name = f"run-{request_id}"
+    namespace = ray.get_runtime_context().namespace
+    monitor = ray.remote(num_cpus=0)(Console).options(name=name).remote(_keys_from_environment())
+    found = ActorMonitor(name, namespace)
+    gpus = spec.infra_config.gpu_type != "cpu" and ray.cluster_resources().get("GPU", 0) >= spec.infra_config.num_workers
+    share = ray.cluster_resources().get("CPU", 1) / (2 * spec.infra_config.num_workers)
+    placement = Placement(
+        resources={"GPU": 1.0} if gpus else {"CPU": min(1.0, share)}, use_gpu=gpus, data_cpus=min(0.5, share)
+    )
+    try:
+        return launch(spec, request_id, RunFiles(uri, mirror, found.keys), placement, found)
+    finally:
+        ray.kill(monitor)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""From JSONL in object storage to micro-batches in a worker."""

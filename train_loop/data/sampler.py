@@ -1,0 +1,60 @@
+"""Which samples make up which step: a pure function of seed and epoch, the same for any number of workers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+
+@lru_cache(maxsize=2)
+def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the samples in `epoch` (from 0): a permutation of range(num_samples)."""
+    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_samples)
+    order.setflags(write=False)
+    return order
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The arithmetic of a run's batches. Steps count from 1; batch sizes count samples."""
+
+    num_samples: int
+    per_device_batch_size: int
+    world_size: int
+    accumulation_steps: int
+    num_epochs: float
+    max_steps: int | None
+    seed: int
+
+    @property
+    def samples_per_step(self) -> int:
+        """The global batch."""
+        return self.per_device_batch_size * self.world_size * self.accumulation_steps
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The last step of an epoch takes what is left."""
+        return math.ceil(self.num_samples / self.samples_per_step)
+
+    @property
+    def total_steps(self) -> int:
+        """All optimizer steps; max_steps overrides num_epochs."""
+        return self.max_steps or max(1, math.ceil(self.num_epochs * self.steps_per_epoch - 1e-9))
+
+    def epoch_at(self, step: int) -> float:
+        """Epochs done after `step` steps."""
+        return step / self.steps_per_epoch
+
+    def global_batch(self, step: int) -> np.ndarray:
+        """Indices of the samples of `step`, in order."""
+        epoch, within = divmod(step - 1, self.steps_per_epoch)
+        start = within * self.samples_per_step
+        return epoch_order(self.num_samples, self.seed, epoch)[start : start + self.samples_per_step]
+
+    def micro_batches(self, step: int, rank: int) -> list[np.ndarray]:
+        """This rank's stripe of the global batch, one array a micro-batch; arrays may be empty in an epoch's last step."""
+        mine = self.global_batch(step)[rank :: self.world_size]
+        return np.array_split(mine, self.accumulation_steps)

@@ -1,0 +1,155 @@
+"""Prepared rows as Arrow IPC files in the run's `data/` folder, memory-mapped by workers.
+
+Columns: `file` and `offset` (which line this was), `u` in [0, 1) (its place in the split), and `conversation` (JSON; tokenised by
+the workers) or `input_ids` and `labels` (tokenised already).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from train_loop.data.formats import Conversation
+from train_loop.data.sources import SourceFile
+from train_loop.data.tokenize import Sample
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+SPLITS = ("train", "eval", "test")
+LAZY = pa.schema([("file", pa.int32()), ("offset", pa.int64()), ("u", pa.float64()), ("conversation", pa.string())])
+EAGER = pa.schema(
+    [
+        ("file", pa.int32()),
+        ("offset", pa.int64()),
+        ("u", pa.float64()),
+        ("input_ids", pa.large_list(pa.int32())),
+        ("labels", pa.large_list(pa.int32())),
+    ]
+)
+
+
+def split_place(seed: int, file_index: int, offset: int) -> float:
+    """A row's place in [0, 1): a hash of seed and position, so rows appended later move nothing."""
+    digest = hashlib.blake2b(f"{seed}:{file_index}:{offset}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def split_bounds(ratios: Sequence[float], places: np.ndarray) -> list[float]:
+    """Upper bounds on `u` for each split. A split with a share but no row gets the nearest one, if there are rows enough.
+
+    `places` are the rows' `u`, in any order.
+    """
+    ordered = np.sort(places)
+    bounds = np.cumsum(ratios)
+    bounds[-1] = 1.0
+    cuts = np.searchsorted(ordered, bounds, side="left")
+    cuts[-1] = len(ordered)
+    wanted = [int(r > 0) for r in ratios]
+    if len(ordered) >= sum(wanted):
+        for i in range(len(cuts) - 1):
+            low = (cuts[i - 1] if i else 0) + wanted[i]
+            cuts[i] = min(max(cuts[i], low), len(ordered) - sum(wanted[i + 1 :]))
+    return [float(ordered[c]) if c < len(ordered) else 1.0 for c in cuts[:-1]] + [1.0]
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One Arrow file; `path` is relative to the data folder."""
+
+    path: str
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class PreparedDataset:
+    """The index of a prepared dataset."""
+
+    shards: list[ShardInfo]
+    bounds: list[float]  # upper bound on u per split, in the order of SPLITS
+    counts: dict[str, int]  # rows per split
+    num_lines: int  # lines that aren't blank
+    num_rows: int
+    num_rejected: int
+    sha256: str  # of the files' bytes, range by range
+    files: list[SourceFile]
+    eager: bool
+    eval_lines: list[int]  # 1-based numbers of the eval rows' lines, the first 10,000
+
+    def to_json(self) -> str:
+        """For index.json."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> PreparedDataset:
+        """Read index.json."""
+        data: dict[str, Any] = json.loads(text)
+        data["shards"] = [ShardInfo(**s) for s in data["shards"]]
+        data["files"] = [SourceFile(**f) for f in data["files"]]
+        return cls(**data)
+
+
+def write_shard(storage: FileSystem, path: str, table: pa.Table) -> None:
+    """Write `table` as one Arrow IPC file."""
+    with storage.open_output_stream(path) as out, pa.ipc.new_file(out, table.schema) as writer:
+        writer.write_table(table)
+
+
+class ShardSet:
+    """Random access to prepared rows by row number, in shard order."""
+
+    def __init__(self, prepared: PreparedDataset, folder: Path) -> None:
+        self._prepared = prepared
+        self._folder = folder
+        self._tables = [pa.ipc.open_file(pa.memory_map(str(folder / s.path))).read_all() for s in prepared.shards]
+        self._ends = np.cumsum([s.num_rows for s in prepared.shards])
+        u = [t.column("u").to_numpy() for t in self._tables]
+        self._split = np.searchsorted(prepared.bounds, np.concatenate(u) if u else np.empty(0), side="right")
+
+    @classmethod
+    def open(cls, prepared: PreparedDataset, storage: FileSystem, data_path: str, cache: Path) -> ShardSet:
+        """Open the shards under `data_path`; those that aren't on this machine's disk are copied to `cache` first."""
+        from pyarrow.fs import LocalFileSystem, copy_files
+
+        if isinstance(storage, LocalFileSystem):
+            return cls(prepared, Path(data_path))
+        cache.mkdir(parents=True, exist_ok=True)
+        for shard in prepared.shards:
+            copy_files(
+                f"{data_path}/{shard.path}",
+                str(cache / shard.path),
+                source_filesystem=storage,
+                destination_filesystem=LocalFileSystem(),
+            )
+        return cls(prepared, cache)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardSet, (self._prepared, self._folder)
+
+    def ids(self, split: str) -> np.ndarray:
+        """Row numbers of a split, ascending."""
+        return np.flatnonzero(self._split == SPLITS.index(split))
+
+    def _row(self, row: int) -> tuple[pa.Table, int]:
+        shard = int(np.searchsorted(self._ends, row, side="right"))
+        start = int(self._ends[shard - 1]) if shard else 0
+        return self._tables[shard], int(row) - start
+
+    def conversation(self, row: int) -> Conversation:
+        """The row's messages (lazy shards)."""
+        table, at = self._row(row)
+        conversation: Conversation = json.loads(table.column("conversation")[at].as_py())
+        return conversation
+
+    def sample(self, row: int) -> Sample:
+        """The row's tokens (eager shards)."""
+        table, at = self._row(row)
+        ids, labels = (table.column(c)[at].values.to_numpy() for c in ("input_ids", "labels"))
+        return Sample(ids, labels)

@@ -1,0 +1,305 @@
+"""From a JobSpec to an adapter in object storage: Ray Data pipeline, TorchTrainer, manifest.
+
+`launch` runs on Ray (the service's job actor and `python -m train_loop` both call it); `launch_local` runs the same parts
+in this process.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train_loop.context import LocalContext, Monitor, RayContext, write_json
+from train_loop.data.prepare import prepare_local
+from train_loop.data.shards import PreparedDataset
+from train_loop.data.sources import Credentials, SourceFile, filesystem_for, find_files
+from train_loop.errors import Stopped, UserError
+from train_loop.export import digest
+from train_loop.spec import JobSpec
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+    from train_loop.data.tokenize import ChatTokenizer
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What one worker gets: the resolved infrastructure profile."""
+
+    resources: Mapping[str, float] = field(default_factory=lambda: {"CPU": 1.0})
+    use_gpu: bool = False
+    accelerator_type: str | None = None
+    data_cpus: float = 0.5  # CPU of one Ray Data task
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Credentials of a run. They travel from the monitor to who needs them, and are never part of a plan or config."""
+
+    dataset: Credentials | None = None
+    storage: Credentials | None = None
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Where a run's bytes are. Picklable and free of credentials: they come from the monitor when a file is opened."""
+
+    storage_uri: str  # the run's own folder: <storage>/<org>/<request_id>
+    model_mirror: str
+    keys: Callable[[], Keys]
+
+    def storage(self) -> tuple[FileSystem, str]:
+        """The run's file system and folder."""
+        filesystem, path = filesystem_for(self.storage_uri, self.keys().storage)
+        if not self.storage_uri.startswith("s3://"):
+            filesystem.create_dir(path, recursive=True)
+        return filesystem, path
+
+    def source(self, spec: JobSpec) -> tuple[FileSystem, str]:
+        """The dataset's file system and path."""
+        details = spec.dataset_details
+        keys = self.keys().dataset
+        anonymous = keys is None and details.ownership == "public"
+        return filesystem_for(details.dataset_path, keys, details.region, anonymous=anonymous)
+
+
+@dataclass(frozen=True)
+class ActorMonitor:
+    """Finds the monitor actor by name; cheap to pickle, holds no secret."""
+
+    name: str
+    namespace: str
+
+    @cached_property
+    def handle(self) -> Any:
+        import ray
+
+        return ray.get_actor(self.name, namespace=self.namespace)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name, "namespace": self.namespace}
+
+    def keys(self) -> Keys:
+        """Ask the monitor for the run's credentials."""
+        import ray
+
+        keys: Keys = ray.get(self.handle.keys.remote())
+        return keys
+
+
+def _chat_tokenizer(spec: JobSpec, mirror: str) -> ChatTokenizer:
+    from train_loop.data.tokenize import ChatTokenizer
+    from train_loop.model.load import load_tokenizer, model_folder
+
+    pre = spec.dataset_config.preprocessing
+    tokenizer = load_tokenizer(model_folder(spec.model_details, Path(mirror)))
+    return ChatTokenizer(tokenizer, pre.prompt, pre.truncation, pre.train_on)
+
+
+def launch(
+    spec: JobSpec, request_id: str, files: RunFiles, placement: Placement, monitor: ActorMonitor
+) -> dict[str, Any]:
+    """Run the job on Ray; block until it ends. Returns the manifest, which is in the run's folder by then.
+
+    Called again with the same `request_id` and folder it goes on from the last complete checkpoint.
+    Raises UserError for the user's input, Stopped when the monitor asked for it, anything else for faults of ours.
+    """
+    import ray
+
+    tell: Any = monitor.handle
+    storage, run_path = files.storage()
+    write_json(storage, f"{run_path}/job.json", spec.model_dump(mode="json"))
+
+    def checkpoint_stop() -> None:
+        if ray.get(tell.stop_requested.remote()):
+            raise Stopped
+
+    tell.on_phase.remote("preparing_data")
+    prepared = _prepare_on_ray(spec, files, placement, run_path)
+    tell.on_event.remote("prepared", describe(prepared))
+    checkpoint_stop()
+
+    tell.on_phase.remote("waiting_for_resources")
+    result = _train(spec, request_id, files, placement, monitor, prepared)
+    if result["stopped"]:
+        raise Stopped
+    return _finish(spec, request_id, files, prepared, result, storage, run_path)
+
+
+def launch_local(spec: JobSpec, request_id: str, files: RunFiles, monitor: Monitor) -> dict[str, Any]:
+    """Run the job in this process, without Ray, as a world of one. Same result and errors as `launch`."""
+    from train_loop.loop import run
+    from train_loop.model.load import model_folder
+
+    storage, run_path = files.storage()
+    write_json(storage, f"{run_path}/job.json", spec.model_dump(mode="json"))
+    monitor.on_phase("preparing_data")
+    source, path = files.source(spec)
+    found = find_files(spec.dataset_details, source, path)
+    chat = None if spec.dataset_config.preprocessing.lazy_tokenize else _chat_tokenizer(spec, files.model_mirror)
+    prepared = prepare_local(spec, source, found, storage, run_path, chat)
+    monitor.on_event("prepared", describe(prepared))
+    with tempfile.TemporaryDirectory(prefix="tuneyard-") as scratch:
+        ctx = LocalContext(
+            model_folder=model_folder(spec.model_details, Path(files.model_mirror)),
+            storage=storage,
+            run_path=run_path,
+            scratch=Path(scratch),
+            monitor=monitor,
+            keep=spec.train_config.hyperparameters.save_total_limit,
+        )
+        outcome = run(spec, prepared, ctx)
+    if outcome.stopped:
+        raise Stopped
+    return _finish(spec, request_id, files, prepared, asdict(outcome), storage, run_path)
+
+
+def describe(prepared: PreparedDataset) -> str:
+    """One sentence for the event log."""
+    counts = ", ".join(f"{n} {split}" for split, n in prepared.counts.items())
+    return f"{prepared.num_rows} rows ({counts}), {prepared.num_rejected} rejected of {prepared.num_lines} lines"
+
+
+def _prepare_on_ray(spec: JobSpec, files: RunFiles, placement: Placement, run_path: str) -> PreparedDataset:
+    from train_loop.data.pipeline import prepare_with_ray
+
+    source, path = files.source(spec)
+    found: list[SourceFile] = find_files(spec.dataset_details, source, path)
+    eager = not spec.dataset_config.preprocessing.lazy_tokenize
+    return prepare_with_ray(
+        spec,
+        found,
+        open_source=lambda: files.source(spec)[0],
+        open_storage=lambda: files.storage()[0],
+        run_path=run_path,
+        load_tokenizer=(lambda: _chat_tokenizer(spec, files.model_mirror)) if eager else None,
+        num_cpus_per_task=placement.data_cpus,
+    )
+
+
+def _train(
+    spec: JobSpec,
+    request_id: str,
+    files: RunFiles,
+    placement: Placement,
+    monitor: ActorMonitor,
+    prepared: PreparedDataset,
+) -> dict[str, Any]:
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    storage, run_path = files.storage()
+    s3 = files.storage_uri.startswith("s3://")
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"spec": spec.model_dump_json(), "prepared": prepared.to_json(), "files": files, "monitor": monitor},
+        torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=spec.infra_config.num_workers,
+            use_gpu=placement.use_gpu,
+            resources_per_worker=dict(placement.resources),
+            accelerator_type=placement.accelerator_type,
+        ),
+        run_config=RunConfig(
+            name=request_id,
+            storage_path=f"{run_path}/checkpoints",
+            storage_filesystem=storage if s3 else None,
+            failure_config=FailureConfig(max_failures=spec.infra_config.max_retries),
+            checkpoint_config=CheckpointConfig(num_to_keep=spec.train_config.hyperparameters.save_total_limit),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception:
+        failure: UserError | None = ray.get(monitor.handle.failure.remote())
+        if failure is not None:
+            raise failure from None
+        raise
+    failure = ray.get(monitor.handle.failure.remote())
+    if failure is not None:
+        raise failure
+    with storage.open_input_stream(f"{run_path}/outcome.json") as stream:
+        outcome: dict[str, Any] = json.loads(stream.read())
+    return outcome
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """One Ray Train worker. The user's errors go to the monitor and end the run without a retry."""
+    import ray
+
+    from train_loop.loop import run
+    from train_loop.model.load import model_folder
+
+    monitor: ActorMonitor = config["monitor"]
+    files: RunFiles = config["files"]
+    if ray.get(monitor.handle.failure.remote()) is not None:
+        return
+    spec = JobSpec.model_validate_json(config["spec"])
+    storage, run_path = files.storage()
+    scratch = Path(tempfile.mkdtemp(prefix="tuneyard-"))
+    try:
+        ctx = RayContext(
+            model_folder=model_folder(spec.model_details, Path(files.model_mirror)),
+            storage=storage,
+            run_path=run_path,
+            scratch=scratch,
+            monitor=monitor.handle,
+        )
+        outcome = run(spec, PreparedDataset.from_json(config["prepared"]), ctx)
+        if ctx.rank == 0:
+            write_json(storage, f"{run_path}/outcome.json", asdict(outcome))
+    except UserError as error:
+        ray.get(monitor.handle.on_failure.remote(error))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _finish(
+    spec: JobSpec,
+    request_id: str,
+    files: RunFiles,
+    prepared: PreparedDataset,
+    outcome: Mapping[str, Any],
+    storage: FileSystem,
+    run_path: str,
+) -> dict[str, Any]:
+    """Write the manifest, last: it says that everything else is there, and what it is."""
+    from train_loop.model.load import model_folder, weights_hash
+
+    folder = model_folder(spec.model_details, Path(files.model_mirror))
+    manifest = {
+        "request_id": request_id,
+        "adapter_uri": f"{files.storage_uri}/adapter",
+        "adapter_files": digest(storage, f"{run_path}/adapter"),
+        "base_model": {"id": spec.model_details.base_model, "weights_sha256": weights_hash(folder)},
+        "dataset": {
+            "sha256": prepared.sha256,
+            "files": [asdict(f) for f in prepared.files],
+            "lines": prepared.num_lines,
+            "rows": prepared.num_rows,
+            "rejected": prepared.num_rejected,
+            "split": prepared.counts,
+            "eval_lines": prepared.eval_lines,
+        },
+        "seed": spec.train_config.hyperparameters.seed,
+        "world_size": spec.infra_config.num_workers,
+        "steps": outcome["step"],
+        "compute_dtype": outcome["compute_dtype"],
+        "metrics": outcome["metrics"],
+        "versions": {"python": sys.version.split()[0]}
+        | {name: version(name) for name in ("tuneyard", "ray", "torch", "transformers", "peft", "bitsandbytes")},
+        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    write_json(storage, f"{run_path}/manifest.json", manifest)
+    return manifest

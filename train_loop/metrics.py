@@ -1,0 +1,84 @@
+"""What the loop reports: one point per logging step, throughput, time left."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class MetricLog:
+    """The points so far, `eval_loss` before, after and best, and the clock behind tokens/s and ETA."""
+
+    total_steps: int
+    points: list[dict[str, Any]] = field(default_factory=list)
+    eval_before: float | None = None
+    eval_after: float | None = None
+    best: dict[str, Any] | None = None
+    _tokens: int = 0
+    _since: float = field(default_factory=time.monotonic)
+    _step_s: float | None = None
+
+    def count(self, tokens: int) -> None:
+        """Add the (global) tokens of one step."""
+        self._tokens += tokens
+
+    def restart_clock(self) -> None:
+        """Start a new throughput interval: what comes before (an evaluation, a checkpoint) isn't training."""
+        self._since, self._tokens = time.monotonic(), 0
+
+    def point(self, step: int, steps_in_interval: int, **values: float) -> dict[str, Any]:
+        """Close the interval at `step` and return its line, with tokens/s of the interval."""
+        elapsed = max(1e-9, time.monotonic() - self._since)
+        self._step_s = elapsed / max(1, steps_in_interval)
+        line = {
+            "step": step,
+            **values,
+            "tokens": self._tokens,
+            "tokens_per_second": round(self._tokens / elapsed, 2),
+            "time": round(time.time(), 3),
+        }
+        self.points.append(line)
+        self.restart_clock()
+        return line
+
+    def evaluated(self, step: int, loss: float) -> None:
+        """Record an evaluation after `step` steps (0 is before training)."""
+        if step == 0:
+            self.eval_before = loss
+        self.eval_after = loss
+        if step > 0 and (self.best is None or loss < self.best["eval_loss"]):
+            self.best = {"step": step, "eval_loss": loss}
+        if self.points and self.points[-1]["step"] == step:
+            self.points[-1]["eval_loss"] = loss
+        else:
+            self.points.append({"step": step, "eval_loss": loss, "time": round(time.time(), 3)})
+
+    def eta_s(self, step: int) -> float | None:
+        """Seconds left, from the last interval's pace."""
+        return None if self._step_s is None else round(self._step_s * (self.total_steps - step), 1)
+
+    def summary(self) -> dict[str, Any]:
+        """The job's `metrics`: last and best point, eval loss before and after."""
+        last = next((p for p in reversed(self.points) if "loss" in p), None)
+        return {
+            "last": last,
+            "best": self.best,
+            "eval_loss_before": self.eval_before,
+            "eval_loss_after": self.eval_after,
+        }
+
+    def lines(self) -> str:
+        """metrics.jsonl."""
+        return "".join(json.dumps(point) + "\n" for point in self.points)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {k: v for k, v in asdict(self).items() if not k.startswith("_")}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> MetricLog:
+        """Continue where a checkpoint stopped."""
+        return cls(**state)

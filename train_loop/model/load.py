@@ -1,0 +1,137 @@
+"""Load a base model and its tokenizer: safetensors only, no remote code, compute dtype by what the machine can do."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train_loop.errors import ModelError
+from train_loop.model.mirror import mirrored
+from train_loop.spec import JobSpec, ModelDetails, Quantization
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen base, ready for an adapter. `note` says where compute differs from what was asked, or is empty."""
+
+    model: Any
+    compute_dtype: torch.dtype
+    note: str
+
+
+@cache
+def cpu_has_bf16_units() -> bool:
+    """Whether this CPU multiplies bf16 in hardware. Without, bf16 GEMMs run some 5-25 times slower than fp32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def compute_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype to compute in on `device` for the requested `torch_dtype`, and a note where the two differ."""
+    wanted = DTYPES[requested]
+    if wanted is torch.float32:
+        return wanted, ""
+    if device.type == "cpu" and not cpu_has_bf16_units():
+        return torch.float32, f"this CPU has no bf16 units: computing in float32 (torch_dtype stays {requested})"
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float32, f"this GPU has no bf16 units: computing in float32 (torch_dtype stays {requested})"
+    return wanted, ""
+
+
+def model_folder(details: ModelDetails, mirror: Path) -> Path:
+    """The local folder of the base model: the operator's mirror first, then the hub's cache or download.
+
+    Raises ModelError when it is in neither.
+    """
+    folder = mirrored(mirror, details.base_model)
+    if folder is not None:
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(details.base_model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"])
+        )
+    except Exception as error:
+        raise ModelError(
+            f"base model {details.base_model} is neither in the model mirror ({mirror}) nor on the hub: "
+            f"{type(error).__name__}. Put it in the mirror, or correct model_details.base_model.",
+            field="model_details.base_model",
+        ) from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The model's tokenizer; one without a pad token pads with its end-of-sequence token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
+    """bitsandbytes' 4-bit settings; the same kernels run on CPU and GPU."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.quant_type,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def load_base(spec: JobSpec, folder: Path, device: torch.device) -> BaseModel:
+    """Load the base model onto `device`, quantised when asked, every parameter frozen. Raises ModelError."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    getLogger("bitsandbytes").setLevel("ERROR")  # says once a worker that an optional kernel package is missing
+    dtype, note = compute_dtype(spec.train_config.torch_dtype, device)
+    quantization = spec.model_details.quantization
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation="sdpa",
+            quantization_config=quantization_config(quantization, dtype) if quantization else None,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"base model {spec.model_details.base_model} can't be loaded: {str(error).splitlines()[0][:300]}",
+            field="model_details.base_model",
+        ) from error
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for module in model.modules():
+        # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit layer the first time it runs in eval mode, and the repacked
+        # kernel has no backward: training after an evaluation would silently use wrong gradients.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    model.config.use_cache = False
+    return BaseModel(model, dtype, note)
+
+
+def weights_hash(folder: Path) -> str:
+    """sha256 over the model's safetensors files in name order: which weights, whatever the folder is called."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,47 @@
+"""The optimizer and the learning rate at each step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from train_loop.spec import Hyperparameters
+
+MIN_LR_SHARE = 0.1  # where cosine_with_min_lr ends, as a share of the peak
+
+
+def learning_rate(hp: Hyperparameters, step: int, total_steps: int) -> float:
+    """The rate used by optimizer step `step` (from 1). Warm-up is linear and ends at the peak."""
+    warmup = hp.warmup_steps if hp.warmup_steps is not None else math.ceil(hp.warmup_ratio * total_steps)
+    if hp.lr_scheduler_type == "constant":
+        return hp.learning_rate
+    if step <= warmup:
+        return hp.learning_rate * step / warmup
+    done = (step - warmup - 1) / max(1, total_steps - warmup)
+    if hp.lr_scheduler_type == "constant_with_warmup":
+        share = 1.0
+    elif hp.lr_scheduler_type == "linear":
+        share = 1 - done
+    else:
+        low = MIN_LR_SHARE if hp.lr_scheduler_type == "cosine_with_min_lr" else 0.0
+        share = low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done))
+    return hp.learning_rate * share
+
+
+def build_optimizer(parameters: Iterable[torch.nn.Parameter], hp: Hyperparameters) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters; the loop sets its rate before each step."""
+    return torch.optim.AdamW(
+        list(parameters),
+        lr=hp.learning_rate,
+        betas=(hp.adam_beta1, hp.adam_beta2),
+        eps=hp.adam_epsilon,
+        weight_decay=hp.weight_decay,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Use `value` for the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
