@@ -1,0 +1,93 @@
+"""The Serve deployment and its FastAPI app: wiring only."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from ray import serve
+from ray.exceptions import RayError
+
+from serve_app import errors
+from serve_app.dispatcher import NAME, Dispatcher
+from serve_app.job_actor import actor_name
+from serve_app.routes import health, jobs, secrets
+from serve_app.routes.service import Runtime, Service
+from serve_app.secrets import SecretVault
+from serve_app.settings import Settings
+from serve_app.store.jobs import JobStore
+from train_loop.spec import JobSpec
+
+
+class RayRuntime:
+    """The running jobs, reached through Ray."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def live_status(self, request_id: str) -> dict[str, Any] | None:
+        try:
+            actor = ray.get_actor(actor_name(request_id), namespace=self._settings.ray_namespace)
+            live: dict[str, Any] = ray.get(actor.status.remote(), timeout=self._settings.status_timeout_s)
+        except (ValueError, RayError):
+            return None
+        return live
+
+    def poke(self) -> None:
+        try:
+            ray.get_actor(NAME, namespace=self._settings.ray_namespace).poke.remote()
+        except (ValueError, RayError):
+            return  # it polls anyway
+
+    def not_ready(self) -> str | None:
+        try:
+            ray.get(ray.get_actor(NAME, namespace=self._settings.ray_namespace).ping.remote(), timeout=5)
+        except (ValueError, RayError):
+            return "the dispatcher doesn't answer"
+        return None
+
+
+def build_app(settings: Settings, store: JobStore, runtime: Runtime) -> FastAPI:
+    """The whole HTTP interface over these parts."""
+    app = FastAPI(title="Tuneyard", version=version("tuneyard"), redirect_slashes=False)
+    app.state.service = Service(store, settings, SecretVault.from_settings(store, settings), runtime)
+    for room in (health, jobs, secrets):
+        app.include_router(room.router)
+    errors.install(app)
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            job = JobSpec.model_json_schema(ref_template="#/components/schemas/{model}")
+            components = schema.setdefault("components", {})
+            components.setdefault("schemas", {}).update(job.pop("$defs"), JobSpec=job)
+            components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}}
+            schema["security"] = [{"token": []}]
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+    return app
+
+
+def _ingress() -> FastAPI:
+    settings = Settings.load()
+    return build_app(settings, JobStore.open(settings.database_url), RayRuntime(settings))
+
+
+@serve.deployment(name="ingress", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=200)
+@serve.ingress(_ingress)
+class Ingress:
+    """HTTP in; the FastAPI app is built in the replica."""
+
+
+def deploy(settings: Settings) -> None:
+    """Start the ingress and the dispatcher on the Ray cluster this process is connected to; return once both answer."""
+    dispatcher = Dispatcher.options(
+        name=NAME, namespace=settings.ray_namespace, lifetime="detached", get_if_exists=True
+    ).remote()
+    serve.run(Ingress.bind(), name="tuneyard", route_prefix="/")
+    ray.get(dispatcher.ping.remote())

@@ -1,0 +1,156 @@
+"""Problems as the client sees them (RFC 9457), and the one place where an exception becomes a status code."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ValidationError
+from sqlalchemy.exc import DBAPIError
+from starlette.exceptions import HTTPException
+
+from train_loop.errors import UserError
+from train_loop.spec import JobSpec
+
+log = structlog.get_logger()
+INPUT_CHARS = 200
+RETRY_AFTER_S = "5"
+
+
+class ApiError(Exception):
+    """A request that can't be served: `status`, one plain sentence, and one entry for each field at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        detail: str,
+        errors: Sequence[Mapping[str, Any]] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.status, self.detail, self.errors, self.headers = status, detail, list(errors), dict(headers or {})
+
+
+def field_error(field: str, message: str, **more: Any) -> dict[str, Any]:
+    """One entry of `errors`."""
+    return {"field": field, "message": message, **more}
+
+
+def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """422 for these field errors; `detail` says the first and how many more there are."""
+    first = f"{errors[0]['field']}: {errors[0]['message']}"
+    rest = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return ApiError(422, first + rest, errors)
+
+
+def validation_errors(error: ValidationError, model: type[BaseModel]) -> list[dict[str, Any]]:
+    """Pydantic's errors in our words: dotted names, the nearest known name for a typo, the allowed values."""
+    return [_translate(e, model) for e in error.errors(include_url=False)]
+
+
+def _translate(error: Any, model: type[BaseModel]) -> dict[str, Any]:
+    path, section = _walk(error["loc"], model)
+    context = error.get("ctx") or {}
+    message = error["msg"].removeprefix("Value error, ")
+    more: dict[str, Any] = {}
+    if error["type"] == "extra_forbidden":
+        name = str(error["loc"][-1])
+        close = difflib.get_close_matches(name, section.model_fields if section else (), n=1)
+        message = f"unknown field{f', did you mean {close[0]}?' if close else ''}"
+    elif error["type"] == "missing":
+        message = "this field is required"
+    elif "expected" in context:
+        more["allowed"] = context["expected"]
+    elif bounds := {k: context[k] for k in ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern") if k in context}:
+        more["allowed"] = bounds
+    given = error.get("input")
+    if isinstance(given, str | int | float | bool | None) and error["type"] != "missing":
+        more["input"] = given[:INPUT_CHARS] if isinstance(given, str) else given
+    return field_error(path, message, **more)
+
+
+def _walk(loc: Sequence[Any], model: type[BaseModel]) -> tuple[str, type[BaseModel] | None]:
+    """The dotted name of an error without pydantic's union tags, and the section it is in."""
+    names: list[str] = []
+    section: type[BaseModel] | None = model
+    options: list[type[BaseModel]] = []
+    for i, part in enumerate(loc):
+        if len(options) > 1 and isinstance(part, str):  # the tag that picked one of a union
+            picked = [o for o in options if part in typing.get_args(_strip(o.model_fields["type"].annotation))]
+            section, options = (picked or options)[0], []
+            continue
+        names.append(str(part))
+        field = section.model_fields.get(str(part)) if section else None
+        if i + 1 < len(loc):
+            options = list(_models(field.annotation)) if field else []
+            section = options[0] if options else None
+    return ".".join(names), section
+
+
+def _strip(annotation: Any) -> Any:
+    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif isinstance(annotation, types.UnionType) or typing.get_origin(annotation) in (typing.Union, typing.Annotated):
+        for part in typing.get_args(annotation):
+            yield from _models(part)
+
+
+def problem(error: ApiError) -> JSONResponse:
+    """The response for `error`."""
+    body: dict[str, Any] = {
+        "type": "about:blank",
+        "title": HTTPStatus(error.status).phrase,
+        "status": error.status,
+        "detail": error.detail,
+    }
+    if error.errors:
+        body["errors"] = error.errors
+    return JSONResponse(body, error.status, error.headers, media_type="application/problem+json")
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """Any exception as the ApiError to answer with; unexpected ones are logged under an id and say nothing else."""
+    from serve_app.store.jobs import AlreadyFinal, IdempotencyMismatch, NameTaken
+
+    match error:
+        case ApiError():
+            return error
+        case RequestValidationError():
+            return invalid([field_error(".".join(map(str, e["loc"][1:])), e["msg"]) for e in error.errors()])
+        case ValidationError():
+            return invalid(validation_errors(error, JobSpec))
+        case HTTPException():
+            return ApiError(error.status_code, str(error.detail), headers=error.headers)
+        case UserError():
+            return invalid([field_error(error.field or "request", error.message)])
+        case NameTaken() | AlreadyFinal() | IdempotencyMismatch():
+            return ApiError(409, str(error))
+        case DBAPIError():
+            log.warning("the job store is away", error=type(error).__name__)
+            return ApiError(503, "the job store can't be reached; try again shortly", headers={"Retry-After": RETRY_AFTER_S})
+    error_id = uuid.uuid4().hex
+    log.error("unexpected error", error_id=error_id, exc_info=error)
+    return ApiError(500, f"an unexpected error; the service's log has it as {error_id}")
+
+
+def install(app: FastAPI) -> None:
+    """Answer every exception of `app` as a problem."""
+
+    async def handle(request: Request, error: Exception) -> JSONResponse:
+        return problem(to_api_error(error))
+
+    for kind in (Exception, ApiError, RequestValidationError, HTTPException, ValidationError, DBAPIError, UserError):
+        app.add_exception_handler(kind, handle)

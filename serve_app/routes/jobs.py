@@ -1,0 +1,188 @@
+"""Submit, read and cancel jobs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request
+from starlette.concurrency import run_in_threadpool
+
+from serve_app.errors import ApiError, field_error, invalid
+from serve_app.lifecycle import Status
+from serve_app.routes.service import Asking, Here, Service, find_job, render, uuid_of
+from serve_app.validation import SECTIONS, parse_submission, read_body, validate
+from train_loop.spec import JobSpec
+
+router = APIRouter(tags=["jobs"])
+FORM = {
+    "type": "object",
+    "required": ["org", "experiment_name", "model_details", "dataset_details", "infra_config"],
+    "properties": {"org": {"type": "string", "format": "uuid"}, "experiment_name": {"type": "string"}}
+    | {name: {"type": "string", "contentMediaType": "application/json"} for name in SECTIONS},
+}
+BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {"schema": FORM},
+            "application/x-www-form-urlencoded": {"schema": FORM},
+            "application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}},
+        },
+    }
+}
+
+
+@router.post("/job/", openapi_extra=BODY)
+@router.post("/job", include_in_schema=False)
+async def submit(
+    request: Request, asking: Asking, here: Here, idempotency_key: Annotated[str | None, Header(max_length=255)] = None
+) -> dict[str, Any]:
+    """Submit a job. 200 means that it is durable."""
+    asking.require_scope("jobs:write")
+    payload, _ = await parse_submission(request, here.settings.max_body_bytes)
+    return await run_in_threadpool(_submit, here, asking, payload, idempotency_key)
+
+
+def _submit(here: Service, asking: Any, payload: dict[str, Any], key: str | None) -> dict[str, Any]:
+    if isinstance(payload.get("org"), str):
+        asking.require_org(uuid_of(payload["org"], "org"))
+    spec = validate(payload, here.settings, here.vault)
+    digest = hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+    job, created = here.store.insert(spec, acceptance(spec, here), key, digest)
+    if created:
+        here.runtime.poke()
+    return {
+        "request_id": job.request_id,
+        "status": str(job.status),
+        "message": job.message,
+        "experiment_name": job.experiment_name,
+    }
+
+
+def acceptance(spec: JobSpec, here: Service) -> str:
+    """What was accepted, for a person."""
+    infra, hp, quantization = spec.infra_config, spec.train_config.hyperparameters, spec.model_details.quantization
+    gpu = f"{infra.gpu_type} x {infra.gpu_count} x {infra.node_count}"
+    where = f"{infra.num_workers} workers ({gpu})"
+    if here.settings.embedded:
+        where = f"{infra.num_workers} CPU workers on this machine (embedded mode, in place of {gpu})"
+    base = spec.model_details.base_model + (f" in {quantization.quant_bits} bit" if quantization else "")
+    length = f"{hp.max_steps} steps" if hp.max_steps else f"{hp.num_epochs:g} epoch{'s' if hp.num_epochs != 1 else ''}"
+    batch = infra.num_workers * hp.per_device_train_batch_size * hp.gradient_accumulation_steps
+    return (
+        f"Queued: LoRA r {spec.train_config.adapter_config.r} on {base}, {length} with {batch} samples a step, on {where}; "
+        f"data from {spec.dataset_details.dataset_path}."
+    )
+
+
+@router.get("/job/get/")
+@router.get("/job/get", include_in_schema=False)
+def get(asking: Asking, here: Here, org_id: str, request_id: str) -> dict[str, Any]:
+    """One job."""
+    asking.require_scope("jobs:read")
+    return render(here, find_job(here, asking, request_id, org_id))
+
+
+@router.get("/job/list/")
+@router.get("/job/list", include_in_schema=False)
+def list_jobs(
+    asking: Asking,
+    here: Here,
+    org_id: str,
+    status: Status | None = None,
+    experiment_name: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=500)] = 50,
+    cursor: str | None = None,
+) -> dict[str, Any]:
+    """The org's jobs, newest first."""
+    asking.require_scope("jobs:read")
+    org = uuid_of(org_id, "org_id")
+    asking.require_org(org)
+    try:
+        found, following = here.store.list_jobs(
+            org, status=status, experiment_name=experiment_name, limit=limit, cursor=cursor
+        )
+    except ValueError:
+        raise invalid([field_error("cursor", "not a cursor of this service")]) from None
+    return {"jobs": [render(here, job) for job in found], "next_cursor": following}
+
+
+@router.get("/job/events/")
+@router.get("/job/events", include_in_schema=False)
+def events(asking: Asking, here: Here, org_id: str, request_id: str, after: int = 0) -> dict[str, Any]:
+    """The job's event log, oldest first."""
+    asking.require_scope("jobs:read")
+    job = find_job(here, asking, request_id, org_id)
+    found = here.store.events(job.request_id, after)
+    return {"events": [{"id": e.id, "time": e.time.isoformat(), "kind": e.kind, "message": e.message} for e in found]}
+
+
+CANCEL_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["org_id", "request_id"],
+                    "properties": {
+                        "org_id": {"type": "string", "format": "uuid"},
+                        "request_id": {"type": "string", "format": "uuid"},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@router.post("/job/cancel/", openapi_extra=CANCEL_BODY)
+@router.post("/job/cancel", include_in_schema=False)
+async def cancel(request: Request, asking: Asking, here: Here) -> dict[str, Any]:
+    """Stop a job. Again is fine; a job that has ended otherwise is a 409."""
+    asking.require_scope("jobs:write")
+    payload = await json_object(request, here)
+    org = uuid_of(payload.get("org_id"), "org_id")
+    return await run_in_threadpool(_cancel, here, asking, str(payload.get("request_id", "")), org)
+
+
+def _cancel(here: Service, asking: Any, request_id: str, org_id: str | None) -> dict[str, Any]:
+    job = find_job(here, asking, request_id, org_id)
+    job = here.store.request_cancel(job.request_id)
+    here.runtime.poke()
+    return render(here, job)
+
+
+async def json_object(request: Request, here: Service) -> dict[str, Any]:
+    """The fields of a small JSON or form body. Raises 400, 413, 422."""
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        form = await request.form()
+        return {k: v for k, v in form.items() if isinstance(v, str)}
+    body = await read_body(request, here.settings.max_body_bytes)
+    try:
+        payload = json.loads(body)
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the body isn't JSON") from None
+    if not isinstance(payload, dict):
+        raise ApiError(400, "the JSON body must be an object")
+    return payload
+
+
+# Last, or they would take the words above for ids.
+@router.get("/job/{request_id}")
+@router.get("/job/{request_id}/", include_in_schema=False)
+def get_by_path(asking: Asking, here: Here, request_id: str) -> dict[str, Any]:
+    """One job, its id in the path."""
+    asking.require_scope("jobs:read")
+    return render(here, find_job(here, asking, request_id, None))
+
+
+@router.post("/job/{request_id}/cancel")
+@router.post("/job/{request_id}/cancel/", include_in_schema=False)
+def cancel_by_path(asking: Asking, here: Here, request_id: str) -> dict[str, Any]:
+    """Stop a job, its id in the path."""
+    asking.require_scope("jobs:write")
+    return _cancel(here, asking, request_id, None)

@@ -1,0 +1,89 @@
+"""Store, list and delete secrets. Values go in and never come out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
+
+from serve_app.errors import ApiError, field_error, invalid
+from serve_app.routes.jobs import json_object
+from serve_app.routes.service import Asking, Here, uuid_of
+from serve_app.secrets import Secret
+
+router = APIRouter(tags=["secrets"])
+MAX_NAME_CHARS = 128
+
+
+def _render(secret: Secret) -> dict[str, Any]:
+    return {
+        "secret_id": secret.secret_id,
+        "name": secret.name,
+        "type": secret.type,
+        "created_at": secret.created_at.isoformat(),
+    }
+
+
+BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["org", "name", "type", "data"],
+                    "properties": {
+                        "org": {"type": "string", "format": "uuid"},
+                        "name": {"type": "string", "maxLength": MAX_NAME_CHARS},
+                        "type": {"type": "string", "enum": ["aws", "s3"]},
+                        "data": {"type": "object", "additionalProperties": {"type": "string"}},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@router.post("/secret/", openapi_extra=BODY)
+@router.post("/secret", include_in_schema=False)
+async def create(request: Request, asking: Asking, here: Here) -> dict[str, Any]:
+    """Store a secret."""
+    asking.require_scope("secrets:write")
+    payload = await json_object(request, here)
+    org = uuid_of(payload.get("org"), "org")
+    asking.require_org(org)
+    name, type_, data = payload.get("name"), payload.get("type"), payload.get("data")
+    errors = []
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARS:
+        errors.append(field_error("name", f"must be a string of 1 to {MAX_NAME_CHARS} characters"))
+    if not isinstance(type_, str):
+        errors.append(field_error("type", "this field is required", allowed=["aws", "s3"]))
+    if not isinstance(data, dict):
+        errors.append(field_error("data", "must be an object"))
+    errors += [field_error(str(k)[:100], "unknown field") for k in payload if k not in ("org", "name", "type", "data")]
+    if errors:
+        raise invalid(errors)
+    return _render(await run_in_threadpool(here.vault.create, org, str(name), str(type_), data or {}))
+
+
+@router.get("/secret/list/")
+@router.get("/secret/list", include_in_schema=False)
+def list_secrets(asking: Asking, here: Here, org_id: str) -> dict[str, Any]:
+    """The org's secrets, without values."""
+    org = uuid_of(org_id, "org_id")
+    asking.require_org(org)
+    return {"secrets": [_render(s) for s in here.vault.list(org)]}
+
+
+@router.delete("/secret/{secret_id}")
+@router.delete("/secret/{secret_id}/", include_in_schema=False)
+def delete(asking: Asking, here: Here, secret_id: str, org_id: str) -> dict[str, Any]:
+    """Delete a secret. Jobs that name it and haven't started will fail."""
+    asking.require_scope("secrets:write")
+    org = uuid_of(org_id, "org_id")
+    asking.require_org(org)
+    if not here.vault.delete(org, uuid_of(secret_id, "secret_id")):
+        raise ApiError(404, f"no secret {secret_id}")
+    return {"secret_id": secret_id, "deleted": True}

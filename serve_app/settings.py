@@ -1,0 +1,131 @@
+"""Every knob of the service: its default, its unit, and one place it is read from.
+
+Environment variables (prefix TUNEYARD_) win over `<home>/settings.json`, which the embedded start-up writes.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from cryptography.fernet import Fernet
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, JsonConfigSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+NVIDIA = {
+    "b200": "B200",
+    "h200": "H200",
+    "h100": "H100",
+    "a100": "A100",
+    "l40s": "L40S",
+    "l4": "L4",
+    "a10g": "A10G",
+    "t4": "T4",
+    "v100": "V100",
+}
+EMBEDDED_CPUS_PER_WORKER = 0.25
+
+
+class Profile(BaseModel):
+    """What one worker of a gpu_type gets."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    accelerator_type: str | None = Field(None, description="Ray's name of the accelerator.")
+    resources: dict[str, float] = Field(description="Ray resources of one worker.")
+    use_gpu: bool = Field(False, description="Whether workers train on GPUs.")
+    gpus_per_node: int = Field(8, ge=1, description="Most workers on one node.")
+
+
+CLUSTER_PROFILES = {
+    name: Profile(accelerator_type=ray_name, resources={"GPU": 1}, use_gpu=True, gpus_per_node=8)
+    for name, ray_name in NVIDIA.items()
+} | {"cpu": Profile(resources={"CPU": 1}, gpus_per_node=16)}
+EMBEDDED_PROFILES = {
+    name: Profile(resources={"CPU": EMBEDDED_CPUS_PER_WORKER}, gpus_per_node=16) for name in (*NVIDIA, "cpu")
+}
+
+
+def _default_home() -> Path:
+    return Path(os.environ.get("TUNEYARD_HOME") or Path.home() / ".tuneyard").absolute()
+
+
+class Settings(BaseSettings):
+    """The operator's settings."""
+
+    model_config = SettingsConfigDict(env_prefix="TUNEYARD_", extra="ignore", protected_namespaces=())
+
+    home: Path = Field(default_factory=_default_home, description="Folder of all local state.")
+    database_url: str = Field("", description="SQLAlchemy URL of the job store; default SQLite in home.")
+    storage_uri: str = Field("", description="Where runs go: s3://bucket/prefix or a folder; default <home>/runs.")
+    storage_endpoint_url: str | None = Field(None, description="Endpoint of an S3-compatible storage.")
+    storage_access_key_id: str | None = Field(None, repr=False, description="Key id; default the machine's own role.")
+    storage_secret_access_key: SecretStr | None = Field(None, description="Its secret.")
+    storage_region: str | None = Field(None, description="Region of the storage.")
+    model_mirror: str = Field("", description="Folder of base models, looked up before the hub; default <home>/models.")
+    hub_offline: bool = Field(False, description="Never ask the model hub.")
+    jwt_secret: SecretStr | None = Field(None, description="HS256 key of bearer tokens, at least 32 bytes.")
+    jwt_issuer: str | None = Field(None, description="Required `iss` of tokens.")
+    jwt_audience: str | None = Field(None, description="Required `aud` of tokens.")
+    jwt_leeway_s: int = Field(30, ge=0, description="Clock difference allowed in tokens, in seconds.")
+    secret_key: SecretStr | None = Field(None, description="Fernet key that encrypts stored secrets.")
+    allowed_s3_endpoints: list[str] = Field(
+        default_factory=list, description="Hosts (wildcards allowed) that s3 secrets may name; embedded: loopback."
+    )
+    embedded: bool = Field(False, description="One machine, no GPU: every gpu_type runs as CPU workers.")
+    profiles: dict[str, Profile] = Field(default_factory=dict, description="Infrastructure profiles by gpu_type.")
+    max_running_jobs: int = Field(8, ge=1, description="Jobs running at once.")
+    max_workers: int | None = Field(None, description="Most workers of all running jobs; default no limit.")
+    data_cpus: float = Field(1.0, gt=0, description="CPUs of one data preparation task.")
+    status_timeout_s: float = Field(1.0, gt=0, description="How long a status query waits for the job actor, in seconds.")
+    cancel_grace_s: float = Field(60, ge=0, description="Seconds a canceled job has to save before it is ended.")
+    heartbeat_timeout_s: float = Field(60, gt=0, description="Seconds of silence after which a job actor counts as dead.")
+    max_body_bytes: int = Field(1 << 20, ge=1024, description="Largest request body, in bytes.")
+    ray_namespace: str = Field("tuneyard", description="Ray namespace of the service's actors.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: Any, env_settings: Any, dotenv_settings: Any, file_secret_settings: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        path = _default_home() / "settings.json"
+        return init_settings, env_settings, JsonConfigSettingsSource(settings_cls, json_file=path)
+
+    @model_validator(mode="after")
+    def _fill_from_home(self) -> Settings:
+        home = self.home.absolute()
+        defaults = {
+            "home": home,
+            "database_url": self.database_url or f"sqlite:///{home}/tuneyard.db",
+            "storage_uri": self.storage_uri or str(home / "runs"),
+            "model_mirror": self.model_mirror or str(home / "models"),
+            "profiles": self.profiles or (EMBEDDED_PROFILES if self.embedded else CLUSTER_PROFILES),
+            "jwt_secret": self.jwt_secret or _read_secret(home / "jwt.key"),
+            "secret_key": self.secret_key or _read_secret(home / "secret.key"),
+        }
+        if self.embedded and not self.allowed_s3_endpoints:
+            defaults["allowed_s3_endpoints"] = ["127.0.0.1", "localhost", "::1"]
+        for name, value in defaults.items():
+            object.__setattr__(self, name, value)
+        return self
+
+    @classmethod
+    def load(cls) -> Settings:
+        """Read environment and settings file. Generates nothing."""
+        return cls()
+
+    def prepare_embedded_keys(self) -> None:
+        """Make the token and encryption keys of an embedded home, once, readable by their owner only."""
+        for name, make in (("jwt.key", lambda: secrets.token_urlsafe(48)), ("secret.key", lambda: Fernet.generate_key().decode())):
+            path = self.home / name
+            if not path.exists():
+                path.touch(mode=0o600)
+                path.write_text(make())
+
+
+def _read_secret(path: Path) -> SecretStr | None:
+    try:
+        return SecretStr(path.read_text().strip())
+    except FileNotFoundError:
+        return None

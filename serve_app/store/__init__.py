@@ -1,0 +1,1 @@
+"""The job store: SQLite on one machine, PostgreSQL for more."""

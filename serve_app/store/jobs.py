@@ -1,0 +1,381 @@
+"""The jobs in the store. Every state change is one function here, and one transaction.
+
+`attempt` fences: a write by an older attempt is refused, whatever it wants to write.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime as dt
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+from serve_app.lifecycle import FINAL, Phase, Status, check
+from serve_app.store.tables import idempotency, job_events, jobs, leases
+from train_loop.spec import JobSpec
+
+IDEMPOTENCY_HOURS = 24
+
+
+class NameTaken(Exception):
+    """Another job of the org that is queued, running or completed has this experiment_name."""
+
+    def __init__(self, name: str, other: str) -> None:
+        super().__init__(f"experiment_name {name} is in use by job {other}: choose another name")
+        self.other = other
+
+
+class IdempotencyMismatch(Exception):
+    """The Idempotency-Key was used before, with another body."""
+
+
+class AlreadyFinal(Exception):
+    """The job has ended; nothing about it changes any more."""
+
+
+class StaleAttempt(Exception):
+    """The writer is not the job's current attempt: it must stop."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row."""
+
+    seq: int  # order of submission
+    request_id: str
+    org_id: str
+    experiment_name: str
+    status: Status
+    phase: str
+    attempt: int  # attempts started so far
+    cancel_requested_at: dt.datetime | None
+    spec: dict[str, Any]  # the JobSpec as resolved
+    message: str
+    progress: float  # 0..1
+    step: int
+    total_steps: int | None
+    epoch: float
+    eta_s: float | None
+    metrics: dict[str, Any]
+    error_code: str | None
+    error_message: str | None
+    output_model_path: str | None
+    created_at: dt.datetime
+    updated_at: dt.datetime
+    started_at: dt.datetime | None
+    completed_at: dt.datetime | None
+    heartbeat_at: dt.datetime | None
+
+    @property
+    def cancel_requested(self) -> bool:
+        """Whether someone asked to stop it."""
+        return self.cancel_requested_at is not None
+
+
+@dataclass(frozen=True)
+class Event:
+    """One line of a job's event log."""
+
+    id: int
+    time: dt.datetime
+    kind: str
+    message: str
+
+
+def _now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)
+
+
+def _job(row: Any) -> Job:
+    fields = dict(row._mapping)
+    return Job(**fields | {"status": Status(fields["status"])})
+
+
+class JobStore:
+    """Jobs, their events and the dispatcher's lease. Safe to share between threads."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    @classmethod
+    def open(cls, url: str) -> JobStore:
+        """Connect to `url`; nothing is created."""
+        if not url.startswith("sqlite"):
+            return cls(sa.create_engine(url, pool_pre_ping=True))
+        engine = sa.create_engine(url, connect_args={"timeout": 30})
+
+        @sa.event.listens_for(engine, "connect")
+        def _configure(connection: Any, record: Any) -> None:
+            connection.isolation_level = None  # SQLAlchemy's "begin" below is the only one that begins
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=FULL")
+
+        @sa.event.listens_for(engine, "begin")
+        def _begin(connection: Connection) -> None:
+            # Take the write lock at once: upgrading a read lock later fails instead of waiting.
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+        return cls(engine)
+
+    def migrate(self, revision: str = "head") -> None:
+        """Bring the schema to `revision`."""
+        from alembic import command
+        from alembic.config import Config
+
+        config = Config()
+        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        with self.engine.begin() as connection:
+            config.attributes["connection"] = connection
+            if revision == "base":
+                command.downgrade(config, revision)
+            else:
+                command.upgrade(config, revision)
+
+    def ping(self) -> None:
+        """Raise unless the store answers and has its tables."""
+        with self.engine.connect() as connection:
+            connection.execute(sa.select(jobs.c.seq).limit(1))
+
+    # --- submit and read ---
+
+    def insert(
+        self, spec: JobSpec, message: str, idempotency_key: str | None = None, body_hash: str = ""
+    ) -> tuple[Job, bool]:
+        """Add a job, QUEUED; (job, True), or (the earlier job, False) for a repeated idempotency key.
+
+        Raises NameTaken, IdempotencyMismatch.
+        """
+        request_id, now = str(uuid.uuid4()), _now()
+        row = {
+            "request_id": request_id,
+            "org_id": spec.org,
+            "experiment_name": spec.experiment_name,
+            "status": Status.QUEUED,
+            "phase": Phase.QUEUED,
+            "attempt": 0,
+            "spec": spec.model_dump(mode="json"),
+            "message": message,
+            "progress": 0.0,
+            "step": 0,
+            "epoch": 0.0,
+            "metrics": {},
+            "created_at": now,
+            "updated_at": now,
+        }
+        try:
+            with self.engine.begin() as tx:
+                if idempotency_key is not None:
+                    earlier = self._earlier(tx, spec.org, idempotency_key, body_hash, now)
+                    if earlier is not None:
+                        return earlier, False
+                    key = {"org_id": spec.org, "key": idempotency_key, "body_hash": body_hash}
+                    tx.execute(sa.insert(idempotency).values(**key, request_id=request_id, created_at=now))
+                tx.execute(sa.insert(jobs).values(**row))
+                _add_event(tx, request_id, "queued", message)
+                return _require(tx, request_id), True
+        except sa.exc.IntegrityError:
+            with self.engine.connect() as tx:
+                if idempotency_key is not None:  # the same key won a race against us
+                    earlier = self._earlier(tx, spec.org, idempotency_key, body_hash, now)
+                    if earlier is not None:
+                        return earlier, False
+                same_name = (jobs.c.org_id == spec.org) & (jobs.c.experiment_name == spec.experiment_name)
+                live = jobs.c.status.in_([Status.QUEUED, Status.RUNNING, Status.COMPLETED])
+                other = tx.execute(sa.select(jobs.c.request_id).where(same_name & live)).scalar()
+            if other is None:
+                raise
+            raise NameTaken(spec.experiment_name, other) from None
+
+    def _earlier(self, tx: Connection, org: str, key: str, body_hash: str, now: dt.datetime) -> Job | None:
+        mine = (idempotency.c.org_id == org) & (idempotency.c.key == key)
+        found = tx.execute(sa.select(idempotency).where(mine)).one_or_none()
+        if found is None:
+            return None
+        if found.created_at < now - dt.timedelta(hours=IDEMPOTENCY_HOURS):
+            tx.execute(sa.delete(idempotency).where(mine))
+            return None
+        if found.body_hash != body_hash:
+            raise IdempotencyMismatch(f"this Idempotency-Key was used for another request (job {found.request_id})")
+        return _require(tx, found.request_id)
+
+    def get(self, request_id: str, org_id: str | None = None) -> Job | None:
+        """The job, or None when it doesn't exist or isn't the org's."""
+        query = sa.select(jobs).where(jobs.c.request_id == request_id)
+        if org_id is not None:
+            query = query.where(jobs.c.org_id == org_id)
+        with self.engine.connect() as tx:
+            row = tx.execute(query).one_or_none()
+        return None if row is None else _job(row)
+
+    def list_jobs(
+        self,
+        org_id: str,
+        *,
+        status: Status | None = None,
+        experiment_name: str | None = None,
+        limit: int = 50,
+        cursor: str | None = None,
+    ) -> tuple[list[Job], str | None]:
+        """One page, newest first, and the cursor of the next. Raises ValueError for a cursor that isn't ours."""
+        query = sa.select(jobs).where(jobs.c.org_id == org_id).order_by(jobs.c.seq.desc()).limit(limit + 1)
+        if status is not None:
+            query = query.where(jobs.c.status == status)
+        if experiment_name is not None:
+            query = query.where(jobs.c.experiment_name == experiment_name)
+        if cursor is not None:
+            query = query.where(jobs.c.seq < int(base64.urlsafe_b64decode(cursor.encode()).decode()))
+        with self.engine.connect() as tx:
+            found = [_job(row) for row in tx.execute(query)]
+        more = len(found) > limit
+        page = found[:limit]
+        return page, base64.urlsafe_b64encode(str(page[-1].seq).encode()).decode() if more else None
+
+    def queued(self, limit: int) -> list[Job]:
+        """Waiting jobs, oldest first."""
+        return self._in(Status.QUEUED, limit)
+
+    def running(self) -> list[Job]:
+        """Jobs with an attempt under way."""
+        return self._in(Status.RUNNING, None)
+
+    def _in(self, status: Status, limit: int | None) -> list[Job]:
+        query = sa.select(jobs).where(jobs.c.status == status).order_by(jobs.c.seq).limit(limit)
+        with self.engine.connect() as tx:
+            return [_job(row) for row in tx.execute(query)]
+
+    def queue_position(self, job: Job) -> int | None:
+        """1 for the next to start; None when it isn't waiting."""
+        if job.status is not Status.QUEUED:
+            return None
+        ahead = sa.select(sa.func.count()).where((jobs.c.status == Status.QUEUED) & (jobs.c.seq <= job.seq))
+        with self.engine.connect() as tx:
+            return int(tx.execute(ahead).scalar_one())
+
+    # --- state changes ---
+
+    def start_attempt(self, request_id: str, expected_attempt: int) -> Job | None:
+        """QUEUED, or RUNNING with a dead attempt → RUNNING with the next attempt; None when someone else was first."""
+        now = _now()
+        with self.engine.begin() as tx:
+            changed = tx.execute(
+                sa.update(jobs)
+                .where(jobs.c.request_id == request_id, jobs.c.attempt == expected_attempt)
+                .where(jobs.c.status.in_([Status.QUEUED, Status.RUNNING]), jobs.c.cancel_requested_at.is_(None))
+                .values(
+                    status=Status.RUNNING,
+                    phase=Phase.PREPARING_DATA,
+                    attempt=expected_attempt + 1,
+                    started_at=sa.func.coalesce(jobs.c.started_at, sa.bindparam("now", now, UTC_TIME)),
+                    heartbeat_at=now,
+                    updated_at=now,
+                )
+            )
+            if changed.rowcount == 0:
+                return None
+            _add_event(tx, request_id, "started", f"attempt {expected_attempt + 1}")
+            return _require(tx, request_id)
+
+    def report(self, request_id: str, attempt: int, **fields: Any) -> Job:
+        """Write progress and a heartbeat; the job in return says whether to stop. Raises StaleAttempt."""
+        now = _now()
+        with self.engine.begin() as tx:
+            _require_attempt(tx, request_id, attempt)
+            tx.execute(
+                sa.update(jobs).where(jobs.c.request_id == request_id).values(**fields, heartbeat_at=now, updated_at=now)
+            )
+            return _require(tx, request_id)
+
+    def finish(self, request_id: str, attempt: int, status: Status, *, message: str, **fields: Any) -> Job:
+        """RUNNING → a final state. Again with the same state changes nothing. Raises StaleAttempt, IllegalTransition."""
+        now = _now()
+        with self.engine.begin() as tx:
+            job = _require(tx, request_id)
+            if job.attempt == attempt and job.status is status:
+                return job
+            job = _require_attempt(tx, request_id, attempt)
+            check(job.status, status)
+            ended = {"status": status, "message": message, "completed_at": now, "updated_at": now, **fields}
+            tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**ended))
+            _add_event(tx, request_id, status.lower(), message)
+            return _require(tx, request_id)
+
+    def request_cancel(self, request_id: str) -> Job:
+        """QUEUED → CANCELED at once; RUNNING is asked to stop; CANCELED stays. Raises AlreadyFinal."""
+        now = _now()
+        with self.engine.begin() as tx:
+            job = _require(tx, request_id)
+            if job.status is Status.CANCELED or (job.status is Status.RUNNING and job.cancel_requested):
+                return job
+            if job.status in FINAL:
+                raise AlreadyFinal(f"job {request_id} is {job.status}: it can't be canceled any more")
+            values: dict[str, Any] = {"cancel_requested_at": now, "updated_at": now}
+            if job.status is Status.QUEUED:
+                values |= {"status": Status.CANCELED, "message": "Canceled before it started.", "completed_at": now}
+            tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**values))
+            _add_event(tx, request_id, "cancel_requested", "cancel requested")
+            return _require(tx, request_id)
+
+    # --- events ---
+
+    def add_event(self, request_id: str, kind: str, message: str) -> None:
+        """Append to the job's event log."""
+        with self.engine.begin() as tx:
+            _add_event(tx, request_id, kind, message)
+
+    def events(self, request_id: str, after: int = 0) -> list[Event]:
+        """The job's events with an id above `after`, oldest first."""
+        query = sa.select(job_events).where(job_events.c.request_id == request_id, job_events.c.id > after)
+        with self.engine.connect() as tx:
+            return [Event(e.id, e.time, e.kind, e.message) for e in tx.execute(query.order_by(job_events.c.id))]
+
+    # --- the dispatcher's lease ---
+
+    def acquire_lease(self, name: str, owner: str, ttl_s: float) -> int | None:
+        """Take or renew the lease; its epoch, or None while another owner holds it."""
+        now = _now()
+        expires = now + dt.timedelta(seconds=ttl_s)
+        try:
+            with self.engine.begin() as tx:
+                held = tx.execute(sa.select(leases).where(leases.c.name == name).with_for_update()).one_or_none()
+                if held is None:
+                    tx.execute(sa.insert(leases).values(name=name, owner=owner, epoch=1, expires_at=expires))
+                    return 1
+                if held.owner != owner and held.expires_at > now:
+                    return None
+                epoch = held.epoch if held.owner == owner else held.epoch + 1
+                values = {"owner": owner, "epoch": epoch, "expires_at": expires}
+                tx.execute(sa.update(leases).where(leases.c.name == name).values(**values))
+                return int(epoch)
+        except sa.exc.IntegrityError:  # two inserted at once; the other one has it
+            return None
+
+    @contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """A transaction for the tables that live beside the jobs."""
+        with self.engine.begin() as tx:
+            yield tx
+
+
+UTC_TIME = jobs.c.created_at.type
+
+
+def _require(tx: Connection, request_id: str) -> Job:
+    return _job(tx.execute(sa.select(jobs).where(jobs.c.request_id == request_id).with_for_update()).one())
+
+
+def _require_attempt(tx: Connection, request_id: str, attempt: int) -> Job:
+    job = _require(tx, request_id)
+    if job.attempt != attempt or job.status is not Status.RUNNING:
+        raise StaleAttempt(f"job {request_id} is {job.status} in attempt {job.attempt}, not {attempt}")
+    return job
+
+
+def _add_event(tx: Connection, request_id: str, kind: str, message: str) -> None:
+    tx.execute(sa.insert(job_events).values(request_id=request_id, time=_now(), kind=kind, message=message))
