@@ -17,6 +17,7 @@ from serve_app.lifecycle import Phase, Status
 from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
 from serve_app.store.jobs import Job, JobStore, StaleAttempt
+from train_loop.data.sources import Credentials
 from train_loop.errors import Stopped, UserError
 from train_loop.launch import ActorMonitor, Keys, Placement, RunFiles, launch
 from train_loop.spec import JobSpec
@@ -33,6 +34,18 @@ def actor_name(request_id: str) -> str:
 def run_uri(settings: Settings, org_id: str, request_id: str) -> str:
     """The run's folder in object storage."""
     return f"{settings.storage_uri.rstrip('/')}/{org_id}/{request_id}"
+
+
+def storage_credentials(settings: Settings) -> Credentials | None:
+    """The service's own keys to the storage, or None where the machine has a role."""
+    if settings.storage_access_key_id is None or settings.storage_secret_access_key is None:
+        return None
+    return Credentials(
+        access_key_id=settings.storage_access_key_id,
+        secret_access_key=settings.storage_secret_access_key.get_secret_value(),
+        endpoint_url=settings.storage_endpoint_url,
+        region=settings.storage_region,
+    )
 
 
 @ray.remote(num_cpus=0, max_concurrency=1000)
@@ -105,22 +118,12 @@ class JobActor:
             await flusher
 
     def _keys(self) -> Keys:
-        from train_loop.data.sources import Credentials
-
         settings, details = self.settings, self.spec.dataset_details
         dataset = None
         if details.secret_id is not None:
             vault = SecretVault.from_settings(self.store, settings)
             dataset = Credentials.from_secret(vault.reveal(self.job.org_id, details.secret_id))
-        storage = None
-        if settings.storage_access_key_id is not None and settings.storage_secret_access_key is not None:
-            storage = Credentials(
-                access_key_id=settings.storage_access_key_id,
-                secret_access_key=settings.storage_secret_access_key.get_secret_value(),
-                endpoint_url=settings.storage_endpoint_url,
-                region=settings.storage_region,
-            )
-        return Keys(dataset=dataset, storage=storage)
+        return Keys(dataset=dataset, storage=storage_credentials(settings))
 
     def _run(self) -> None:
         request_id = self.job.request_id

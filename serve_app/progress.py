@@ -1,0 +1,60 @@
+"""A job's progress for a person: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+
+def _eta(seconds: float | None) -> str:
+    return "" if seconds is None else f"ETA {int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def describe(job: dict[str, Any]) -> str:
+    """Status, phase, step, loss, tokens/s and ETA in one line; what isn't known yet is left out."""
+    parts = [f"{job['status']} {job['phase']}"]
+    if job["status"] == "QUEUED" and job.get("queue_position"):
+        parts.append(f"position {job['queue_position']}")
+    if job.get("total_steps"):
+        parts.append(f"step {job['step']}/{job['total_steps']}")
+    last = (job.get("metrics") or {}).get("last") or {}
+    if "loss" in last:
+        parts.append(f"loss {last['loss']:.3f}")
+        parts.append(f"{last['tokens_per_second']:.0f} tokens/s")
+    if job["status"] == "RUNNING" and job["phase"] == "training":
+        parts.append(_eta(job.get("eta_s")))
+    return "  ".join(p for p in parts if p)
+
+
+def summary(job: dict[str, Any]) -> str:
+    """How a job ended, or what it says now."""
+    metrics = job.get("metrics") or {}
+    lines = [job["message"]]
+    if metrics.get("eval_loss_before") is not None and metrics.get("eval_loss_after") is not None:
+        lines.append(f"eval loss {metrics['eval_loss_before']:.4f} -> {metrics['eval_loss_after']:.4f}")
+    if job.get("output_model_path"):
+        lines.append(f"adapter: {job['output_model_path']}")
+    return "\n".join(lines)
+
+
+def follow(jobs: Iterator[dict[str, Any]], console: Console | None = None) -> dict[str, Any]:
+    """Show each state of the job until there are no more; return the last."""
+    console = console or Console()
+    job: dict[str, Any] = {}
+    if console.is_terminal:
+        with Progress(BarColumn(30), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}"), console=console) as bar:
+            task = bar.add_task("", total=1.0)
+            for job in jobs:
+                bar.update(task, completed=job["progress"], description=describe(job))
+    else:
+        shown = ""
+        for job in jobs:
+            line = f"{job['progress']:>4.0%}  {describe(job)}"
+            if line != shown:
+                console.print(line, highlight=False, soft_wrap=True)
+                shown = line
+    console.print(summary(job), highlight=False, soft_wrap=True)
+    return job
