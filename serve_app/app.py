@@ -86,8 +86,8 @@ class Ingress:
 
 def deploy(settings: Settings) -> None:
     """Start the ingress and the dispatcher on the Ray cluster this process is connected to; return once both answer."""
-    dispatcher = Dispatcher.options(
-        name=NAME, namespace=settings.ray_namespace, lifetime="detached", get_if_exists=True
-    ).remote()
-    serve.run(Ingress.bind(), name="tuneyard", route_prefix="/")
+    options = {"name": NAME, "namespace": settings.ray_namespace, "lifetime": "detached", "get_if_exists": True}
+    dispatcher = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)(Dispatcher).options(**options).remote()
+    ingress: Any = Ingress
+    serve.run(ingress.bind(), name="tuneyard", route_prefix="/")
     ray.get(dispatcher.ping.remote())

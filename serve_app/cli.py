@@ -70,9 +70,7 @@ def _client(url: str | None, token: str | None, org: str) -> Client:
 
 
 @app.command()
-def up(
-    detach: Annotated[bool, typer.Option(help="Return once the service is ready.")] = False, as_json: AsJson = False
-) -> None:
+def up(detach: Annotated[bool, typer.Option(help="Return once the service is ready.")] = False, as_json: AsJson = False) -> None:
     """Start everything on this machine: S3, job store, Ray, the service."""
     from serve_app import embedded
 
@@ -232,7 +230,9 @@ def submit(
     if as_json:
         typer.echo(json.dumps(answer))
     else:
-        typer.echo(f"{answer['request_id']}  {answer['status']}\n{answer['message']}\nFollow it: tuneyard watch {answer['request_id']}")
+        typer.echo(
+            f"{answer['request_id']}  {answer['status']}\n{answer['message']}\nFollow it: tuneyard watch {answer['request_id']}"
+        )
 
 
 RequestId = Annotated[str, typer.Argument(help="The job's request_id.")]
@@ -263,7 +263,7 @@ def list_(
 ) -> None:
     """List jobs, newest first."""
     org = _org(org)
-    page = _client(url, token, org).list(org, status=status, limit=limit)
+    page = _client(url, token, org).list_jobs(org, status=status, limit=limit)
     if as_json:
         typer.echo(json.dumps(page))
         return

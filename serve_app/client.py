@@ -47,7 +47,7 @@ class Client:
         """One job."""
         return self._call("GET", "/job/get/", params={"org_id": org, "request_id": request_id})
 
-    def list(self, org: str, **filters: Any) -> dict[str, Any]:
+    def list_jobs(self, org: str, **filters: Any) -> dict[str, Any]:
         """One page of jobs: `status`, `experiment_name`, `limit`, `cursor`."""
         return self._call("GET", "/job/list/", params={"org_id": org} | {k: v for k, v in filters.items() if v is not None})
 

@@ -25,7 +25,6 @@ LEASE_S = 15.0
 NAME = "dispatcher"
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)
 class Dispatcher:
     """Starts its loop by itself, so that a restarted actor goes on without being called."""
 
@@ -72,12 +71,16 @@ class Dispatcher:
         started = self.store.start_attempt(job.request_id, job.attempt)
         if started is not None:
             log.info("starting", request_id=job.request_id, attempt=started.attempt)
-            actor = JobActor.options(
-                name=actor_name(job.request_id),
-                namespace=self.settings.ray_namespace,
-                lifetime="detached",
-                get_if_exists=True,
-            ).remote(job.request_id, started.attempt)
+            actor = (
+                ray.remote(num_cpus=0, max_concurrency=1000)(JobActor)
+                .options(
+                    name=actor_name(job.request_id),
+                    namespace=self.settings.ray_namespace,
+                    lifetime="detached",
+                    get_if_exists=True,
+                )
+                .remote(job.request_id, started.attempt)
+            )
             actor.run.remote()
 
     def _reconcile(self) -> None:

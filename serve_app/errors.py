@@ -37,7 +37,7 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(detail)
-        self.status, self.detail, self.errors, self.headers = status, detail, list(errors), dict(headers or {})
+        self.status, self.detail, self.errors, self.headers = status, detail, [dict(e) for e in errors], dict(headers or {})
 
 
 def field_error(field: str, message: str, **more: Any) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import asyncio
 import time
 from typing import Any
 
-import ray
 import structlog
 
 from serve_app.lifecycle import Phase, Status
@@ -48,7 +47,6 @@ def storage_credentials(settings: Settings) -> Credentials | None:
     )
 
 
-@ray.remote(num_cpus=0, max_concurrency=1000)
 class JobActor:
     """One attempt at one job. Every method is async: status never waits for training, which runs in a thread."""
 

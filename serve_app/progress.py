@@ -45,7 +45,9 @@ def follow(jobs: Iterator[dict[str, Any]], console: Console | None = None) -> di
     console = console or Console()
     job: dict[str, Any] = {}
     if console.is_terminal:
-        with Progress(BarColumn(30), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}"), console=console) as bar:
+        with Progress(
+            BarColumn(30), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}"), console=console
+        ) as bar:
             task = bar.add_task("", total=1.0)
             for job in jobs:
                 bar.update(task, completed=job["progress"], description=describe(job))

@@ -83,9 +83,7 @@ class SecretVault:
     def find(self, org_id: str, secret_id: str) -> Secret | None:
         """What is known about a secret without opening its keys, or None."""
         with self._store.transaction() as tx:
-            row = tx.execute(
-                sa.select(secrets).where(secrets.c.org_id == org_id, secrets.c.secret_id == secret_id)
-            ).one_or_none()
+            row = tx.execute(sa.select(secrets).where(secrets.c.org_id == org_id, secrets.c.secret_id == secret_id)).one_or_none()
         if row is None:
             return None
         has_endpoint = bool(self._open(row.ciphertext).get("endpoint_url"))

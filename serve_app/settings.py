@@ -43,9 +43,7 @@ CLUSTER_PROFILES = {
     name: Profile(accelerator_type=ray_name, resources={"GPU": 1}, use_gpu=True, gpus_per_node=8)
     for name, ray_name in NVIDIA.items()
 } | {"cpu": Profile(resources={"CPU": 1}, gpus_per_node=16)}
-EMBEDDED_PROFILES = {
-    name: Profile(resources={"CPU": EMBEDDED_CPUS_PER_WORKER}, gpus_per_node=16) for name in (*NVIDIA, "cpu")
-}
+EMBEDDED_PROFILES = {name: Profile(resources={"CPU": EMBEDDED_CPUS_PER_WORKER}, gpus_per_node=16) for name in (*NVIDIA, "cpu")}
 
 
 def _default_home() -> Path:
@@ -87,7 +85,12 @@ class Settings(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: Any, env_settings: Any, dotenv_settings: Any, file_secret_settings: Any
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: Any,
+        env_settings: Any,
+        dotenv_settings: Any,
+        file_secret_settings: Any,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         path = _default_home() / "settings.json"
         return init_settings, env_settings, JsonConfigSettingsSource(settings_cls, json_file=path)
@@ -117,7 +120,10 @@ class Settings(BaseSettings):
 
     def prepare_embedded_keys(self) -> None:
         """Make the token and encryption keys of an embedded home, once, readable by their owner only."""
-        for name, make in (("jwt.key", lambda: secrets.token_urlsafe(48)), ("secret.key", lambda: Fernet.generate_key().decode())):
+        for name, make in (
+            ("jwt.key", lambda: secrets.token_urlsafe(48)),
+            ("secret.key", lambda: Fernet.generate_key().decode()),
+        ):
             path = self.home / name
             if not path.exists():
                 path.touch(mode=0o600)

@@ -172,7 +172,7 @@ def _infra_errors(spec: JobSpec, settings: Settings) -> list[dict[str, Any]]:
         message = f"a node of {infra.gpu_type} has {profile.gpus_per_node} GPUs"
         return [field_error("infra_config.gpu_count", message, allowed={"le": profile.gpus_per_node})]
     if settings.max_workers is not None and infra.num_workers > settings.max_workers:
-        message = f"{infra.num_workers} workers (gpu_count x node_count) are more than the {settings.max_workers} this service has room for"
+        message = f"gpu_count x node_count is {infra.num_workers} workers; this service has room for {settings.max_workers}"
         return [field_error("infra_config.node_count", message)]
     return []
 
@@ -180,7 +180,9 @@ def _infra_errors(spec: JobSpec, settings: Settings) -> list[dict[str, Any]]:
 def _dataset_errors(spec: JobSpec, vault: SecretVault) -> list[dict[str, Any]]:
     details = spec.dataset_details
     if details.source_type == "local":
-        return [field_error("dataset_details.source_type", "local paths are for runs without the service; use s3", allowed=["s3"])]
+        return [
+            field_error("dataset_details.source_type", "local paths are for runs without the service; use s3", allowed=["s3"])
+        ]
     errors = []
     has_endpoint = False
     if details.secret_id is not None:
@@ -219,6 +221,7 @@ def _model_errors(spec: JobSpec, settings: Settings) -> list[dict[str, Any]]:
     where = f"not in the model mirror ({settings.model_mirror}, setting TUNEYARD_MODEL_MIRROR)"
     if settings.hub_offline:
         return [field_error(field, f"{name} is {where}, and the hub is switched off")]
+    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
@@ -229,7 +232,7 @@ def _model_errors(spec: JobSpec, settings: Settings) -> list[dict[str, Any]]:
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "an error"
         return [field_error(field, f"{name} is {where}, and the hub answered {status}")]
-    except Exception as error:
+    except (OSError, httpx.HTTPError, ValueError) as error:
         reason = type(error).__name__
         return [field_error(field, f"{name} is {where}, and the hub can't be reached ({reason})")]
     return []

@@ -89,8 +89,7 @@ class Console:
         if last is not None and last["step"] != self._step:
             self._step = last["step"]
             self._say(
-                f"step {last['step']}/{progress['total_steps']} loss {last['loss']:.4f} "
-                f"{last['tokens_per_second']:.0f} tokens/s"
+                f"step {last['step']}/{progress['total_steps']} loss {last['loss']:.4f} {last['tokens_per_second']:.0f} tokens/s"
             )
 
     def stop_requested(self) -> bool:
@@ -136,7 +135,7 @@ def _run_on_ray(spec: JobSpec, request_id: str, uri: str, mirror: str) -> dict[s
     from train_loop.launch import ActorMonitor, Placement, RunFiles, launch
 
     if not ray.is_initialized():
-        # Joins the cluster of RAY_ADDRESS (a submitted job), else starts one here; the dashboard is what Ray Train's clean-up asks.
+        # Joins the cluster of RAY_ADDRESS (a submitted job), else starts one here, with the dashboard Ray Train needs.
         ray.init(logging_level="warning", dashboard_host="127.0.0.1", namespace="tuneyard-cli")
     name = f"run-{request_id}"
     namespace = ray.get_runtime_context().namespace
@@ -144,9 +143,7 @@ def _run_on_ray(spec: JobSpec, request_id: str, uri: str, mirror: str) -> dict[s
     found = ActorMonitor(name, namespace)
     gpus = spec.infra_config.gpu_type != "cpu" and ray.cluster_resources().get("GPU", 0) >= spec.infra_config.num_workers
     share = ray.cluster_resources().get("CPU", 1) / (2 * spec.infra_config.num_workers)
-    placement = Placement(
-        resources={"GPU": 1.0} if gpus else {"CPU": min(1.0, share)}, use_gpu=gpus, data_cpus=min(0.5, share)
-    )
+    placement = Placement(resources={"GPU": 1.0} if gpus else {"CPU": min(1.0, share)}, use_gpu=gpus, data_cpus=min(0.5, share))
     try:
         return launch(spec, request_id, RunFiles(uri, mirror, found.keys), placement, found)
     finally:

@@ -106,9 +106,7 @@ def _chat_tokenizer(spec: JobSpec, mirror: str) -> ChatTokenizer:
     return ChatTokenizer(tokenizer, pre.prompt, pre.truncation, pre.train_on)
 
 
-def launch(
-    spec: JobSpec, request_id: str, files: RunFiles, placement: Placement, monitor: ActorMonitor
-) -> dict[str, Any]:
+def launch(spec: JobSpec, request_id: str, files: RunFiles, placement: Placement, monitor: ActorMonitor) -> dict[str, Any]:
     """Run the job on Ray; block until it ends. Returns the manifest, which is in the run's folder by then.
 
     Called again with the same `request_id` and folder it goes on from the last complete checkpoint.
@@ -203,7 +201,12 @@ def _train(
     s3 = files.storage_uri.startswith("s3://")
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"spec": spec.model_dump_json(), "prepared": prepared.to_json(), "files": files, "monitor": monitor},
+        train_loop_config={
+            "spec": spec.model_dump_json(),
+            "prepared": prepared.to_json(),
+            "files": files,
+            "monitor": monitor,
+        },
         torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=spec.infra_config.num_workers,

@@ -147,9 +147,7 @@ def run(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext) -> Outcome:
     logged_at = step
     log.restart_clock()
     train_ids = shards.ids("train")
-    batches = step_batches(
-        shards, train_ids, plan, ctx.rank, layout, num_workers=hp.dataloader_num_workers, start_step=step + 1
-    )
+    batches = step_batches(shards, train_ids, plan, ctx.rank, layout, num_workers=hp.dataloader_num_workers, start_step=step + 1)
     for step, micro_batches in batches:
         supervised, tokens, stop = _agree(micro_batches, ctx)
         if stop:

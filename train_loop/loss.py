@@ -60,7 +60,5 @@ def supervised_loss(model: Any, micro: MicroBatch) -> torch.Tensor:
     ).last_hidden_state
     supervised = micro.labels != IGNORE_INDEX
     softcap = getattr(causal_lm.config, "final_logit_softcapping", None)
-    loss: torch.Tensor = _HeadLoss.apply(
-        hidden[supervised], causal_lm.get_output_embeddings(), micro.labels[supervised], softcap
-    )
+    loss: torch.Tensor = _HeadLoss.apply(hidden[supervised], causal_lm.get_output_embeddings(), micro.labels[supervised], softcap)
     return loss

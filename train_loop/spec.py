@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 import uuid
-
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
@@ -122,7 +121,9 @@ class RandomSplit(Section):
     def _sum_is_one(self) -> RandomSplit:
         if abs(math.fsum(self.ratios) - 1) > 1e-6:
             raise PydanticCustomError(
-                "ratios_sum", "ratios must add up to 1, these add up to {total}", {"total": f"{math.fsum(self.ratios):g}"}
+                "ratios_sum",
+                "ratios must add up to 1, these add up to {total}",
+                {"total": f"{math.fsum(self.ratios):g}"},
             )
         if self.ratios[0] == 0:
             raise PydanticCustomError("ratios_train", "the first ratio is the training share and must be above 0")
@@ -165,9 +166,7 @@ class Quantization(Section):
 class ModelDetails(Section):
     """The base model."""
 
-    base_model: str = Field(
-        min_length=1, max_length=512, description="Hub id (`owner/name`), or a folder URI for s3 and gcs."
-    )
+    base_model: str = Field(min_length=1, max_length=512, description="Hub id (`owner/name`), or a folder URI for s3 and gcs.")
     ownership: Annotated[Literal["public", "private"], NotYet("private")] = Field(
         "public", description="private needs secret_id."
     )
@@ -177,9 +176,7 @@ class ModelDetails(Section):
     model_type: Annotated[Literal["llm", "vlm"], NotYet("vlm")] = Field(
         "llm", description="llm on a VLM base trains the language part only."
     )
-    revision: Annotated[str | None, OnlyYet(None)] = Field(
-        None, max_length=128, description="Commit or tag of the base model."
-    )
+    revision: Annotated[str | None, OnlyYet(None)] = Field(None, max_length=128, description="Commit or tag of the base model.")
     secret_id: Annotated[str | None, OnlyYet(None)] = Field(None, description="Secret that opens a private model.")
     region: Annotated[str | None, OnlyYet(None)] = Field(None, description="Cloud region of the model's bucket.")
     quantization: Quantization | None = Field(None, description="Quantise the frozen base; null keeps torch_dtype.")
@@ -201,15 +198,11 @@ class Hyperparameters(Section):
 
     num_epochs: float = Field(1, gt=0, le=10_000, strict=True, description="Passes over the training rows; may be fractional.")
     max_steps: PositiveSteps | None = Field(None, description="Optimizer steps in all; overrides num_epochs.")
-    per_device_train_batch_size: int = Field(
-        8, ge=1, le=65_536, strict=True, description="Samples per worker and micro-batch."
-    )
+    per_device_train_batch_size: int = Field(8, ge=1, le=65_536, strict=True, description="Samples per worker and micro-batch.")
     per_device_eval_batch_size: int = Field(
         8, ge=1, le=65_536, strict=True, description="Samples per worker and evaluation batch."
     )
-    gradient_accumulation_steps: int = Field(
-        1, ge=1, le=65_536, strict=True, description="Micro-batches per optimizer step."
-    )
+    gradient_accumulation_steps: int = Field(1, ge=1, le=65_536, strict=True, description="Micro-batches per optimizer step.")
     gradient_checkpointing: bool = Field(
         True, strict=True, description="Recompute activations in backward instead of keeping them."
     )
@@ -225,9 +218,9 @@ class Hyperparameters(Section):
     adam_beta1: float = Field(0.9, ge=0, lt=1, strict=True)
     adam_beta2: float = Field(0.999, ge=0, lt=1, strict=True)
     adam_epsilon: float = Field(1e-8, gt=0, le=1, strict=True)
-    optim: Annotated[
-        Literal["adamw", "adamw_8bit", "paged_adamw_8bit"], NotYet("adamw_8bit", "paged_adamw_8bit")
-    ] = Field("adamw", description="Optimizer.")
+    optim: Annotated[Literal["adamw", "adamw_8bit", "paged_adamw_8bit"], NotYet("adamw_8bit", "paged_adamw_8bit")] = Field(
+        "adamw", description="Optimizer."
+    )
     max_grad_norm: float = Field(1.0, gt=0, le=1e9, strict=True, description="Gradients are clipped to this global norm.")
     save_steps: PositiveSteps = Field(500, description="Steps between checkpoints; the last step always saves one.")
     save_total_limit: int = Field(2, ge=1, le=1000, strict=True, description="Checkpoints kept, the newest first.")
@@ -297,9 +290,7 @@ class Export(Section):
 class TrainConfig(Section):
     """How the model is trained."""
 
-    type: Annotated[Literal["sft", "dpo", "kto", "orpo", "grpo"], OnlyYet("sft")] = Field(
-        "sft", description="Objective."
-    )
+    type: Annotated[Literal["sft", "dpo", "kto", "orpo", "grpo"], OnlyYet("sft")] = Field("sft", description="Objective.")
     torch_dtype: Annotated[Literal["bfloat16", "float16", "float32"], NotYet("float16")] = Field(
         "bfloat16",
         description="Dtype of the base and of compute; a CPU without bf16 units computes in float32 and says so.",
@@ -308,9 +299,7 @@ class TrainConfig(Section):
     train_type: Annotated[Literal["lora", "full"], NotYet("full")] = Field(
         "lora", description="Train an adapter, or every weight (not with quantization)."
     )
-    tuner_backend: Literal["tuneyard", "simplismart", "peft"] = Field(
-        "tuneyard", description="Names of the same engine."
-    )
+    tuner_backend: Literal["tuneyard", "simplismart", "peft"] = Field("tuneyard", description="Names of the same engine.")
     hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters)
     adapter_config: AdapterConfig = Field(default_factory=AdapterConfig)
     distributed: Distributed = Field(default_factory=Distributed)
@@ -349,9 +338,7 @@ class DatasetDetails(Section):
             if not S3_BUCKET.match(bucket) or not key:
                 raise PydanticCustomError("dataset_path", "dataset_path must be s3://bucket/key")
             if key.endswith("/"):
-                raise PydanticCustomError(
-                    "not_supported_yet", "dataset_path: a prefix is not supported yet, name one object"
-                )
+                raise PydanticCustomError("not_supported_yet", "dataset_path: a prefix is not supported yet, name one object")
             if self.ownership == "private" and self.secret_id is None:
                 raise PydanticCustomError("secret_missing", "a private dataset needs secret_id")
         return self
@@ -413,5 +400,3 @@ class JobSpec(Section):
     train_config: TrainConfig = Field(default_factory=TrainConfig)
     dataset_details: DatasetDetails
     infra_config: InfraConfig
-
-

@@ -254,9 +254,12 @@ def _end(state: dict[str, Any]) -> None:
     """Ask the supervisor to stop, then end whatever of the instance is left."""
     try:
         supervisor = psutil.Process(state["pid"])
-        if supervisor.environ().get(INSTANCE) == state["instance"] or supervisor in _members(state["instance"]):
-            supervisor.terminate()
-        elif "serve_app.cli" in " ".join(supervisor.cmdline()) or "tuneyard" in " ".join(supervisor.cmdline()):
+        if (
+            supervisor.environ().get(INSTANCE) == state["instance"]
+            or supervisor in _members(state["instance"])
+            or "serve_app.cli" in " ".join(supervisor.cmdline())
+            or "tuneyard" in " ".join(supervisor.cmdline())
+        ):
             supervisor.terminate()
         psutil.wait_procs([supervisor], timeout=STOP_TIMEOUT_S)
     except (psutil.NoSuchProcess, psutil.AccessDenied):

@@ -101,9 +101,7 @@ def list_jobs(
     org = uuid_of(org_id, "org_id")
     asking.require_org(org)
     try:
-        found, following = here.store.list_jobs(
-            org, status=status, experiment_name=experiment_name, limit=limit, cursor=cursor
-        )
+        found, following = here.store.list_jobs(org, status=status, experiment_name=experiment_name, limit=limit, cursor=cursor)
     except ValueError:
         raise invalid([field_error("cursor", "not a cursor of this service")]) from None
     return {"jobs": [render(here, job) for job in found], "next_cursor": following}

@@ -102,7 +102,10 @@ def render(here: Service, job: Job) -> dict[str, Any]:
         "completed_at": _time(job.completed_at),
         "queue_position": here.store.queue_position(job),
         "attempt": job.attempt,
-        **{name: job.spec[name] for name in ("dataset_config", "model_details", "train_config", "dataset_details", "infra_config")},
+        **{
+            name: job.spec[name]
+            for name in ("dataset_config", "model_details", "train_config", "dataset_details", "infra_config")
+        },
         "metrics": job.metrics,
         "output_model_path": job.output_model_path,
         "error_message": job.error_message,

@@ -145,9 +145,7 @@ class JobStore:
 
     # --- submit and read ---
 
-    def insert(
-        self, spec: JobSpec, message: str, idempotency_key: str | None = None, body_hash: str = ""
-    ) -> tuple[Job, bool]:
+    def insert(self, spec: JobSpec, message: str, idempotency_key: str | None = None, body_hash: str = "") -> tuple[Job, bool]:
         """Add a job, QUEUED; (job, True), or (the earlier job, False) for a repeated idempotency key.
 
         Raises NameTaken, IdempotencyMismatch.
@@ -287,9 +285,7 @@ class JobStore:
         now = _now()
         with self.engine.begin() as tx:
             _require_attempt(tx, request_id, attempt)
-            tx.execute(
-                sa.update(jobs).where(jobs.c.request_id == request_id).values(**fields, heartbeat_at=now, updated_at=now)
-            )
+            tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**fields, heartbeat_at=now, updated_at=now))
             return _require(tx, request_id)
 
     def finish(self, request_id: str, attempt: int, status: Status, *, message: str, **fields: Any) -> Job:

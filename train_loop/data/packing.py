@@ -8,7 +8,7 @@ on a GPU).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -67,8 +67,13 @@ class MicroBatch:
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on `device`."""
         mask = None if self.attention_mask is None else self.attention_mask.to(device)
-        moved = (t.to(device) for t in (self.input_ids, self.labels, self.position_ids))
-        return MicroBatch(*moved, mask, self.num_samples, self.num_tokens)
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            labels=self.labels.to(device),
+            position_ids=self.position_ids.to(device),
+            attention_mask=mask,
+        )
 
 
 def collate(samples: Sequence[Sample], *, max_length: int, packing: bool, pad_id: int) -> MicroBatch | None:

@@ -14,6 +14,7 @@ import ray.data
 from ray import cloudpickle
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
+from ray.exceptions import RayError
 
 from train_loop.data.jsonl import ByteRange, Line, plan_ranges, read_lines
 from train_loop.data.prepare import finish, parse_lines, save_range
@@ -107,7 +108,7 @@ def prepare_with_ray(
     )
     try:
         found = [cloudpickle.loads(row["summary"]) for row in summaries.iter_rows()]
-    except Exception as error:
+    except (RayError, UserError) as error:
         raise _user_error(error) or error from None
     return finish(spec, files, found, storage, run_path)
 

@@ -17,7 +17,16 @@ import pyarrow as pa
 
 from train_loop.data.formats import RowRejected, to_conversation
 from train_loop.data.jsonl import MAX_LINE_BYTES, ByteRange, Line, plan_ranges, read_lines
-from train_loop.data.shards import EAGER, LAZY, SPLITS, PreparedDataset, ShardInfo, split_bounds, split_place, write_shard
+from train_loop.data.shards import (
+    EAGER,
+    LAZY,
+    SPLITS,
+    PreparedDataset,
+    ShardInfo,
+    split_bounds,
+    split_place,
+    write_shard,
+)
 from train_loop.data.sources import SourceFile, explain
 from train_loop.errors import DatasetError
 from train_loop.spec import JobSpec, RandomSplit
@@ -169,9 +178,7 @@ def _check_rejects(spec: JobSpec, num_lines: int, rejected: list[dict[str, Any]]
     uri = spec.dataset_details.dataset_path
     first = "; ".join(f"line {r['line']}: {r['reason']}" for r in rejected[:3])
     if num_lines == 0:
-        raise DatasetError(
-            f"{uri} has no rows, only blank lines.", field="dataset_details.dataset_path", code="dataset_empty"
-        )
+        raise DatasetError(f"{uri} has no rows, only blank lines.", field="dataset_details.dataset_path", code="dataset_empty")
     if len(rejected) == num_lines:
         raise DatasetError(
             f"no usable row in {uri} (dataset_format {spec.dataset_details.dataset_format}): {first}.",

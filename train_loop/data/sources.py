@@ -15,7 +15,7 @@ from train_loop.spec import DatasetDetails
 CONNECT_TIMEOUT_S = 5
 REQUEST_TIMEOUT_S = 20
 PATH = "dataset_details.dataset_path"
-SECRET = "dataset_details.secret_id"  # noqa: S105 - a field's name
+SECRET = "dataset_details.secret_id"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,9 @@ def explain(error: Exception, uri: str) -> DatasetError:
         )
     if isinstance(error, FileNotFoundError) or "NO_SUCH_KEY" in text or "HTTP status 404" in text:
         return DatasetError(
-            f"there is no object at {uri}: correct dataset_path or upload the file.", field=PATH, code="object_not_found"
+            f"there is no object at {uri}: correct dataset_path or upload the file.",
+            field=PATH,
+            code="object_not_found",
         )
     if isinstance(error, TimeoutError) or any(s in text for s in ("NETWORK_CONNECTION", "curlCode", "timed out", "Timeout")):
         return DatasetError(

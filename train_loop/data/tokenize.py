@@ -74,9 +74,7 @@ class ChatTokenizer:
         return template or ""
 
     def _render(self, messages: list[Message], **options: Any) -> str:
-        text: str = self.tokenizer.apply_chat_template(
-            messages, chat_template=self.prompt.template, tokenize=False, **options
-        )
+        text: str = self.tokenizer.apply_chat_template(messages, chat_template=self.prompt.template, tokenize=False, **options)
         return text
 
     def _by_marks(self, messages: list[Message]) -> tuple[np.ndarray, np.ndarray]:

@@ -60,9 +60,7 @@ def model_folder(details: ModelDetails, mirror: Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(details.base_model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"])
-        )
+        return Path(snapshot_download(details.base_model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
     except Exception as error:
         raise ModelError(
             f"base model {details.base_model} is neither in the model mirror ({mirror}) nor on the hub: "
