@@ -17,6 +17,7 @@ setup: $(VENV)/installed
 	$(BIN)/tuneyard models
 
 demo: setup
+	command -v curl >/dev/null || (apt-get update -qq && apt-get install -qq -y curl)
 	$(BIN)/python -m examples.demo
 
 test: setup

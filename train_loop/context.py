@@ -104,10 +104,12 @@ class LocalContext:
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         from pyarrow.fs import LocalFileSystem, copy_files
 
+        from train_loop.data.sources import make_folder
+
         target = f"{self.run_path}/checkpoints/step-{step:08d}"
         with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             write(Path(folder))
-            self.storage.create_dir(target, recursive=True)
+            make_folder(self.storage, target)
             copy_files(folder, target, source_filesystem=LocalFileSystem(), destination_filesystem=self.storage)
         # The marker goes last: a checkpoint without it was cut off and is never picked up.
         with self.storage.open_output_stream(f"{target}/complete") as marker:

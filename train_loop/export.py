@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from train_loop.data.sources import make_folder
 from train_loop.metrics import MetricLog
 from train_loop.spec import JobSpec
 
@@ -51,7 +52,7 @@ def upload(folder: Path, storage: FileSystem, path: str) -> None:
     """Copy the local `folder` to `path` in object storage, replacing files of the same name."""
     from pyarrow.fs import LocalFileSystem, copy_files
 
-    storage.create_dir(path, recursive=True)
+    make_folder(storage, path)
     copy_files(str(folder), path, source_filesystem=LocalFileSystem(), destination_filesystem=storage)
 
 

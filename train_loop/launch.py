@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from train_loop.context import LocalContext, Monitor, RayContext, write_json
 from train_loop.data.prepare import prepare_local
 from train_loop.data.shards import PreparedDataset
-from train_loop.data.sources import Credentials, SourceFile, filesystem_for, find_files
+from train_loop.data.sources import Credentials, SourceFile, filesystem_for, find_files, make_folder
 from train_loop.errors import Stopped, UserError
 from train_loop.export import digest
 from train_loop.spec import JobSpec
@@ -61,8 +61,7 @@ class RunFiles:
     def storage(self) -> tuple[FileSystem, str]:
         """The run's file system and folder."""
         filesystem, path = filesystem_for(self.storage_uri, self.keys().storage)
-        if not self.storage_uri.startswith("s3://"):
-            filesystem.create_dir(path, recursive=True)
+        make_folder(filesystem, path)
         return filesystem, path
 
     def source(self, spec: JobSpec) -> tuple[FileSystem, str]:

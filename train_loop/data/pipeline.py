@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from train_loop.data.jsonl import ByteRange, Line, plan_ranges, read_lines
 from train_loop.data.prepare import finish, parse_lines, save_range
 from train_loop.data.shards import PreparedDataset
-from train_loop.data.sources import SourceFile, explain
+from train_loop.data.sources import SourceFile, explain, make_folder
 from train_loop.errors import UserError
 from train_loop.spec import JobSpec
 
@@ -86,7 +86,7 @@ def prepare_with_ray(
     context.print_on_execution_start = False
     ranges = plan_ranges(files)
     storage = open_storage()
-    storage.create_dir(f"{run_path}/data", recursive=True)
+    make_folder(storage, f"{run_path}/data")
 
     def parse(table: pa.Table) -> Iterator[pa.Table]:
         if table.num_rows == 0:

@@ -27,7 +27,7 @@ from train_loop.data.shards import (
     split_place,
     write_shard,
 )
-from train_loop.data.sources import SourceFile, explain
+from train_loop.data.sources import SourceFile, explain, make_folder
 from train_loop.errors import DatasetError
 from train_loop.spec import JobSpec, RandomSplit
 
@@ -227,7 +227,7 @@ def prepare_local(
     chat: ChatTokenizer | None,
 ) -> PreparedDataset:
     """Prepare range by range in this process. Raises DatasetError."""
-    storage.create_dir(f"{run_path}/data", recursive=True)
+    make_folder(storage, f"{run_path}/data")
     summaries = []
     for part in plan_ranges(files):
         try:

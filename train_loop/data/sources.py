@@ -70,6 +70,12 @@ def filesystem_for(
     return pafs.S3FileSystem(**options), uri.removeprefix("s3://")
 
 
+def make_folder(filesystem: pafs.FileSystem, path: str) -> None:
+    """Make a local folder. Object storage has none, and pyarrow would leave an empty object in its place."""
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        filesystem.create_dir(path, recursive=True)
+
+
 def explain(error: Exception, uri: str) -> DatasetError:
     """The storage error as a sentence for the owner of `uri`: which thing is wrong, and how to mend it."""
     text = str(error)
