@@ -11,7 +11,7 @@ from fastapi.openapi.utils import get_openapi
 from ray import serve
 from ray.exceptions import RayError
 
-from serve_app import errors
+from serve_app import errors, logs
 from serve_app.dispatcher import NAME, Dispatcher
 from serve_app.job_actor import actor_name
 from serve_app.routes import health, jobs, secrets
@@ -52,6 +52,7 @@ class RayRuntime:
 
 def build_app(settings: Settings, store: JobStore, runtime: Runtime) -> FastAPI:
     """The whole HTTP interface over these parts."""
+    logs.configure()
     app = FastAPI(title="Tuneyard", version=version("tuneyard"), redirect_slashes=False)
     app.state.service = Service(store, settings, SecretVault.from_settings(store, settings), runtime)
     for room in (health, jobs, secrets):

@@ -14,6 +14,7 @@ import ray
 import structlog
 from sqlalchemy.exc import OperationalError
 
+from serve_app import logs
 from serve_app.job_actor import JobActor, actor_name
 from serve_app.lifecycle import Status
 from serve_app.settings import Settings
@@ -29,6 +30,7 @@ class Dispatcher:
     """Starts its loop by itself, so that a restarted actor goes on without being called."""
 
     def __init__(self) -> None:
+        logs.configure()
         self.settings = Settings.load()
         self.store = JobStore.open(self.settings.database_url)
         self.owner = uuid.uuid4().hex

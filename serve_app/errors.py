@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 import uuid
@@ -73,8 +74,12 @@ def _translate(error: Any, model: type[BaseModel]) -> dict[str, Any]:
     elif bounds := {k: context[k] for k in ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern") if k in context}:
         more["allowed"] = bounds
     given = error.get("input")
-    if isinstance(given, str | int | float | bool | None) and error["type"] != "missing":
-        more["input"] = given[:INPUT_CHARS] if isinstance(given, str) else given
+    if error["type"] != "missing" and (
+        isinstance(given, bool | int | None) or (isinstance(given, float) and math.isfinite(given))
+    ):
+        more["input"] = given
+    elif isinstance(given, str):
+        more["input"] = given[:INPUT_CHARS]
     return field_error(path, message, **more)
 
 

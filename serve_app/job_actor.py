@@ -12,6 +12,7 @@ from typing import Any
 
 import structlog
 
+from serve_app import logs
 from serve_app.lifecycle import Phase, Status
 from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
@@ -51,6 +52,7 @@ class JobActor:
     """One attempt at one job. Every method is async: status never waits for training, which runs in a thread."""
 
     def __init__(self, request_id: str, attempt: int) -> None:
+        logs.configure()
         self.settings = Settings.load()
         self.store = JobStore.open(self.settings.database_url)
         self.attempt = attempt

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from train_loop.model.load import compute_dtype, load_tokenizer, quantization_config
+from train_loop.model.load import compute_dtype, load_tokenizer, quantization_config, quieten
 from train_loop.spec import Quantization
 
 
@@ -22,12 +22,10 @@ class Comparison:
     @classmethod
     def load(cls, base_folder: Path, adapter_folder: Path, quantization: Quantization | None) -> Comparison:
         """Load both, quantised as in training."""
+        quieten()
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype, _ = compute_dtype("bfloat16", device)
         base = AutoModelForCausalLM.from_pretrained(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from logging import getLogger
@@ -91,13 +92,21 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
     )
 
 
-def load_base(spec: JobSpec, folder: Path, device: torch.device) -> BaseModel:
-    """Load the base model onto `device`, quantised when asked, every parameter frozen. Raises ModelError."""
-    from transformers import AutoModelForCausalLM
+def quieten() -> None:
+    """Keep the libraries from printing what a user can't act on: progress bars, an optional package, a deprecated name that
+    PEFT reads."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    getLogger("bitsandbytes").setLevel("ERROR")  # says once a worker that an optional kernel package is missing
+    getLogger("bitsandbytes").setLevel("ERROR")
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+
+
+def load_base(spec: JobSpec, folder: Path, device: torch.device) -> BaseModel:
+    """Load the base model onto `device`, quantised when asked, every parameter frozen. Raises ModelError."""
+    from transformers import AutoModelForCausalLM
+
+    quieten()
     dtype, note = compute_dtype(spec.train_config.torch_dtype, device)
     quantization = spec.model_details.quantization
     try:

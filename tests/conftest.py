@@ -1,0 +1,151 @@
+"""Real parts for every test: base models, an S3 server, both databases."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+ORG = "0bf00b43-430a-4ca3-a8b3-b13cc8dc6d4f"
+OTHER_ORG = "11111111-2222-4333-8444-555555555555"
+TINY = "tuneyard/tiny-random-llama"
+
+DOCUMENTED: dict[str, Any] = {
+    "org": ORG,
+    "experiment_name": "launch-causal_lm-lora",
+    "dataset_config": {
+        "preprocessing": {
+            "lazy_tokenize": True,
+            "streaming": False,
+            "prompt": {"system": None, "max_length": 4096, "template": None},
+        },
+        "split": {"type": "random", "ratios": [0.9, 0.1]},
+    },
+    "model_details": {
+        "base_model": "meta-llama/Llama-3.2-1B-Instruct",
+        "ownership": "public",
+        "source_type": "hf",
+        "model_type": "llm",
+        "quantization": {"quant_bits": 4},
+    },
+    "train_config": {
+        "type": "sft",
+        "torch_dtype": "bfloat16",
+        "task_type": "causal_lm",
+        "train_type": "lora",
+        "tuner_backend": "simplismart",
+        "hyperparameters": {
+            "num_epochs": 1,
+            "per_device_train_batch_size": 8,
+            "per_device_eval_batch_size": 8,
+            "gradient_checkpointing": True,
+            "save_steps": 500,
+            "save_total_limit": 2,
+            "eval_steps": 500,
+            "logging_steps": 5,
+            "learning_rate": 0.0001,
+            "dataloader_num_workers": 1,
+        },
+        "adapter_config": {"r": 16, "alpha": 16, "dropout": 0.1, "targets": ["all-linear"]},
+        "distributed": {"type": "ddp"},
+    },
+    "dataset_details": {
+        "dataset_name": "dataset-name",
+        "dataset_path": "s3://training-dev-datasets/ds/sharegpt_ds_half.jsonl",
+        "dataset_description": "",
+        "dataset_type": "jsonl",
+        "dataset_format": "sharegpt",
+        "source_type": "s3",
+        "ownership": "private",
+        "secret_id": "<your-secret-key>",
+        "region": "us-west-2",
+    },
+    "infra_config": {"gpu_type": "h100", "gpu_count": 2, "infra_type": "simplismart", "node_count": 2},
+}
+
+Job = Callable[..., dict[str, Any]]
+
+
+def with_fields(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A deep copy of `base` with dotted names set."""
+    job = copy.deepcopy(base)
+    for name, value in changes.items():
+        *parents, last = name.split(".")
+        at = job
+        for parent in parents:
+            at = at.setdefault(parent, {})
+        at[last] = value
+    return job
+
+
+@pytest.fixture(scope="session")
+def mirror() -> Path:
+    """The embedded model mirror, as `make setup` leaves it."""
+    from train_loop.model.mirror import materialise
+
+    folder = Path(os.environ.get("TUNEYARD_HOME", Path.home() / ".tuneyard")) / "models"
+    assert TINY in materialise(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(mirror: Path) -> Any:
+    from train_loop.model.load import load_tokenizer
+
+    return load_tokenizer(mirror / TINY)
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    """ShareGPT rows of very different lengths, in both shapes."""
+    made: list[dict[str, Any]] = []
+    for i in range(count):
+        question, answer = f"What is {i} plus one?", " ".join(["It", "is", *["truly"] * (i * 7 % 23), f"{i + 1}."])
+        if i % 2:
+            made.append({"conversation": [{"human": question, "assistant": answer}]})
+        else:
+            made.append({"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]})
+    return made
+
+
+def write_jsonl(path: Path, values: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(v) + "\n" for v in values))
+    return path
+
+
+@pytest.fixture
+def local_job(tmp_path: Path) -> Job:
+    """A job on local rows and the tiny model; keyword arguments by dotted name go on top."""
+
+    def make(changes: dict[str, Any] | None = None, num_rows: int = 40) -> dict[str, Any]:
+        path = write_jsonl(tmp_path / "rows.jsonl", rows(num_rows))
+        base = {
+            "dataset_details": {"dataset_path": str(path), "source_type": "local", "ownership": "public"},
+            "model_details.base_model": TINY,
+            "dataset_config.preprocessing.prompt.max_length": 128,
+            "train_config.hyperparameters.logging_steps": 1,
+            "train_config.hyperparameters.learning_rate": 0.01,
+            "train_config.hyperparameters.max_steps": 4,
+            "train_config.hyperparameters.dataloader_num_workers": 0,
+            "infra_config": {"gpu_type": "cpu"},
+        }
+        return with_fields(DOCUMENTED, base | (changes or {}))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A real S3 server (SeaweedFS)."""
+    from serve_app.embedded.s3 import start_s3
+
+    folder = tmp_path_factory.mktemp("s3")
+    server = start_s3(folder / "data", folder / "s3.log")
+    yield server
+    server.stop()

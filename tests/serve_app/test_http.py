@@ -1,0 +1,334 @@
+"""The HTTP interface over a real store; nothing runs the jobs here."""
+
+import json
+import time
+
+import jwt
+import pytest
+from starlette.testclient import TestClient
+
+from serve_app.app import build_app
+from serve_app.auth import mint_token
+from serve_app.settings import Settings
+from serve_app.store.jobs import JobStore
+from tests.conftest import DOCUMENTED, ORG, OTHER_ORG, TINY, with_fields
+
+CANARY = "sk-canary-Zx81Kq"
+SECTIONS = ("dataset_config", "model_details", "train_config", "dataset_details", "infra_config")
+
+
+class Idle:
+    """A cluster on which nothing runs yet."""
+
+    def live_status(self, request_id):
+        return None
+
+    def poke(self):
+        return None
+
+    def not_ready(self):
+        return None
+
+
+@pytest.fixture
+def settings(tmp_path, mirror, monkeypatch):
+    monkeypatch.setenv("TUNEYARD_HOME", str(tmp_path))
+    monkeypatch.setenv("TUNEYARD_MODEL_MIRROR", str(mirror))
+    monkeypatch.setenv("TUNEYARD_EMBEDDED", "true")
+    monkeypatch.setenv("TUNEYARD_HUB_OFFLINE", "true")
+    monkeypatch.setenv("TUNEYARD_MAX_WORKERS", "8")
+    Settings.load().prepare_embedded_keys()
+    return Settings.load()
+
+
+@pytest.fixture
+def store(settings):
+    store = JobStore.open(settings.database_url)
+    store.migrate()
+    return store
+
+
+@pytest.fixture
+def http(settings, store):
+    with TestClient(build_app(settings, store, Idle()), raise_server_exceptions=False) as client:
+        client.headers["Authorization"] = f"Bearer {mint_token(settings, ORG, 'tester', 600)}"
+        yield client
+
+
+@pytest.fixture
+def secret_id(http):
+    data = {"access_key_id": "AK" + CANARY, "secret_access_key": CANARY, "endpoint_url": "http://127.0.0.1:9"}
+    answer = http.post("/secret/", json={"org": ORG, "name": "keys", "type": "s3", "data": data})
+    assert answer.status_code == 200
+    assert CANARY not in answer.text + http.get("/secret/list/", params={"org_id": ORG}).text
+    return answer.json()["secret_id"]
+
+
+@pytest.fixture
+def job(secret_id):
+    return with_fields(DOCUMENTED, {"model_details.base_model": TINY, "dataset_details.secret_id": secret_id})
+
+
+def form(job):
+    return {k: (None, json.dumps(v) if k in SECTIONS else v) for k, v in job.items()}
+
+
+def fields(answer, status=422):
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    return {e["field"]: e for e in answer.json()["errors"]}
+
+
+@pytest.mark.parametrize("path", ["/job/", "/job"])
+@pytest.mark.parametrize("encoding", ["multipart", "urlencoded", "json"])
+def test_the_documented_request_is_accepted_in_every_encoding(http, store, job, path, encoding):
+    body = {
+        "multipart": {"files": form(job)},
+        "urlencoded": {"data": {k: v for k, (_, v) in form(job).items()}},
+        "json": {"json": job},
+    }[encoding]
+    answer = http.post(path, **body)
+    assert answer.status_code == 200, answer.text
+    accepted = answer.json()
+    assert accepted["status"] == "QUEUED"
+    assert accepted["experiment_name"] == job["experiment_name"]
+    assert "4 CPU workers" in accepted["message"]
+    assert store.get(accepted["request_id"]).spec["train_config"]["hyperparameters"]["warmup_ratio"] == 0.03
+
+
+def test_reading_a_job(http, job):
+    request_id = http.post("/job/", json=job).json()["request_id"]
+    got = http.get("/job/get/", params={"org_id": ORG, "request_id": request_id}).json()
+    assert set(got) == {
+        *(
+            [
+                "request_id",
+                "org",
+                "experiment_name",
+                "status",
+                "phase",
+                "message",
+                "progress",
+                "step",
+                "total_steps",
+                "epoch",
+                "eta_s",
+                "created_at",
+                "updated_at",
+            ]
+        ),
+        *(
+            [
+                "started_at",
+                "completed_at",
+                "queue_position",
+                "attempt",
+                "metrics",
+                "output_model_path",
+                "error_message",
+                "error_code",
+            ]
+        ),
+        *SECTIONS,
+    }
+    assert got["queue_position"] == 1
+    assert http.get(f"/job/{request_id}").json() == got
+    assert http.get("/job/list", params={"org_id": ORG}).json() == {"jobs": [got], "next_cursor": None}
+    canceled = http.post("/job/cancel/", json={"org_id": ORG, "request_id": request_id}).json()
+    assert canceled["status"] == http.post(f"/job/{request_id}/cancel").json()["status"] == "CANCELED"
+    kinds = [e["kind"] for e in http.get("/job/events/", params={"org_id": ORG, "request_id": request_id}).json()["events"]]
+    assert kinds == ["queued", "cancel_requested"]
+
+
+def test_idempotency_and_names(http, job):
+    first = http.post("/job/", json=job, headers={"Idempotency-Key": "k"}).json()
+    assert http.post("/job/", files=form(job), headers={"Idempotency-Key": "k"}).json() == first
+    assert http.post("/job/", json=job | {"experiment_name": "x"}, headers={"Idempotency-Key": "k"}).status_code == 409
+    taken = http.post("/job/", json=job)
+    assert taken.status_code == 409
+    assert first["request_id"] in taken.json()["detail"]
+
+
+def token(settings, key=None, algorithm="HS256", **claims):
+    claims = {"sub": "x", "org": ORG, "exp": time.time() + 60} | claims
+    return jwt.encode(
+        {k: v for k, v in claims.items() if v is not None}, key or settings.jwt_secret.get_secret_value(), algorithm
+    )
+
+
+def test_bad_tokens_are_401(http, settings):
+    bad = [
+        None,
+        "",
+        "Basic abc",
+        "Bearer",
+        "Bearer nonsense",
+        "Bearer " + token(settings, key="another key that is long enough to be used"),
+        "Bearer " + token(settings, exp=time.time() - 3600),
+        "Bearer " + token(settings, exp=None),
+        "Bearer " + token(settings, sub=None),
+        "Bearer " + token(settings, org=None),
+        "Bearer " + token(settings, org="not-a-uuid"),
+        "Bearer " + token(settings, algorithm="HS512"),
+        "Bearer " + jwt.encode({"sub": "x", "org": ORG, "exp": time.time() + 60}, None, "none"),
+    ]
+    for header in bad:
+        answer = http.get("/job/list/", params={"org_id": ORG}, headers={"Authorization": header or ""})
+        assert answer.status_code == 401, header
+        assert answer.headers["WWW-Authenticate"].startswith("Bearer")
+
+
+def test_other_orgs_are_out_of_reach(http, settings, store, job):
+    request_id = http.post("/job/", json=job).json()["request_id"]
+    foreign = {"Authorization": f"Bearer {mint_token(settings, OTHER_ORG, 'x', 60)}"}
+    assert http.post("/job/", json=job, headers=foreign).status_code == 403
+    assert http.get("/job/list/", params={"org_id": ORG}, headers=foreign).status_code == 403
+    assert http.get("/job/get/", params={"org_id": OTHER_ORG, "request_id": request_id}, headers=foreign).status_code == 404
+    assert http.get(f"/job/{request_id}", headers=foreign).status_code == 404
+    assert http.post(f"/job/{request_id}/cancel", headers=foreign).status_code == 404
+    assert fields(http.post("/job/", json=job | {"org": OTHER_ORG, "experiment_name": "y"}, headers=foreign)).keys() == {
+        "dataset_details.secret_id"
+    }
+    reader = {"Authorization": f"Bearer {mint_token(settings, ORG, 'x', 60, scope='jobs:read')}"}
+    assert http.get(f"/job/{request_id}", headers=reader).status_code == 200
+    assert http.post(f"/job/{request_id}/cancel", headers=reader).status_code == 403
+
+
+def test_all_field_errors_come_at_once_with_their_names(http, store, job):
+    bad = with_fields(
+        job,
+        {
+            "train_config.hyperparameters.learning_rte": 1,
+            "train_config.hyperparameters.learning_rate": "fast",
+            "train_config.type": "dpo",
+            "dataset_config.split": {"type": "random", "ratio": [0.9, 0.1]},
+            "infra_config.gpu_count": 0,
+        },
+    )
+    found = fields(http.post("/job/", files=form(bad)))
+    assert set(found) == {
+        "train_config.hyperparameters.learning_rte",
+        "train_config.hyperparameters.learning_rate",
+        "train_config.type",
+        "dataset_config.split.ratio",
+        "dataset_config.split.ratios",
+        "infra_config.gpu_count",
+    }
+    assert "did you mean learning_rate?" in found["train_config.hyperparameters.learning_rte"]["message"]
+    assert "did you mean ratios?" in found["dataset_config.split.ratio"]["message"]
+    assert "not supported yet" in found["train_config.type"]["message"]
+    assert found["infra_config.gpu_count"]["allowed"] == {"ge": 1}
+    assert store.list_jobs(ORG) == ([], None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "said"),
+    [
+        ({"model_details.base_model": "nobody/nothing"}, "model_details.base_model", "TUNEYARD_MODEL_MIRROR"),
+        ({"model_details.base_model": "../.."}, "model_details.base_model", "hub id"),
+        ({"dataset_details.secret_id": "unknown"}, "dataset_details.secret_id", "POST /secret/"),
+        ({"infra_config.gpu_type": "gtx"}, "infra_config.gpu_type", "h100"),
+        ({"infra_config.node_count": 5}, "infra_config.node_count", "room for 8"),
+        ({"dataset_config.preprocessing.prompt.max_length": 100_000}, "dataset_config.preprocessing.prompt.max_length", "8192"),
+        ({"dataset_config.preprocessing.prompt.template": "{% if %}"}, "dataset_config.preprocessing.prompt.template", "line 1"),
+        ({"dataset_details.source_type": "local"}, "dataset_details.source_type", "use s3"),
+    ],
+)
+def test_what_can_not_run_here_is_refused_with_the_way_out(http, job, changes, field, said):
+    found = fields(http.post("/job/", json=with_fields(job, changes)))
+    assert list(found) == [field]
+    assert said in found[field]["message"]
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ('{"gpu_type": "h100",\n "gpu_count": }', "line 2, column 15"),
+        ('{"gpu_type": "h100", "gpu_type": "a100"}', "duplicate key 'gpu_type'"),
+        ('{"gpu_count": NaN}', "NaN"),
+        ("[" * 100 + "]" * 100, "nested too deeply"),
+        ("[" * 200_000, "nested too deeply"),
+        ('{"gpu_type": "\\ud800"}', "UTF-8"),
+    ],
+)
+def test_a_json_part_that_does_not_parse_is_named_with_line_and_column(http, job, part, said):
+    found = fields(http.post("/job/", files=form(job) | {"infra_config": (None, part)}))
+    assert said in found["infra_config"]["message"]
+
+
+def test_form_fields_are_checked(http, job):
+    found = fields(http.post("/job/", files=form(job) | {"infra_confg": (None, "{}")}))
+    assert "did you mean infra_config?" in found["infra_confg"]["message"]
+    without = {k: v for k, v in form(job).items() if k != "infra_config"}
+    assert fields(http.post("/job/", files=without))["infra_config"]["message"] == "this field is required"
+
+
+NASTY = [
+    ({"content": b"", "headers": {"content-type": "application/json"}}, 400),
+    ({"content": b"{", "headers": {"content-type": "application/json"}}, 400),
+    ({"content": b"[1]", "headers": {"content-type": "application/json"}}, 400),
+    ({"content": b"\xff\xfe", "headers": {"content-type": "application/json"}}, 422),
+    ({"content": b"9" * 5000, "headers": {"content-type": "application/json"}}, 422),
+    ({"content": b'{"org": 1e999}', "headers": {"content-type": "application/json"}}, 422),
+    ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400),
+    ({"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=b"}}, 400),
+    ({"content": b"\x00\xff=%zz&&&", "headers": {"content-type": "application/x-www-form-urlencoded"}}, 422),
+    ({"content": b"x", "headers": {"content-type": "text/plain"}}, 415),
+    ({"content": b"x"}, 415),
+    ({"json": {}}, 422),
+    ({"json": {"org": ["a"], "experiment_name": {"b": None}}}, 422),
+    ({"content": b"x" * (2 << 20), "headers": {"content-type": "application/json"}}, 413),
+]
+
+
+@pytest.mark.parametrize(("request_", "status"), NASTY, ids=range(len(NASTY)))
+def test_no_body_is_a_server_error(http, store, request_, status):
+    answer = http.post("/job/", **request_)
+    assert answer.status_code == status, answer.text
+    assert answer.json()["status"] == status
+    assert store.list_jobs(ORG) == ([], None)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"access_key_id": "a"},
+        {"access_key_id": "a", "secret_access_key": CANARY, "endpoint_url": "http://169.254.169.254"},
+        {"access_key_id": "a", "secret_access_key": CANARY, "endpoint_url": "http://evil.example"},
+        {"access_key_id": "a", "secret_access_key": CANARY, "endpoint_url": "file:///etc"},
+        {"access_key_id": "a", "secret_access_key": CANARY, "role_arn": "arn"},
+        {"access_key_id": "a", "secret_access_key": [CANARY]},
+    ],
+)
+def test_bad_secrets_are_refused_without_their_values(http, data):
+    answer = http.post("/secret/", json={"org": ORG, "name": "n", "type": "s3", "data": data})
+    assert fields(answer)
+    assert CANARY not in answer.text
+
+
+def test_secrets_are_sealed_at_rest_and_can_be_deleted(http, settings, secret_id, tmp_path):
+    assert not [p for p in tmp_path.iterdir() if p.is_file() and CANARY.encode() in p.read_bytes()]
+    assert http.delete(f"/secret/{secret_id}", params={"org_id": ORG}).status_code == 200
+    assert http.delete(f"/secret/{secret_id}", params={"org_id": ORG}).status_code == 404
+    assert settings.jwt_secret.get_secret_value() not in repr(settings)
+
+
+def test_health_and_docs_need_no_token(http):
+    del http.headers["Authorization"]
+    assert http.get("/healthz").json() == {"status": "ok"}
+    assert http.get("/readyz").json() == {"status": "ready"}
+    assert http.get("/docs").status_code == 200
+    schema = http.get("/openapi.json").json()
+    assert "multipart/form-data" in schema["paths"]["/job/"]["post"]["requestBody"]["content"]
+    assert "learning_rate" in schema["components"]["schemas"]["Hyperparameters"]["properties"]
+
+
+def test_a_store_that_is_away_is_503(settings, tmp_path):
+    broken = JobStore.open(f"sqlite:///{tmp_path}/no/such/folder/jobs.db")
+    with TestClient(build_app(settings, broken, Idle()), raise_server_exceptions=False) as client:
+        assert client.get("/readyz").status_code == 503
+        answer = client.get(
+            "/job/list/", params={"org_id": ORG}, headers={"Authorization": f"Bearer {mint_token(settings, ORG, 'x', 60)}"}
+        )
+    assert answer.status_code == 503
+    assert "Retry-After" in answer.headers

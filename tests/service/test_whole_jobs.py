@@ -1,0 +1,217 @@
+"""The service as a user has it: `tuneyard up --detach`, then jobs over HTTP, the command line and Ray's job API."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from serve_app.client import ApiError, Client
+from tests.conftest import DOCUMENTED, ORG, TINY, rows, with_fields
+
+pytestmark = pytest.mark.service
+REPO = Path(__file__).parent.parent.parent
+TUNEYARD = Path(sys.executable).parent / "tuneyard"
+DATASETS = "datasets"
+FINISH_S = 300
+
+
+class Running:
+    """A service of its own home."""
+
+    def __init__(self, home: Path, mirror: Path) -> None:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "TUNEYARD_", "RAY_"))}
+        self.env = clean | {
+            "TUNEYARD_HOME": str(home),
+            "TUNEYARD_MODEL_MIRROR": str(mirror),
+            "TUNEYARD_HUB_OFFLINE": "true",
+            "TUNEYARD_ORG": ORG,
+        }
+        self.home = home
+
+    def run(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([TUNEYARD, *arguments], env=self.env, check=check, capture_output=True, text=True, timeout=FINISH_S)
+
+    def start(self) -> None:
+        self.up = json.loads(self.run("up", "--detach", "--json").stdout)
+        self.token = self.run("token", "--org", ORG).stdout.strip()
+        self.client = Client(self.up["url"], self.token)
+        keys = {"access_key_id": self.up["s3_access_key_id"], "secret_access_key": self.up["s3_secret_access_key"]}
+        self.keys = keys | {"endpoint_url": self.up["s3_endpoint_url"]}
+        self.secret_id = self.client.create_secret(ORG, "keys", "s3", self.keys)["secret_id"]
+
+    def s3(self):
+        import boto3
+
+        return boto3.client(
+            "s3",
+            endpoint_url=self.up["s3_endpoint_url"],
+            aws_access_key_id=self.up["s3_access_key_id"],
+            aws_secret_access_key=self.up["s3_secret_access_key"],
+            region_name="us-east-1",
+        )
+
+    def job(self, name: str, changes: dict | None = None) -> dict:
+        base = {
+            "experiment_name": name,
+            "model_details.base_model": TINY,
+            "dataset_details.secret_id": self.secret_id,
+            "dataset_details.dataset_path": f"s3://{DATASETS}/rows.jsonl",
+            "dataset_config.preprocessing.prompt.max_length": 128,
+            "train_config.hyperparameters.logging_steps": 1,
+            "infra_config": {"gpu_type": "h100", "gpu_count": 1, "infra_type": "simplismart", "node_count": 1},
+        }
+        return with_fields(DOCUMENTED, base | (changes or {}))
+
+    def wait(self, request_id: str, until=lambda job: job["status"] in ("COMPLETED", "FAILED", "CANCELED")) -> dict:
+        deadline = time.monotonic() + FINISH_S
+        while time.monotonic() < deadline:
+            job = self.client.get(request_id, ORG)
+            if until(job):
+                return job
+            time.sleep(0.5)
+        raise AssertionError(f"the job hangs: {job['status']} {job['phase']}")
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory, mirror):
+    running = Running(tmp_path_factory.mktemp("home"), mirror)
+    running.start()
+    s3 = running.s3()
+    s3.create_bucket(Bucket=DATASETS)
+    lines = [json.dumps(r) for r in rows(60)]
+    lines.insert(10, "{broken")
+    s3.put_object(Bucket=DATASETS, Key="rows.jsonl", Body="\n".join(lines).encode())
+    s3.put_object(Bucket=DATASETS, Key="empty.jsonl", Body=b"")
+    s3.put_object(Bucket=DATASETS, Key="unusable.jsonl", Body=b'{"text": "no conversation"}\n' * 5)
+    yield running
+    instance = json.loads((running.home / "up.json").read_text())["instance"]
+    running.run("down")
+    left = []
+    for process in psutil.process_iter(["name"]):
+        try:
+            if process.environ().get("TUNEYARD_INSTANCE") == instance:
+                left.append(process.info)
+        except psutil.Error:
+            continue
+    assert left == []
+
+
+def test_the_documented_job_on_four_workers(service):
+    changes = {
+        "infra_config": DOCUMENTED["infra_config"],
+        "dataset_config.preprocessing.max_reject_ratio": 0.1,
+        "train_config.hyperparameters.num_epochs": 3,
+        "train_config.hyperparameters.learning_rate": 0.01,
+    }
+    job = service.job("documented", changes)
+    accepted = service.client.submit(job)
+    assert accepted["status"] == "QUEUED"
+    watched = service.run("watch", accepted["request_id"])
+    assert "COMPLETED done" in watched.stdout
+    done = service.client.get(accepted["request_id"], ORG)
+    assert done["metrics"]["eval_loss_after"] < done["metrics"]["eval_loss_before"]
+    assert (done["step"], done["total_steps"], done["progress"]) == (6, 6, 1.0)
+    bucket, _, prefix = done["output_model_path"].removeprefix("s3://").partition("/")
+    run = prefix.removesuffix("/adapter")
+    s3 = service.s3()
+    found = {e["Key"].removeprefix(run + "/") for e in s3.list_objects_v2(Bucket=bucket, Prefix=run + "/")["Contents"]}
+    assert {"job.json", "manifest.json", "metrics.jsonl", "rejected.jsonl", "adapter/adapter_model.safetensors"} <= found
+    assert any(name.startswith("checkpoints/") for name in found)
+    read = {name: s3.get_object(Bucket=bucket, Key=f"{run}/{name}")["Body"].read() for name in found}
+    assert json.loads(read["rejected.jsonl"])["line"] == 11
+    manifest = json.loads(read["manifest.json"])
+    assert manifest["world_size"] == 4
+    assert {f["name"] for f in manifest["adapter_files"]} == {
+        n.removeprefix("adapter/") for n in found if n.startswith("adapter/")
+    }
+    secret = service.keys["secret_access_key"].encode()
+    assert not [name for name, data in read.items() if secret in data]
+    answers = json.loads(service.run("chat", accepted["request_id"], "--prompt", "Hi", "--max-new-tokens", "4", "--json").stdout)
+    assert answers.keys() == {"prompt", "base", "tuned"}
+    with pytest.raises(ApiError) as caught:
+        service.client.cancel(accepted["request_id"], ORG)
+    assert caught.value.status == 409
+
+
+def test_what_is_wrong_with_a_dataset_is_said_in_a_sentence(service):
+    wrong = service.client.create_secret(ORG, "wrong", "s3", service.keys | {"secret_access_key": "wrong"})["secret_id"]
+    away = service.client.create_secret(ORG, "away", "s3", service.keys | {"endpoint_url": "http://127.0.0.1:1"})["secret_id"]
+    cases = {
+        "object_not_found": {"dataset_details.dataset_path": f"s3://{DATASETS}/missing.jsonl"},
+        "bucket_not_found": {"dataset_details.dataset_path": "s3://no-such-bucket/rows.jsonl"},
+        "storage_access_denied": {"dataset_details.secret_id": wrong},
+        "storage_unreachable": {"dataset_details.secret_id": away},
+        "dataset_empty": {"dataset_details.dataset_path": f"s3://{DATASETS}/empty.jsonl"},
+        "no_usable_rows": {"dataset_details.dataset_path": f"s3://{DATASETS}/unusable.jsonl"},
+        "too_many_rejects": {"dataset_config.preprocessing.max_reject_ratio": 0},
+    }
+    ids = {code: service.client.submit(service.job(code, changes))["request_id"] for code, changes in cases.items()}
+    jobs = {code: service.wait(request_id) for code, request_id in ids.items()}
+    assert {code: (job["status"], job["error_code"]) for code, job in jobs.items()} == {code: ("FAILED", code) for code in cases}
+    for job in jobs.values():
+        assert job["message"] == job["error_message"]
+        assert "Traceback" not in job["message"]
+        assert service.keys["secret_access_key"] not in json.dumps(job)
+
+
+def test_a_running_job_can_be_canceled_and_keeps_its_checkpoint(service):
+    hp = "train_config.hyperparameters"
+    changes = {f"{hp}.max_steps": 100_000, "dataset_config.preprocessing.max_reject_ratio": 0.1}
+    request_id = service.client.submit(service.job("long", changes))["request_id"]
+    service.wait(request_id, lambda job: job["status"] == "FAILED" or job["step"] >= 3)
+    service.run("cancel", request_id)
+    job = service.wait(request_id)
+    assert job["status"] == "CANCELED"
+    assert job["output_model_path"] is None
+    prefix = f"runs/{ORG}/{request_id}/checkpoints/"
+    found = service.s3().list_objects_v2(Bucket="tuneyard", Prefix=prefix)["Contents"]
+    assert any(e["Key"].endswith("adapter_model.safetensors") for e in found)
+
+
+def test_a_run_whose_processes_are_killed_goes_on_from_its_checkpoint(service):
+    hp = "train_config.hyperparameters"
+    changes = {f"{hp}.max_steps": 400, f"{hp}.save_steps": 5, "dataset_config.preprocessing.max_reject_ratio": 0.1}
+    request_id = service.client.submit(service.job("killed", changes))["request_id"]
+    service.wait(request_id, lambda job: job["status"] == "FAILED" or job["step"] >= 12)
+    killed = 0
+    for process in psutil.process_iter(["cmdline"]):
+        if (process.info["cmdline"] or [""])[0].startswith("ray::JobActor") and process.is_running():
+            process.kill()
+            killed += 1
+    assert killed == 1
+    job = service.wait(request_id)
+    assert (job["status"], job["attempt"], job["step"]) == ("COMPLETED", 2, 400)
+    answer = service.client._call("GET", "/job/events/", params={"org_id": ORG, "request_id": request_id})
+    assert any(e["kind"] == "resumed" for e in answer["events"])
+
+
+def test_ray_job_submit_runs_the_example_without_the_service(service):
+    command = [
+        *(str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", service.up["dashboard_url"]),
+        *("--working-dir", str(REPO), "--", "python", "-m", "train_loop", "examples/job.json"),
+    ]
+    done = subprocess.run(command, env=service.env, capture_output=True, text=True, timeout=FINISH_S, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert '"status": "COMPLETED"' in done.stdout
+
+
+def test_the_command_line(service, tmp_path):
+    assert json.loads(service.run("up", "--detach", "--json").stdout) == service.up
+    path = tmp_path / "job.yaml"
+    path.write_text(json.dumps(service.job("from-file")))
+    missing = service.run("submit", str(path), "--dataset", f"s3://{DATASETS}/missing.jsonl", "--json")
+    request_id = json.loads(missing.stdout)["request_id"]
+    watched = service.run("watch", request_id, check=False)
+    assert watched.returncode == 1
+    assert "there is no object at" in watched.stdout
+    assert json.loads(service.run("status", request_id, "--json").stdout)["status"] == "FAILED"
+    assert request_id in service.run("list").stdout
+    bad = service.run("submit", str(path), "--learning-rate", "7", "--json", check=False)
+    assert bad.returncode == 1
+    assert "learning_rate" in bad.stderr
+    assert "Traceback" not in bad.stderr

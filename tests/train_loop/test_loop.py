@@ -1,0 +1,196 @@
+"""The loop on a tiny model, in this process: it learns, resumes exactly, and what it reports is what plain PEFT measures."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pyarrow.fs import LocalFileSystem
+from safetensors.torch import load_file
+
+from train_loop.__main__ import Console, main
+from train_loop.data.packing import collate
+from train_loop.data.tokenize import ChatTokenizer
+from train_loop.errors import Stopped
+from train_loop.launch import Keys, RunFiles, launch_local
+from train_loop.loss import supervised_loss
+from train_loop.model.adapters import add_adapter, trainable
+from train_loop.model.load import compute_dtype, load_base, load_tokenizer, quantization_config
+from train_loop.spec import JobSpec
+
+
+class StopAfter(Console):
+    """A monitor that asks to stop once a step has been reported."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.at, self.seen = step, 0
+
+    def on_progress(self, progress):
+        self.seen = progress["step"]
+
+    def stop_requested(self):
+        return self.seen >= self.at
+
+
+def run(job, tmp_path, mirror, name="run", monitor=None):
+    files = RunFiles(str(tmp_path / name), str(mirror), lambda: Keys())
+    return launch_local(JobSpec.model_validate(job), name, files, monitor or Console())
+
+
+def adapter(tmp_path, name="run"):
+    return load_file(tmp_path / name / "adapter/adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("lazy", [True, False])
+def test_packing_and_lazy_tokenisation_do_not_change_the_run(local_job, tmp_path, mirror, packing, lazy):
+    quiet = {
+        "train_config.adapter_config.dropout": 0.0,
+        "train_config.torch_dtype": "float32",
+        "model_details.quantization": None,
+    }
+    run(local_job(quiet), tmp_path, mirror, "reference")
+    changes = {"dataset_config.preprocessing.packing": packing, "dataset_config.preprocessing.lazy_tokenize": lazy}
+    run(local_job(quiet | changes), tmp_path, mirror)
+    a, b = ([json.loads(x).get("loss") for x in (tmp_path / n / "metrics.jsonl").open()] for n in ("reference", "run"))
+    assert [x for x in a if x] == pytest.approx([x for x in b if x], rel=1e-4)
+
+
+def test_it_learns_and_leaves_a_complete_run_folder(local_job, tmp_path, mirror):
+    job = local_job({"train_config.hyperparameters.max_steps": 12, "train_config.hyperparameters.save_steps": 4})
+    manifest = run(job, tmp_path, mirror)
+    folder = tmp_path / "run"
+    assert manifest["metrics"]["eval_loss_after"] < manifest["metrics"]["eval_loss_before"] - 0.2
+    assert json.loads((folder / "manifest.json").read_text()) == manifest
+    assert {p.name for p in folder.iterdir()} == {
+        "adapter",
+        "checkpoints",
+        "data",
+        "job.json",
+        "manifest.json",
+        "metrics.jsonl",
+        "rejected.jsonl",
+    }
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja", "README.md"} <= {
+        f["name"] for f in manifest["adapter_files"]
+    }
+    points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [p["step"] for p in points if "loss" in p] == list(range(1, 13))
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step-00000008", "step-00000012"]
+
+
+def test_the_same_job_gives_the_same_adapter_and_so_does_a_stopped_and_resumed_one(local_job, tmp_path, mirror):
+    job = local_job({"train_config.hyperparameters.max_steps": 6})
+    run(job, tmp_path, mirror, "whole")
+    with pytest.raises(Stopped):
+        run(job, tmp_path, mirror, "cut", StopAfter(3))
+    assert not (tmp_path / "cut/manifest.json").exists()
+    run(job, tmp_path, mirror, "cut")
+    whole, cut = adapter(tmp_path, "whole"), adapter(tmp_path, "cut")
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[k], cut[k]) for k in whole)
+
+
+def test_gradient_accumulation_takes_the_same_steps_as_a_larger_batch(local_job, tmp_path, mirror):
+    base = {"train_config.adapter_config.dropout": 0.0, "train_config.torch_dtype": "float32", "model_details.quantization": None}
+    hp = "train_config.hyperparameters"
+    run(local_job(base | {f"{hp}.per_device_train_batch_size": 8}), tmp_path, mirror, "one")
+    run(
+        local_job(base | {f"{hp}.per_device_train_batch_size": 2, f"{hp}.gradient_accumulation_steps": 4}),
+        tmp_path,
+        mirror,
+        "four",
+    )
+    one, four = adapter(tmp_path, "one"), adapter(tmp_path, "four")
+    for key in one:
+        torch.testing.assert_close(one[key], four[key], rtol=1e-3, atol=1e-4)
+
+
+def test_nf4_gradients_survive_an_evaluation(local_job, mirror, tokenizer):
+    """bitsandbytes repacks 4-bit layers in eval mode on some CPUs, for a kernel without a backward."""
+    spec = JobSpec.model_validate(local_job())
+    model = add_adapter(load_base(spec, mirror / spec.model_details.base_model, torch.device("cpu")).model, spec)
+    chat = ChatTokenizer(tokenizer, spec.dataset_config.preprocessing.prompt, "right", "assistant")
+    sample = chat.encode({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]})
+    micro = collate([sample] * 3, max_length=128, packing=False, pad_id=2)
+
+    def gradients():
+        for p in trainable(model):
+            p.grad = None
+        supervised_loss(model.eval() and model, micro).backward()
+        return [p.grad.clone() for p in trainable(model)]
+
+    first = gradients()
+    with torch.no_grad():
+        supervised_loss(model, micro)
+    assert any(g.abs().sum() > 0 for g in first)
+    for a, b in zip(first, gradients(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_plain_peft_and_transformers_reproduce_the_reported_eval_loss(local_job, tmp_path, mirror):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    job = local_job({"train_config.hyperparameters.max_steps": 8})
+    manifest = run(job, tmp_path, mirror)
+    spec = JobSpec.model_validate(job)
+    dtype, _ = compute_dtype("bfloat16", torch.device("cpu"))
+    folder = mirror / spec.model_details.base_model
+    base = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        quantization_config=quantization_config(spec.model_details.quantization, dtype),
+        device_map={"": "cpu"},
+    )
+    model = PeftModel.from_pretrained(base, tmp_path / "run/adapter").eval()
+    tokenizer = load_tokenizer(tmp_path / "run/adapter")
+    lines = Path(spec.dataset_details.dataset_path).read_text().splitlines()
+    total = count = 0
+    for number in manifest["dataset"]["eval_lines"]:
+        row = json.loads(lines[number - 1])
+        turns = row.get("conversation") or [
+            {"human": row["conversations"][0]["value"], "assistant": row["conversations"][1]["value"]}
+        ]
+        prompt = [{"role": "user", "content": turns[0]["human"]}]
+        head = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(head + turns[0]["assistant"] + "<|im_end|>\n", return_tensors="pt", add_special_tokens=False)["input_ids"]
+        start = len(tokenizer(head, add_special_tokens=False)["input_ids"])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, :-1].float()
+        targets = ids[0, 1:]
+        spoken = slice(start - 1, len(targets) - 1)  # up to <|im_end|>, without the line end
+        total += torch.nn.functional.cross_entropy(logits[spoken], targets[spoken], reduction="sum").item()
+        count += len(targets[spoken])
+    tolerance = 1e-3 if dtype is torch.float32 else 1e-2
+    assert total / count == pytest.approx(manifest["metrics"]["eval_loss_after"], abs=tolerance)
+
+
+def test_the_command_without_ray(local_job, tmp_path, mirror, capsys):
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(local_job()))
+    code = main([str(path), "--local", "--storage", str(tmp_path / "runs"), "--mirror", str(mirror)])
+    answer = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert answer["status"] == "COMPLETED"
+    assert LocalFileSystem().get_file_info(answer["adapter_uri"]).type.name == "Directory"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dataset_details.dataset_path": "/nowhere/rows.jsonl"}, "there is no object at"),
+        ({"model_details.base_model": "nobody/nothing"}, "neither in the model mirror"),
+        ({"train_config.adapter_config.targets": ["no_such_layer"]}, "the adapter doesn't fit"),
+        ({"dataset_config.preprocessing.prompt.max_length": 16}, "no row of this step"),
+        ({"train_config.hyperparameters.learning_rate": "x"}, "train_config.hyperparameters.learning_rate"),
+    ],
+)
+def test_the_command_says_what_is_wrong_in_a_sentence(local_job, tmp_path, mirror, capsys, changes, said):
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(local_job(changes)))
+    assert main([str(path), "--local", "--storage", str(tmp_path / "runs"), "--mirror", str(mirror)]) in (1, 2)
+    err = capsys.readouterr().err
+    assert said in err
+    assert "Traceback" not in err

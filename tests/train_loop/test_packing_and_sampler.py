@@ -1,0 +1,125 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train_loop.data.packing import collate, pack
+from train_loop.data.sampler import BatchPlan
+from train_loop.data.tokenize import Sample
+from train_loop.loss import supervised_loss
+
+
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 120))
+def test_packing_loses_nothing_and_overfills_nothing(lengths, capacity):
+    bins = pack(lengths, capacity)
+    assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in b) <= capacity for b in bins)
+    # First fit: no two bins could have been one.
+    sizes = sorted(sum(lengths[i] for i in b) for b in bins)
+    assert len(sizes) < 2 or sizes[0] + sizes[1] > capacity
+
+
+def test_a_document_over_the_capacity_is_refused():
+    with pytest.raises(ValueError, match="51 tokens"):
+        pack([51], 50)
+
+
+def samples(count, seed=0):
+    random = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        ids = random.integers(10, 1000, random.integers(2, 40)).astype(np.int32)
+        labels = np.where(random.random(len(ids)) < 0.5, ids, -100).astype(np.int32)
+        labels[-1] = ids[-1]
+        made.append(Sample(ids, labels))
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(mirror):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(mirror / "tuneyard/tiny-random-llama", dtype=torch.float32).eval()
+
+
+def layouts(of):
+    packed = collate(of, max_length=64, packing=True, pad_id=2)
+    padded = collate(of, max_length=64, packing=False, pad_id=2)
+    assert packed is not None
+    assert padded is not None
+    return packed, padded
+
+
+def test_packed_padded_and_single_samples_give_the_same_loss(model):
+    of = samples(9)
+    packed, padded = layouts(of)
+    assert packed.input_ids.shape[0] < padded.input_ids.shape[0]
+    assert packed.num_supervised == padded.num_supervised
+    single = sum(supervised_loss(model, collate([s], max_length=64, packing=False, pad_id=2)).item() for s in of)
+    assert supervised_loss(model, packed).item() == pytest.approx(single, rel=1e-5)
+    assert supervised_loss(model, padded).item() == pytest.approx(single, rel=1e-5)
+
+
+def test_packed_documents_do_not_see_each_other(model):
+    of = samples(2, seed=1)
+    one = collate(of, max_length=128, packing=True, pad_id=2)
+    first = max(range(2), key=lambda i: len(of[i].input_ids))  # packed first
+    changed = [Sample((s.input_ids + 7) if i == first else s.input_ids, s.labels) for i, s in enumerate(of)]
+    two = collate(changed, max_length=128, packing=True, pad_id=2)
+    length = len(of[first].input_ids)
+    with torch.no_grad():
+        a, b = (model(input_ids=m.input_ids, position_ids=m.position_ids, use_cache=False).logits for m in (one, two))
+    assert not torch.allclose(a[0, :length], b[0, :length])
+    torch.testing.assert_close(a[0, length:], b[0, length:])
+
+
+def test_the_chunked_loss_and_its_gradient_equal_plain_cross_entropy(model):
+    _, padded = layouts(samples(30, seed=2))
+    hidden = torch.randn(int((padded.labels != -100).sum()), model.config.hidden_size, requires_grad=True)
+    targets = padded.labels[padded.labels != -100]
+    from train_loop.loss import CHUNK_TOKENS, _HeadLoss
+
+    assert len(targets) > CHUNK_TOKENS
+    ours = _HeadLoss.apply(hidden, model.lm_head, targets, None)
+    (grad,) = torch.autograd.grad(ours * 3, hidden)
+    plain = torch.nn.functional.cross_entropy(model.lm_head(hidden), targets, reduction="sum")
+    (expected,) = torch.autograd.grad(plain * 3, hidden)
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
+
+
+plans = st.builds(
+    BatchPlan,
+    num_samples=st.integers(1, 70),
+    per_device_batch_size=st.integers(1, 6),
+    world_size=st.integers(1, 5),
+    accumulation_steps=st.integers(1, 3),
+    num_epochs=st.sampled_from([0.5, 1, 2, 2.5]),
+    max_steps=st.none(),
+    seed=st.integers(0, 5),
+)
+
+
+@given(plans)
+def test_ranks_share_a_step_without_loss_or_overlap(plan):
+    for step in range(1, plan.total_steps + 1):
+        shared = [micro for rank in range(plan.world_size) for micro in plan.micro_batches(step, rank)]
+        assert sorted(np.concatenate(shared)) == sorted(plan.global_batch(step))
+        assert all(len(micro) <= plan.per_device_batch_size for micro in shared)
+
+
+@given(plans)
+def test_an_epoch_visits_every_sample_once(plan):
+    steps = range(1, plan.steps_per_epoch + 1)
+    assert sorted(np.concatenate([plan.global_batch(s) for s in steps])) == list(range(plan.num_samples))
+
+
+def test_the_order_does_not_depend_on_the_number_of_workers():
+    def plan(batch, world, accumulation):
+        return BatchPlan(100, batch, world, accumulation, 3, None, 42)
+
+    for step in range(1, plan(8, 1, 1).total_steps + 1):
+        expected = plan(8, 1, 1).global_batch(step).tolist()
+        assert plan(2, 4, 1).global_batch(step).tolist() == expected
+        assert plan(1, 2, 4).global_batch(step).tolist() == expected

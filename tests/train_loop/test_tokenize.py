@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+
+from train_loop.data.formats import RowRejected
+from train_loop.data.tokenize import ChatTokenizer
+from train_loop.errors import DatasetError
+from train_loop.spec import Prompt
+
+CHAT = {
+    "messages": [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "First answer."},
+        {"role": "user", "content": "Two?"},
+        {"role": "assistant", "content": "Second: <b>näïve</b> 日本 🚢"},
+    ]
+}
+
+
+def encode(tokenizer, conversation=CHAT, *, truncation="right", train_on="assistant", **prompt):
+    sample = ChatTokenizer(tokenizer, Prompt(**{"max_length": 512} | prompt), truncation, train_on).encode(conversation)
+    assert len(sample.input_ids) == len(sample.labels)
+    return sample
+
+
+def trained_text(tokenizer, sample):
+    return tokenizer.decode(sample.labels[sample.labels != -100])
+
+
+def test_only_answers_and_their_end_token_are_trained(tokenizer):
+    sample = encode(tokenizer)
+    assert trained_text(tokenizer, sample) == "First answer.<|im_end|>Second: <b>näïve</b> 日本 🚢<|im_end|>"
+
+
+def test_the_last_answer_alone(tokenizer):
+    sample = encode(tokenizer, train_on="last_assistant")
+    assert trained_text(tokenizer, sample) == "Second: <b>näïve</b> 日本 🚢<|im_end|>"
+
+
+def test_all_tokens(tokenizer):
+    sample = encode(tokenizer, train_on="all")
+    assert (sample.labels == sample.input_ids).all()
+
+
+def test_tokens_are_what_inference_would_see(tokenizer):
+    sample = encode(tokenizer)
+    expected = tokenizer.apply_chat_template(CHAT["messages"], tokenize=True, return_dict=True)["input_ids"]
+    assert sample.input_ids.tolist() == expected
+
+
+def test_generation_marks_and_prefixes_agree(tokenizer):
+    marked = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>assistant\n"
+        "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+        "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    plain = marked.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    with_marks, without = encode(tokenizer, template=marked), encode(tokenizer, template=plain)
+    np.testing.assert_array_equal(with_marks.input_ids, without.input_ids)
+    np.testing.assert_array_equal(with_marks.labels, without.labels)
+    assert "First answer.<|im_end|>" in trained_text(tokenizer, without)
+
+
+def test_the_system_prompt_is_for_rows_without_one(tokenizer):
+    assert "Be brief." in tokenizer.decode(encode(tokenizer, system="Be brief.").input_ids)
+    own = {"messages": [{"role": "system", "content": "Mine."}, *CHAT["messages"]]}
+    assert "Be brief." not in tokenizer.decode(encode(tokenizer, own, system="Be brief.").input_ids)
+
+
+def test_truncation(tokenizer):
+    whole = encode(tokenizer)
+    right = encode(tokenizer, max_length=44)
+    left = encode(tokenizer, max_length=44, truncation="left")
+    assert right.input_ids.tolist() == whole.input_ids[:44].tolist()
+    assert left.input_ids.tolist() == whole.input_ids[-44:].tolist()
+    with pytest.raises(RowRejected, match="more than max_length 44"):
+        encode(tokenizer, max_length=44, truncation="reject")
+    with pytest.raises(RowRejected, match="no supervised token left"):
+        encode(tokenizer, max_length=16)
+
+
+def test_a_template_that_attacks_or_fails_is_the_users_error(tokenizer):
+    for template in ("{{ messages.__class__.__mro__ }}", "{{ raise_exception('no') }}", "{{ nothing.at.all }}"):
+        with pytest.raises(DatasetError) as caught:
+            encode(tokenizer, template=template)
+        assert caught.value.field == "dataset_config.preprocessing.prompt.template"
