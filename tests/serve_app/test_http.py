@@ -100,35 +100,9 @@ def test_reading_a_job(http, job):
     request_id = http.post("/job/", json=job).json()["request_id"]
     got = http.get("/job/get/", params={"org_id": ORG, "request_id": request_id}).json()
     assert set(got) == {
-        *(
-            [
-                "request_id",
-                "org",
-                "experiment_name",
-                "status",
-                "phase",
-                "message",
-                "progress",
-                "step",
-                "total_steps",
-                "epoch",
-                "eta_s",
-                "created_at",
-                "updated_at",
-            ]
-        ),
-        *(
-            [
-                "started_at",
-                "completed_at",
-                "queue_position",
-                "attempt",
-                "metrics",
-                "output_model_path",
-                "error_message",
-                "error_code",
-            ]
-        ),
+        *("request_id", "org", "experiment_name", "status", "phase", "message", "progress", "step", "total_steps", "epoch"),
+        *("eta_s", "created_at", "updated_at", "started_at", "completed_at", "queue_position", "attempt", "metrics"),
+        *("output_model_path", "error_message", "error_code"),
         *SECTIONS,
     }
     assert got["queue_position"] == 1
