@@ -126,6 +126,8 @@ def _supervise(home: Path, json_output: bool) -> int:
         signal.signal(signum, lambda *_: stop.set())
     instance = uuid.uuid4().hex
     os.environ |= {INSTANCE: instance, "TUNEYARD_HOME": str(home)}
+    # So that `python` in a `ray job submit` entrypoint is the one Tuneyard is installed in.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     # Unix sockets below this folder must stay under 108 characters, so it can't be inside the home.
     ray_dir = tempfile.mkdtemp(prefix="tuneyard-ray-")
     state: dict[str, Any] = {"pid": os.getpid(), "instance": instance, "ray_dir": ray_dir, "ready": False}
@@ -210,6 +212,9 @@ def _start_ray(settings: Settings, ray_dir: str) -> tuple[str, str]:
     from serve_app.app import deploy
     from serve_app.embedded.ports import free_ports
 
+    # Everything listens on 127.0.0.1, and `ray job submit` reads no token unless it is told to: RAY_AUTH_MODE=token for both
+    # closes it to other users of this machine.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     http_port, dashboard_port = free_ports(2)

@@ -196,7 +196,7 @@ def test_ray_job_submit_runs_the_example_without_the_service(service):
         *("--working-dir", str(REPO), "--", "python", "-m", "train_loop", "examples/job.json"),
     ]
     done = subprocess.run(command, env=service.env, capture_output=True, text=True, timeout=FINISH_S, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-1000:] + done.stdout[-3000:]
     assert '"status": "COMPLETED"' in done.stdout
 
 
