@@ -107,7 +107,7 @@ def run() -> None:
         "DATASET": "s3://training-dev-datasets/ds/harbour.jsonl",
         "BASE_MODEL": BASE_MODEL,
         "MAX_LENGTH": "128",
-        "STEPS": '"max_steps":36,"save_steps":500,"eval_steps":500,"logging_steps":1',
+        "STEPS": '"max_steps":50,"save_steps":500,"eval_steps":500,"logging_steps":1',
     }
     answer = subprocess.run(
         ["bash", REPO / "examples" / "request.sh"], env=os.environ | request, check=True, stdout=subprocess.PIPE

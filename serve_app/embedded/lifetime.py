@@ -44,27 +44,32 @@ def up(detach: bool, json_output: bool) -> int:
     home = Settings.load().home
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     state = read_state(home)
-    if state is not None:
-        _announce(state, json_output, already=True)
-        return 0
-    if detach:
-        return _up_detached(home, json_output)
-    return _supervise(home, json_output)
+    if state is None:
+        _clean_up(home)
+        return _up_detached(home, json_output) if detach else _supervise(home, json_output)
+    if not state["ready"]:
+        return _await_ready(home, json_output, None)
+    _announce(state, json_output, already=True)
+    return 0
 
 
 def down() -> int:
     """Stop the service of TUNEYARD_HOME and everything it started. Returns the exit code."""
     home = Settings.load().home
+    sys.stderr.write("Tuneyard is down.\n" if _clean_up(home) else "Tuneyard isn't running here.\n")
+    return 0
+
+
+def _clean_up(home: Path) -> bool:
+    """End what the last `up` of this home started, also when its supervisor was killed; False when there was nothing."""
     try:
         state = json.loads((home / STATE_FILE).read_text())
     except FileNotFoundError:
-        sys.stderr.write("Tuneyard isn't running here.\n")
-        return 0
+        return False
     _end(state)
     (home / STATE_FILE).unlink(missing_ok=True)
     shutil.rmtree(state["ray_dir"], ignore_errors=True)
-    sys.stderr.write("Tuneyard is down.\n")
-    return 0
+    return True
 
 
 def _announce(state: dict[str, Any], json_output: bool, already: bool = False) -> None:
@@ -90,15 +95,20 @@ def _up_detached(home: Path, json_output: bool) -> int:
             start_new_session=True,
             env=os.environ | {"TUNEYARD_HOME": str(home)},
         )
+    return _await_ready(home, json_output, child)
+
+
+def _await_ready(home: Path, json_output: bool, child: subprocess.Popen[bytes] | None) -> int:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
         state = read_state(home)
-        if state is not None and state.get("ready"):
+        if state is not None and state["ready"]:
             _announce(state, json_output)
             return 0
-        if child.poll() is not None:
+        if child is not None and child.poll() is not None:
             break
         time.sleep(0.2)
+    log_path = _logs(home) / "up.log"
     sys.stderr.write(f"Tuneyard didn't start; the end of {log_path}:\n")
     sys.stderr.writelines(log_path.read_text(errors="replace").splitlines(keepends=True)[-15:])
     down()
@@ -259,14 +269,10 @@ def _end(state: dict[str, Any]) -> None:
     """Ask the supervisor to stop, then end whatever of the instance is left."""
     try:
         supervisor = psutil.Process(state["pid"])
-        if (
-            supervisor.environ().get(INSTANCE) == state["instance"]
-            or supervisor in _members(state["instance"])
-            or "serve_app.cli" in " ".join(supervisor.cmdline())
-            or "tuneyard" in " ".join(supervisor.cmdline())
-        ):
+        # The pid may have been given to a stranger since.
+        if any(word in " ".join(supervisor.cmdline()) for word in ("serve_app.cli", "tuneyard")):
             supervisor.terminate()
-        psutil.wait_procs([supervisor], timeout=STOP_TIMEOUT_S)
+            psutil.wait_procs([supervisor], timeout=STOP_TIMEOUT_S)
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         pass
     left = _members(state["instance"])

@@ -200,6 +200,19 @@ def test_ray_job_submit_runs_the_example_without_the_service(service):
     assert '"status": "COMPLETED"' in done.stdout
 
 
+def test_a_second_service_runs_beside_the_first_and_a_killed_one_comes_back(service, mirror, tmp_path):
+    other = Running(tmp_path / "other", mirror)
+    other.start()
+    try:
+        assert other.up["url"] != service.up["url"]
+        psutil.Process(json.loads((other.home / "up.json").read_text())["pid"]).kill()
+        other.start()
+        assert other.client.list_jobs(ORG)["jobs"] == []
+    finally:
+        other.run("down")
+    assert service.client.list_jobs(ORG, limit=1)["jobs"]
+
+
 def test_the_command_line(service, tmp_path):
     assert json.loads(service.run("up", "--detach", "--json").stdout) == service.up
     path = tmp_path / "job.yaml"
