@@ -6,11 +6,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: setup demo test check format clean
 
-# The lock holds every package with its version, so nothing is left for pip to resolve.
+# The lock holds every package with its version, so nothing is left for pip to resolve; the second line adds what torch's CUDA
+# build needs besides, where that is the one pip found.
 $(VENV)/installed: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $$(command -v $(PYTHON) || command -v python3) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-deps -r requirements.lock
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	$(BIN)/pip install --quiet --no-build-isolation -c requirements.lock -e .
 	touch $@
 
 setup: $(VENV)/installed
