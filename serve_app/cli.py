@@ -35,11 +35,21 @@ def _memory() -> Path:
     return Settings.load().home / "cli.json"
 
 
+def _uuid(text: str) -> str:
+    import uuid
+
+    try:
+        return str(uuid.UUID(text))
+    except ValueError:
+        _die(f"{text!r} isn't an organisation: it must be a UUID", 2)
+
+
 def _org(given: str | None) -> str:
     """The org to act for; remembers one that was given."""
     path = _memory()
     org = given or os.environ.get("TUNEYARD_ORG")
     if org:
+        org = _uuid(org)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"org": org}))
         return org
@@ -56,17 +66,23 @@ def _client(url: str | None, token: str | None, org: str) -> Client:
     from serve_app.settings import Settings
 
     settings = Settings.load()
+    state = read_state(settings.home) or {}
+    here: str | None = state["url"] if state.get("ready") else None
+    url = url or here
     if url is None:
-        state = read_state(settings.home)
-        if state is None or not state.get("ready"):
-            _die("Tuneyard isn't running here; start it with: tuneyard up --detach (or give --url and --token)")
-        url = state["url"]
+        _die("Tuneyard isn't running here; start it with: tuneyard up --detach (or give --url and --token)")
     if token is None:
+        # A token signed with this home's key opens this home's service, so nobody else gets to see one.
+        if url.rstrip("/") != here:
+            _die(f"no token for {url}: give --token or set TUNEYARD_TOKEN")
         try:
             token = mint_token(settings, org, "cli", 3600)
         except RuntimeError:
-            _die("no token: give --token or set TUNEYARD_TOKEN")
-    return Client(url, token)
+            _die("this home has no token key: give --token or set TUNEYARD_TOKEN")
+    try:
+        return Client(url, token)
+    except ValueError as error:
+        _die(str(error), 2)
 
 
 @app.command()
@@ -160,16 +176,48 @@ def secret_list(org: Org = None, url: Url = None, token: Token = None) -> None:
         typer.echo(f"{s['secret_id']}  {s['type']:<4} {s['name']}")
 
 
+def _yaml_loader() -> Any:
+    """YAML 1.2's scalars, which are JSON's: PyYAML's own would read 1e-4 as a string and 2026-01-01 as a date.
+
+    A name given twice is an error, as it is in the service's JSON.
+    """
+    import re
+
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers: dict[str, Any] = {}
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key, _ in node.value:
+                if key.value in seen:
+                    raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {key.value} is given twice")
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    for kind, pattern, first in (
+        ("null", r"(?:~|null|Null|NULL|)", ["~", "n", "N", ""]),
+        ("bool", r"(?:true|True|TRUE|false|False|FALSE)", list("tTfF")),
+        ("int", r"-?(?:0|[1-9][0-9]*)", list("-0123456789")),
+        ("float", r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?", list("-0123456789")),
+    ):
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"^{pattern}$"), first)
+    return Loader
+
+
 def read_spec(file: Path, overrides: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     """The job of a YAML or JSON file, with flags (dotted name → value) and `a.b.c=value` assignments on top."""
     import yaml
 
     try:
-        spec = yaml.safe_load(file.read_text())
+        spec = yaml.load(file.read_text(encoding="utf-8"), _yaml_loader())
     except OSError as error:
         _die(f"{file} can't be read: {error.strerror}", 2)
+    except UnicodeDecodeError:
+        _die(f"{file} isn't UTF-8 text", 2)
     except yaml.YAMLError as error:
-        _die(f"{file} is neither YAML nor JSON: {str(error).splitlines()[0]}", 2)
+        _die(f"{file} is neither YAML nor JSON: {' '.join(str(error).split())}", 2)
     if not isinstance(spec, dict):
         _die(f"{file} must hold an object with org, experiment_name and the five sections", 2)
     changes = {k: v for k, v in overrides.items() if v is not None}
@@ -184,8 +232,12 @@ def read_spec(file: Path, overrides: dict[str, Any], assignments: list[str]) -> 
     for name, value in changes.items():
         at = spec
         *parents, last = name.split(".")
-        for parent in parents:
-            at = at.setdefault(parent, {})
+        for i, parent in enumerate(parents):
+            if at.get(parent) is None:  # an empty section in YAML is null
+                at[parent] = {}
+            at = at[parent]
+            if not isinstance(at, dict):
+                _die(f"{name} can't be set: {'.'.join(parents[: i + 1])} isn't an object", 2)
         at[last] = value
     return spec
 
@@ -332,7 +384,10 @@ def _chat_model(job: dict[str, Any], folder: Path) -> Any:
 
     settings = Settings.load()
     source, path = filesystem_for(job["output_model_path"], storage_credentials(settings))
-    copy_files(path, str(folder), source_filesystem=source, destination_filesystem=LocalFileSystem())
+    try:
+        copy_files(path, str(folder), source_filesystem=source, destination_filesystem=LocalFileSystem())
+    except OSError as error:
+        _die(f"the adapter at {job['output_model_path']} can't be read: {str(error).splitlines()[0]}")
     details = ModelDetails.model_validate(job["model_details"])
     return Comparison.load(model_folder(details, Path(settings.model_mirror)), folder, details.quantization).answer
 
@@ -353,6 +408,7 @@ def _show(prompt: str, answers: tuple[str, str], as_json: bool) -> None:
 def main() -> None:
     """Entry point; expected failures are one sentence on stderr and exit code 1."""
     import httpx
+    from pydantic import ValidationError
 
     from serve_app.client import ApiError
     from train_loop.errors import UserError
@@ -365,6 +421,11 @@ def main() -> None:
         sys.exit(f"the service can't be reached: {error}")
     except UserError as error:
         sys.exit(error.message)
+    except ValidationError as error:
+        if error.title != "Settings":
+            raise
+        # Without the values: a setting may be a secret.
+        sys.exit("\n".join(f"TUNEYARD_{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()))
 
 
 if __name__ == "__main__":

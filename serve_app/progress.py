@@ -15,16 +15,17 @@ def _eta(seconds: float | None) -> str:
 
 def describe(job: dict[str, Any]) -> str:
     """Status, phase, step, loss, tokens/s and ETA in one line; what isn't known yet is left out."""
-    parts = [f"{job['status']} {job['phase']}"]
+    parts = [f"{job['status']} {job.get('phase') or ''}".rstrip()]
     if job["status"] == "QUEUED" and job.get("queue_position"):
         parts.append(f"position {job['queue_position']}")
     if job.get("total_steps"):
-        parts.append(f"step {job['step']}/{job['total_steps']}")
+        parts.append(f"step {job.get('step') or 0}/{job['total_steps']}")
     last = (job.get("metrics") or {}).get("last") or {}
-    if "loss" in last:
+    if last.get("loss") is not None:
         parts.append(f"loss {last['loss']:.3f}")
+    if last.get("tokens_per_second") is not None:
         parts.append(f"{last['tokens_per_second']:.0f} tokens/s")
-    if job["status"] == "RUNNING" and job["phase"] == "training":
+    if job["status"] == "RUNNING" and job.get("phase") == "training":
         parts.append(_eta(job.get("eta_s")))
     return "  ".join(p for p in parts if p)
 
@@ -32,7 +33,8 @@ def describe(job: dict[str, Any]) -> str:
 def summary(job: dict[str, Any]) -> str:
     """How a job ended, or what it says now."""
     metrics = job.get("metrics") or {}
-    lines = [job["message"]]
+    said, error = job.get("message") or "", job.get("error_message") or ""
+    lines = [said, *([error] if error and error not in said else [])]
     if metrics.get("eval_loss_before") is not None and metrics.get("eval_loss_after") is not None:
         lines.append(f"eval loss {metrics['eval_loss_before']:.4f} -> {metrics['eval_loss_after']:.4f}")
     if job.get("output_model_path"):
@@ -50,11 +52,11 @@ def follow(jobs: Iterator[dict[str, Any]], console: Console | None = None) -> di
         ) as bar:
             task = bar.add_task("", total=1.0)
             for job in jobs:
-                bar.update(task, completed=job["progress"], description=describe(job))
+                bar.update(task, completed=job.get("progress") or 0, description=describe(job))
     else:
         shown = ""
         for job in jobs:
-            line = f"{job['progress']:>4.0%}  {describe(job)}"
+            line = f"{job.get('progress') or 0:>4.0%}  {describe(job)}"
             if line != shown:
                 console.print(line, highlight=False, soft_wrap=True)
                 shown = line

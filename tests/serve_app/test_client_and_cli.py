@@ -1,0 +1,299 @@
+"""The client and the command against a real HTTP server that keeps what it was sent."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from email.parser import BytesParser
+from email.policy import HTTP
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from rich.console import Console
+
+from serve_app.cli import read_spec
+from serve_app.client import ApiError, Client
+from serve_app.progress import describe, follow
+from tests.conftest import DOCUMENTED, ORG
+
+SECTIONS = ("dataset_config", "model_details", "train_config", "dataset_details", "infra_config")
+JOB = "3f0c6b1e-0000-4000-8000-000000000001"
+TOKEN = "header.payload.signature"
+
+
+@dataclass
+class Answer:
+    status: int
+    body: Any
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Server:
+    """Gives its answers in order, the last one for ever."""
+
+    url: str
+    answers: list[Answer] = field(default_factory=list)
+    requests: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            here.requests.append((f"{self.command} {self.path}", dict(self.headers.items()), body))
+            given = here.answers.pop(0) if len(here.answers) > 1 else here.answers[0]
+            text = given.body if isinstance(given.body, str) else json.dumps(given.body)
+            self.send_response(given.status)
+            for name, value in given.headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(text.encode())))
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def do_GET(self) -> None:
+            self.answer()
+
+        def do_POST(self) -> None:
+            self.answer()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    here = Server(f"http://127.0.0.1:{httpd.server_port}")
+    threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    yield here
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def job(status: str, phase: str, **more: Any) -> dict[str, Any]:
+    return {"request_id": JOB, "experiment_name": "e", "status": status, "phase": phase, "message": "", **more}
+
+
+def tuneyard(home: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """The command as a user runs it, in a home of its own."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("TUNEYARD_", "AWS_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "serve_app.cli", *arguments],
+        env=clean | {"TUNEYARD_HOME": str(home)} | env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_submit_sends_the_documented_form(server: Server) -> None:
+    server.answers = [Answer(200, {"request_id": JOB})]
+    Client(server.url, TOKEN).submit(DOCUMENTED)
+    (line, headers, body), *_ = server.requests
+    head = f"Content-Type: {headers['Content-Type']}\r\n\r\n".encode()
+    parts = list(BytesParser(policy=HTTP).parsebytes(head + body).iter_parts())
+    sent = {str(p.get_param("name", header="Content-Disposition")): p.get_content() for p in parts}
+    assert line == "POST /job/"
+    assert headers["Authorization"] == f"Bearer {TOKEN}"
+    assert {k: json.loads(v) if k in SECTIONS else v for k, v in sent.items()} == DOCUMENTED
+    assert all(p.get_filename() is None for p in parts)
+
+
+def test_a_retried_submission_carries_one_idempotency_key(server: Server) -> None:
+    server.answers = [Answer(503, {"detail": "away"}, {"Retry-After": "0"}), Answer(200, {"request_id": JOB})]
+    Client(server.url, TOKEN).submit(DOCUMENTED)
+    assert len(server.requests) == 2
+    assert len({headers["Idempotency-Key"] for _, headers, _ in server.requests}) == 1
+
+
+def test_the_client_waits_as_long_as_it_is_told(server: Server) -> None:
+    server.answers = [Answer(429, {"detail": "slow down"}, {"Retry-After": "1"}), Answer(200, job("QUEUED", "queued"))]
+    started = time.monotonic()
+    Client(server.url, TOKEN).get(JOB, ORG)
+    assert time.monotonic() - started >= 1.0
+
+
+def test_a_secret_is_never_sent_twice(server: Server) -> None:
+    server.answers = [Answer(503, {"detail": "away"}, {"Retry-After": "0"})]
+    with pytest.raises(ApiError, match="away"):
+        Client(server.url, TOKEN).create_secret(ORG, "n", "s3", {"access_key_id": "a", "secret_access_key": "b"})
+    assert len(server.requests) == 1
+
+
+def test_an_error_shows_its_detail_and_every_field() -> None:
+    fields = [{"field": "org", "message": "must be a UUID"}, {"field": "infra_config", "message": "required"}]
+    shown = str(ApiError(422, "two fields are wrong", fields))
+    assert [line.strip() for line in shown.splitlines()] == [
+        "422: two fields are wrong",
+        "org: must be a UUID",
+        "infra_config: required",
+    ]
+
+
+@pytest.mark.parametrize("body", ["<html>Bad gateway</html>", ["a", "list"], {"detail": [{"msg": "x"}], "errors": "y"}])
+def test_an_error_that_is_no_problem_document_is_still_an_api_error(server: Server, body: Any) -> None:
+    server.answers = [Answer(404, body)]
+    with pytest.raises(ApiError) as caught:
+        Client(server.url, TOKEN).get(JOB, ORG)
+    assert caught.value.status == 404
+
+
+def test_a_page_instead_of_json_is_an_api_error(server: Server) -> None:
+    server.answers = [Answer(200, "<html>a proxy's log-in page</html>")]
+    with pytest.raises(ApiError, match="didn't answer in JSON"):
+        Client(server.url, TOKEN).get(JOB, ORG)
+
+
+def test_the_token_shows_in_no_repr_and_no_error() -> None:
+    assert TOKEN not in repr(Client("http://127.0.0.1:1", TOKEN))
+    with pytest.raises(ValueError, match="isn't a JWT") as caught:
+        Client("http://127.0.0.1:1", f"{TOKEN}\nsecond-line")
+    assert TOKEN not in str(caught.value)
+
+
+def test_watch_ends_with_the_final_state(server: Server) -> None:
+    server.answers = [Answer(200, job("RUNNING", "training")), Answer(200, job("COMPLETED", "done"))]
+    assert [j["status"] for j in Client(server.url, TOKEN).watch(JOB, ORG, poll_s=0)] == ["RUNNING", "COMPLETED"]
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_yaml_and_json_hold_the_same_job(tmp_path: Path, suffix: str) -> None:
+    import yaml
+
+    path = tmp_path / f"job.{suffix}"
+    path.write_text(json.dumps(DOCUMENTED) if suffix == "json" else yaml.safe_dump(DOCUMENTED))
+    assert read_spec(path, {}, []) == DOCUMENTED
+
+
+def test_yaml_scalars_are_those_of_json(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("a: 1e-4\nb: 2026-01-01\nc: on\nd: null\ne: 0.5\nf: -3\ng: true\nh: 1.0e3\ni: 010\n")
+    spec = read_spec(path, {}, [])
+    expected = {"a": 1e-4, "b": "2026-01-01", "c": "on", "d": None, "e": 0.5, "f": -3, "g": True, "h": 1e3, "i": "010"}
+    assert spec == expected
+
+
+def test_flags_and_assignments_reach_their_field_even_in_an_empty_section(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("train_config:\ninfra_config: {gpu_type: cpu}\n")
+    flags = {"infra_config.gpu_type": "h100", "experiment_name": None}
+    spec = read_spec(path, flags, ["train_config.hyperparameters.max_steps=3", "dataset_config.split.ratios=[0.8,0.2]"])
+    assert spec == {
+        "train_config": {"hyperparameters": {"max_steps": 3}},
+        "infra_config": {"gpu_type": "h100"},
+        "dataset_config": {"split": {"ratios": [0.8, 0.2]}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "assignment", "says"),
+    [
+        (b"a: [", "x=1", "neither YAML nor JSON"),
+        (b"org: a\norg: b\n", "x=1", "org is given twice"),
+        (b"\xff\xfe\x00", "x=1", "isn't UTF-8"),
+        (b"- a list\n", "x=1", "must hold an object"),
+        (b"infra_config: {gpu_type: cpu}\n", "infra_config.gpu_type.x=1", "infra_config.gpu_type isn't an object"),
+        (b"a: 1\n", "no-equals", "write it as name=value"),
+    ],
+)
+def test_a_bad_file_or_assignment_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, assignment: str, says: str
+) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_bytes(content)
+    with pytest.raises(typer.Exit) as caught:
+        read_spec(path, {}, [assignment])
+    assert caught.value.exit_code == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "metrics", [None, {}, {"last": None}, {"last": {"loss": 2.0}}, {"last": {"loss": None, "tokens_per_second": 7.0}}]
+)
+def test_progress_is_shown_whatever_metrics_are_missing(metrics: Any) -> None:
+    shown = describe(job("RUNNING", "training", total_steps=9, step=None, eta_s=None, metrics=metrics))
+    assert shown.startswith("RUNNING training  step 0/9")
+
+
+def test_without_a_terminal_watch_prints_a_line_for_each_change() -> None:
+    screen = io.StringIO()
+    step = job("RUNNING", "training", progress=0.5, step=1, total_steps=2)
+    failed = job("FAILED", "training", progress=None, error_message="the bucket is gone")
+    last = follow(iter([step, step, failed]), Console(file=screen))
+    lines = [line.strip() for line in screen.getvalue().splitlines() if line.strip()]
+    assert lines == ["50%  RUNNING training  step 1/2", "0%  FAILED training", "the bucket is gone"]
+    assert last is failed
+
+
+def test_help_is_quick_and_names_every_command(tmp_path: Path) -> None:
+    heavy = "import sys, serve_app.cli; sys.exit(any(m in sys.modules for m in ('torch', 'ray', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", heavy], check=False).returncode == 0
+    shown = tuneyard(tmp_path, "--help").stdout
+    for name in ["up", "down", "models", "token", "settings", "secret", "submit", "status", "list", "cancel", "watch", "chat"]:
+        assert f" {name} " in shown
+
+
+def test_settings_lists_them_without_values(tmp_path: Path) -> None:
+    shown = tuneyard(tmp_path, "settings", TUNEYARD_JWT_SECRET="s" * 40, COLUMNS="200").stdout
+    assert "TUNEYARD_MAX_RUNNING_JOBS" in shown
+    assert "s" * 40 not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "code", "says"),
+    [
+        (["list", "--org", ORG], {}, 1, "start it with: tuneyard up --detach"),
+        (["list"], {}, 2, "which organisation?"),
+        (["list", "--org", "nobody"], {}, 2, "must be a UUID"),
+        (["list", "--org", ORG], {"TUNEYARD_MAX_RUNNING_JOBS": "many"}, 1, "TUNEYARD_MAX_RUNNING_JOBS: "),
+        (["token", "--org", ORG], {}, 1, "no token key"),
+    ],
+)
+def test_an_expected_failure_is_a_sentence_and_no_traceback(
+    tmp_path: Path, arguments: list[str], env: dict[str, str], code: int, says: str
+) -> None:
+    done = tuneyard(tmp_path, *arguments, **env)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_home_shows_its_token_to_its_own_service_only(tmp_path: Path, server: Server) -> None:
+    server.answers = [Answer(200, {"jobs": [], "next_cursor": None})]
+    (tmp_path / "jwt.key").write_text("k" * 48)
+    refused = tuneyard(tmp_path, "list", "--org", ORG, "--url", server.url)
+    assert refused.returncode == 1
+    assert "give --token" in refused.stderr
+    assert server.requests == []
+    (tmp_path / "up.json").write_text(json.dumps({"pid": os.getpid(), "ready": True, "url": server.url}))
+    allowed = tuneyard(tmp_path, "list", "--org", ORG, "--json")
+    assert json.loads(allowed.stdout) == {"jobs": [], "next_cursor": None}
+    assert server.requests[-1][1]["Authorization"].startswith("Bearer ey")
+
+
+@pytest.mark.parametrize(("status", "code"), [("COMPLETED", 0), ("FAILED", 1), ("CANCELED", 1)])
+def test_watch_succeeds_only_when_the_job_did(tmp_path: Path, server: Server, status: str, code: int) -> None:
+    server.answers = [Answer(200, job(status, "done", output_model_path="s3://b/run/adapter"))]
+    done = tuneyard(tmp_path, "watch", JOB, "--org", ORG, "--url", server.url, "--token", TOKEN)
+    assert done.returncode == code
+    assert "s3://b/run/adapter" in done.stdout
+
+
+def test_submit_json_prints_the_answer_alone(tmp_path: Path, server: Server) -> None:
+    answer = {"request_id": JOB, "status": "QUEUED", "message": "Queued.", "experiment_name": "e"}
+    server.answers = [Answer(200, answer)]
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(DOCUMENTED))
+    done = tuneyard(tmp_path, "submit", str(path), "--json", "--url", server.url, "--token", TOKEN)
+    assert json.loads(done.stdout) == answer
