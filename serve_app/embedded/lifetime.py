@@ -36,7 +36,15 @@ def read_state(home: Path) -> dict[str, Any] | None:
         state: dict[str, Any] = json.loads((home / STATE_FILE).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return state if psutil.pid_exists(state["pid"]) else None
+    return state if _alive(state["pid"]) else None
+
+
+def _alive(pid: int) -> bool:
+    """Whether the process runs; a zombie, which only waits for its parent to notice, doesn't."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def up(detach: bool, json_output: bool) -> int:
@@ -272,7 +280,9 @@ def _end(state: dict[str, Any]) -> None:
         # The pid may have been given to a stranger since.
         if any(word in " ".join(supervisor.cmdline()) for word in ("serve_app.cli", "tuneyard")):
             supervisor.terminate()
-            psutil.wait_procs([supervisor], timeout=STOP_TIMEOUT_S)
+            deadline = time.monotonic() + STOP_TIMEOUT_S
+            while _alive(supervisor.pid) and time.monotonic() < deadline:
+                time.sleep(0.1)
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         pass
     left = _members(state["instance"])

@@ -47,16 +47,17 @@ def split_bounds(ratios: Sequence[float], places: np.ndarray) -> list[float]:
 
     `places` are the rows' `u`, in any order.
     """
+    wanted = [int(r > 0) for r in ratios]
+    if len(places) < sum(wanted):
+        return [1.0] * len(ratios)  # too few to share: all are trained on
     ordered = np.sort(places)
     bounds = np.cumsum(ratios)
     bounds[-1] = 1.0
     cuts = np.searchsorted(ordered, bounds, side="left")
     cuts[-1] = len(ordered)
-    wanted = [int(r > 0) for r in ratios]
-    if len(ordered) >= sum(wanted):
-        for i in range(len(cuts) - 1):
-            low = (cuts[i - 1] if i else 0) + wanted[i]
-            cuts[i] = min(max(cuts[i], low), len(ordered) - sum(wanted[i + 1 :]))
+    for i in range(len(cuts) - 1):
+        low = (cuts[i - 1] if i else 0) + wanted[i]
+        cuts[i] = min(max(cuts[i], low), len(ordered) - sum(wanted[i + 1 :]))
     return [float(ordered[c]) if c < len(ordered) else 1.0 for c in cuts[:-1]] + [1.0]
 
 
