@@ -98,6 +98,10 @@ def start_s3(folder: Path, log_path: Path) -> S3Server:
                     "-s3",
                     f"-s3.port={s3}",
                     f"-s3.config={config}",
+                    # Both have fixed default ports, on which a second instance would die.
+                    "-s3.port.iceberg=0",
+                    "-s3.port.lance=0",
+                    "-master.telemetry=false",
                     "-volume.max=0",
                     "-master.volumeSizeLimitMB=128",
                 ],
