@@ -210,7 +210,7 @@ def test_a_second_service_runs_beside_the_first_and_a_killed_one_comes_back(serv
         assert other.client.list_jobs(ORG)["jobs"] == []
     finally:
         other.run("down")
-    assert service.client.list_jobs(ORG, limit=1)["jobs"]
+    assert "next_cursor" in service.client.list_jobs(ORG, limit=1)  # the first one still answers
 
 
 def test_the_command_line(service, tmp_path):
