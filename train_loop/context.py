@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
     from pyarrow.fs import FileSystem
 
 
@@ -65,6 +64,12 @@ class Monitor(Protocol):
     def stop_requested(self) -> bool: ...
 
 
+def _local_device() -> torch.device:
+    import torch  # here, so that the service's own processes, which only pass contexts' code on, start without it
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @dataclass
 class LocalContext:
     """One process, no Ray: the whole world is rank 0."""
@@ -78,7 +83,7 @@ class LocalContext:
     rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device: torch.device = field(default_factory=_local_device)
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
@@ -152,6 +157,8 @@ class RayContext:
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.world_size > 1:
+            import torch.distributed
+
             torch.distributed.all_reduce(tensor)
         return tensor
 
