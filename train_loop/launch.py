@@ -100,9 +100,7 @@ def _chat_tokenizer(spec: JobSpec, mirror: str) -> ChatTokenizer:
     from train_loop.data.tokenize import ChatTokenizer
     from train_loop.model.load import load_tokenizer, model_folder
 
-    pre = spec.dataset_config.preprocessing
-    tokenizer = load_tokenizer(model_folder(spec.model_details, Path(mirror)))
-    return ChatTokenizer(tokenizer, pre.prompt, pre.truncation, pre.train_on)
+    return ChatTokenizer.of(spec, load_tokenizer(model_folder(spec.model_details, Path(mirror))))
 
 
 def launch(spec: JobSpec, request_id: str, files: RunFiles, placement: Placement, monitor: ActorMonitor) -> dict[str, Any]:
@@ -117,14 +115,11 @@ def launch(spec: JobSpec, request_id: str, files: RunFiles, placement: Placement
     storage, run_path = files.storage()
     write_json(storage, f"{run_path}/job.json", spec.model_dump(mode="json"))
 
-    def checkpoint_stop() -> None:
-        if ray.get(tell.stop_requested.remote()):
-            raise Stopped
-
     tell.on_phase.remote("preparing_data")
     prepared = _prepare_on_ray(spec, files, placement, run_path)
     tell.on_event.remote("prepared", describe(prepared))
-    checkpoint_stop()
+    if ray.get(tell.stop_requested.remote()):
+        raise Stopped
 
     tell.on_phase.remote("waiting_for_resources")
     result = _train(spec, request_id, files, placement, monitor, prepared)

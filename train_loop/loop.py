@@ -67,7 +67,7 @@ def run(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext) -> Outcome:
     ctx.phase("loading_model")
 
     tokenizer = load_tokenizer(ctx.model_folder)
-    chat = None if prepared.eager else ChatTokenizer(tokenizer, pre.prompt, pre.truncation, pre.train_on)
+    chat = None if prepared.eager else ChatTokenizer.of(spec, tokenizer)
     shards = ShardSet.open(prepared, ctx.storage, f"{ctx.run_path}/data", ctx.scratch / f"data-{ctx.rank}")
     plan = batch_plan(spec, len(shards.ids("train")), ctx.world_size)
     layout = Layout(chat, pre.prompt.max_length, pre.packing, tokenizer.pad_token_id)

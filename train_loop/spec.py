@@ -15,11 +15,19 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 S3_BUCKET = re.compile(r"^[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]$")
+# The hub's own rule; each part also becomes a folder's name in the mirror, so `..` and 300 letters must not pass.
+HUB_ID = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9_][\w.\-]{0,95}(/[A-Za-z0-9_][\w.\-]{0,95})?", re.ASCII)
+EXPERIMENT_NAME = r"^[A-Za-z0-9._-]{1,128}$"
 AWS_REGION = re.compile(r"^(us|eu|ap|sa|ca|me|af|il|mx|cn|us-gov|us-iso|us-isob)-[a-z]+-\d$")
 
 
 def _refuse(value: object) -> PydanticCustomError:
     return PydanticCustomError("not_supported_yet", "{value} is not supported yet", {"value": repr(value)})
+
+
+def _wrong(field: str, message: str, code: str = "section", **context: Any) -> PydanticCustomError:
+    """An error that several fields make together, shown at `field` of the section."""
+    return PydanticCustomError(code, message, {"field": field, **context})  # type: ignore[arg-type]
 
 
 def NotYet(*values: object) -> AfterValidator:  # noqa: N802 - reads as an annotation
@@ -120,13 +128,9 @@ class RandomSplit(Section):
     @model_validator(mode="after")
     def _sum_is_one(self) -> RandomSplit:
         if abs(math.fsum(self.ratios) - 1) > 1e-6:
-            raise PydanticCustomError(
-                "ratios_sum",
-                "ratios must add up to 1, these add up to {total}",
-                {"total": f"{math.fsum(self.ratios):g}"},
-            )
+            raise _wrong("ratios", "ratios must add up to 1, these add up to {total}", total=f"{math.fsum(self.ratios):g}")
         if self.ratios[0] == 0:
-            raise PydanticCustomError("ratios_train", "the first ratio is the training share and must be above 0")
+            raise _wrong("ratios", "the first ratio is the training share and must be above 0")
         return self
 
 
@@ -183,8 +187,8 @@ class ModelDetails(Section):
 
     @model_validator(mode="after")
     def _hub_id(self) -> ModelDetails:
-        if self.source_type == "hf" and not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", self.base_model):
-            raise PydanticCustomError("hub_id", "base_model must be a hub id such as owner/name")
+        if self.source_type == "hf" and not HUB_ID.fullmatch(self.base_model):
+            raise _wrong("base_model", "base_model must be a hub id such as owner/name")
         return self
 
 
@@ -269,7 +273,7 @@ class AdapterConfig(Section):
     @model_validator(mode="after")
     def _all_linear_alone(self) -> AdapterConfig:
         if "all-linear" in self.targets and len(self.targets) > 1:
-            raise PydanticCustomError("targets", '"all-linear" already means every layer: give it alone, or names only')
+            raise _wrong("targets", '"all-linear" already means every layer: give it alone, or names only')
         return self
 
 
@@ -334,13 +338,13 @@ class DatasetDetails(Section):
         if self.source_type == "s3":
             bucket, _, key = self.dataset_path.removeprefix("s3://").partition("/")
             if not self.dataset_path.startswith("s3://"):
-                raise PydanticCustomError("dataset_path", "dataset_path must start with s3:// when source_type is s3")
+                raise _wrong("dataset_path", "dataset_path must start with s3:// when source_type is s3")
             if not S3_BUCKET.match(bucket) or not key:
-                raise PydanticCustomError("dataset_path", "dataset_path must be s3://bucket/key")
+                raise _wrong("dataset_path", "dataset_path must be s3://bucket/key")
             if key.endswith("/"):
-                raise PydanticCustomError("not_supported_yet", "dataset_path: a prefix is not supported yet, name one object")
+                raise _wrong("dataset_path", "a prefix is not supported yet, name one object", "not_supported_yet")
             if self.ownership == "private" and self.secret_id is None:
-                raise PydanticCustomError("secret_missing", "a private dataset needs secret_id")
+                raise _wrong("secret_id", "a private dataset needs secret_id")
         return self
 
 
@@ -366,7 +370,7 @@ class InfraConfig(Section):
     @model_validator(mode="after")
     def _elastic(self) -> InfraConfig:
         if self.min_node_count is not None and self.min_node_count != self.node_count:
-            raise PydanticCustomError("not_supported_yet", "min_node_count below node_count is not supported yet")
+            raise _wrong("min_node_count", "min_node_count below node_count is not supported yet", "not_supported_yet")
         return self
 
     @property
@@ -392,7 +396,7 @@ class JobSpec(Section):
         description="Organisation that owns the job."
     )
     experiment_name: str = Field(
-        pattern=r"^[A-Za-z0-9._-]{1,128}$",
+        pattern=EXPERIMENT_NAME,
         description="1-128 of letters, digits, `.`, `_`, `-`; unique among the org's jobs that run or completed.",
     )
     dataset_config: DatasetConfig = Field(default_factory=DatasetConfig)

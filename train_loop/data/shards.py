@@ -107,8 +107,6 @@ class ShardSet:
     """Random access to prepared rows by row number, in shard order."""
 
     def __init__(self, prepared: PreparedDataset, folder: Path) -> None:
-        self._prepared = prepared
-        self._folder = folder
         self._tables = [pa.ipc.open_file(pa.memory_map(str(folder / s.path))).read_all() for s in prepared.shards]
         self._ends = np.cumsum([s.num_rows for s in prepared.shards])
         u = [t.column("u").to_numpy() for t in self._tables]
@@ -130,9 +128,6 @@ class ShardSet:
                 destination_filesystem=LocalFileSystem(),
             )
         return cls(prepared, cache)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ShardSet, (self._prepared, self._folder)
 
     def ids(self, split: str) -> np.ndarray:
         """Row numbers of a split, ascending."""

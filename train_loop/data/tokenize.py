@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 
 from train_loop.data.formats import Conversation, Message, RowRejected
 from train_loop.errors import DatasetError
-from train_loop.spec import Prompt
+from train_loop.spec import JobSpec, Prompt
 
 IGNORE_INDEX = -100
 TEMPLATE_FIELD = "dataset_config.preprocessing.prompt.template"
@@ -42,6 +42,12 @@ class ChatTokenizer:
     prompt: Prompt
     truncation: Literal["right", "left", "reject"]
     train_on: Literal["assistant", "last_assistant", "all"]
+
+    @classmethod
+    def of(cls, spec: JobSpec, tokenizer: Any) -> ChatTokenizer:
+        """The job's tokenizer with the job's settings."""
+        pre = spec.dataset_config.preprocessing
+        return cls(tokenizer, pre.prompt, pre.truncation, pre.train_on)
 
     def encode(self, conversation: Conversation) -> Sample:
         """Tokenise, label, truncate to prompt.max_length.
