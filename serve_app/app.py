@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -28,13 +30,19 @@ class RayRuntime:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
-    def live_status(self, request_id: str) -> dict[str, Any] | None:
-        try:
-            actor = ray.get_actor(actor_name(request_id), namespace=self._settings.ray_namespace)
-            live: dict[str, Any] = ray.get(actor.status.remote(), timeout=self._settings.status_timeout_s)
-        except (ValueError, RayError):
-            return None
-        return live
+    def live_statuses(self, request_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        asked = {}
+        for request_id in request_ids:
+            with contextlib.suppress(ValueError, RayError):
+                actor = ray.get_actor(actor_name(request_id), namespace=self._settings.ray_namespace)
+                asked[actor.status.remote()] = request_id
+        answers = {}
+        if asked:
+            done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=self._settings.status_timeout_s)
+            for answer in done:
+                with contextlib.suppress(RayError):
+                    answers[asked[answer]] = ray.get(answer)
+        return answers
 
     def poke(self) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from dataclasses import dataclass
+from typing import Any
 
 import jwt
 
@@ -71,8 +72,18 @@ def authenticate(header: str | None, settings: Settings) -> Principal:
         orgs = frozenset(str(uuid.UUID(org)) for org in named)
     except (TypeError, ValueError, AttributeError):
         raise _unauthorized("the token names no org") from None
-    scope = claims.get("scope")
-    return Principal(str(claims["sub"]), orgs, frozenset(scope.split()) if isinstance(scope, str) else DEFAULT_SCOPES)
+    return Principal(str(claims["sub"]), orgs, _scopes(claims))
+
+
+def _scopes(claims: dict[str, Any]) -> frozenset[str]:
+    """RFC 8693's blank-separated string, or the list that some issuers write; absent is the default, never a mistake."""
+    if "scope" not in claims:
+        return DEFAULT_SCOPES
+    scope = claims["scope"]
+    named = scope.split() if isinstance(scope, str) else scope
+    if not isinstance(named, list) or not all(isinstance(s, str) for s in named):
+        raise _unauthorized("the token's scope is neither a string nor a list of strings")
+    return frozenset(named)
 
 
 def mint_token(settings: Settings, org: str, subject: str, ttl_s: int, scope: str | None = None) -> str:

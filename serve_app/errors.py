@@ -7,7 +7,7 @@ import math
 import types
 import typing
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -16,7 +16,8 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
 from train_loop.errors import UserError
@@ -46,6 +47,12 @@ def field_error(field: str, message: str, **more: Any) -> dict[str, Any]:
     return {"field": field, "message": message, **more}
 
 
+def unknown(name: str, known: Iterable[str]) -> str:
+    """The message for a name that nobody knows, with the nearest one that is known."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"unknown field{f', did you mean {close[0]}?' if close else ''}"
+
+
 def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """422 for these field errors; `detail` says the first and how many more there are."""
     first = f"{errors[0]['field']}: {errors[0]['message']}"
@@ -62,11 +69,11 @@ def _translate(error: Any, model: type[BaseModel]) -> dict[str, Any]:
     path, section = _walk(error["loc"], model)
     context = error.get("ctx") or {}
     message = error["msg"].removeprefix("Value error, ")
+    if "field" in context:  # a rule over several fields of a section names the one to mend
+        path = f"{path}.{context['field']}"
     more: dict[str, Any] = {}
     if error["type"] == "extra_forbidden":
-        name = str(error["loc"][-1])
-        close = difflib.get_close_matches(name, section.model_fields if section else (), n=1)
-        message = f"unknown field{f', did you mean {close[0]}?' if close else ''}"
+        message = unknown(str(error["loc"][-1]), section.model_fields if section else ())
     elif error["type"] == "missing":
         message = "this field is required"
     elif "expected" in context:
@@ -74,9 +81,9 @@ def _translate(error: Any, model: type[BaseModel]) -> dict[str, Any]:
     elif bounds := {k: context[k] for k in ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern") if k in context}:
         more["allowed"] = bounds
     given = error.get("input")
-    if error["type"] != "missing" and (
-        isinstance(given, bool | int | None) or (isinstance(given, float) and math.isfinite(given))
-    ):
+    if error["type"] in ("missing", "extra_forbidden"):
+        pass  # the value of a name we don't know may be a secret that went to the wrong place
+    elif isinstance(given, bool | int | None) or (isinstance(given, float) and math.isfinite(given)):
         more["input"] = given
     elif isinstance(given, str):
         more["input"] = given[:INPUT_CHARS]
@@ -143,7 +150,7 @@ def to_api_error(error: Exception) -> ApiError:
             return invalid([field_error(error.field or "request", error.message)])
         case NameTaken() | AlreadyFinal() | IdempotencyMismatch():
             return ApiError(409, str(error))
-        case DBAPIError():
+        case OperationalError() | InterfaceError() | PoolTimeout():
             log.warning("the job store is away", error=type(error).__name__)
             return ApiError(503, "the job store can't be reached; try again shortly", headers={"Retry-After": RETRY_AFTER_S})
     error_id = uuid.uuid4().hex
@@ -157,5 +164,5 @@ def install(app: FastAPI) -> None:
     async def handle(request: Request, error: Exception) -> JSONResponse:
         return problem(to_api_error(error))
 
-    for kind in (Exception, ApiError, RequestValidationError, HTTPException, ValidationError, DBAPIError, UserError):
+    for kind in (Exception, ApiError, RequestValidationError, HTTPException, ValidationError, SQLAlchemyError, UserError):
         app.add_exception_handler(kind, handle)

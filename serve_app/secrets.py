@@ -6,6 +6,7 @@ import datetime as dt
 import fnmatch
 import ipaddress
 import json
+import socket
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ REQUIRED = ("access_key_id", "secret_access_key")
 OPTIONAL = {"aws": ("session_token", "region"), "s3": ("session_token", "region", "endpoint_url")}
 NOT_YET = ("gcs", "hf")
 MAX_VALUE_CHARS = 8192
+# Cloud metadata services that aren't link-local: AWS over IPv6, Alibaba, Oracle; and their names.
+METADATA_ADDRESSES = frozenset({"fd00:ec2::254", "100.100.100.200", "192.0.0.192", "fd20:ce::254"})
+METADATA_NAMES = frozenset({"metadata", "metadata.google.internal", "instance-data", "instance-data.ec2.internal"})
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class SecretVault:
         now = dt.datetime.now(dt.UTC)
         secret = Secret(str(uuid.uuid4()), org_id, name, type_, now)
         sealed = self._fernet.encrypt(json.dumps(dict(data)).encode())
-        with self._store.transaction() as tx:
+        with self._store.write() as tx:
             tx.execute(
                 sa.insert(secrets).values(
                     secret_id=secret.secret_id, org_id=org_id, name=name, type=type_, ciphertext=sealed, created_at=now
@@ -71,18 +75,18 @@ class SecretVault:
     def list(self, org_id: str) -> list[Secret]:
         """The org's secrets, newest first, without values."""
         query = sa.select(secrets).where(secrets.c.org_id == org_id).order_by(secrets.c.created_at.desc())
-        with self._store.transaction() as tx:
+        with self._store.read() as tx:
             return [Secret(s.secret_id, s.org_id, s.name, s.type, s.created_at) for s in tx.execute(query)]
 
     def delete(self, org_id: str, secret_id: str) -> bool:
         """Remove it; False when the org has no such secret."""
         mine = (secrets.c.org_id == org_id) & (secrets.c.secret_id == secret_id)
-        with self._store.transaction() as tx:
+        with self._store.write() as tx:
             return tx.execute(sa.delete(secrets).where(mine)).rowcount > 0
 
     def find(self, org_id: str, secret_id: str) -> Secret | None:
         """What is known about a secret without opening its keys, or None."""
-        with self._store.transaction() as tx:
+        with self._store.read() as tx:
             row = tx.execute(sa.select(secrets).where(secrets.c.org_id == org_id, secrets.c.secret_id == secret_id)).one_or_none()
         if row is None:
             return None
@@ -91,7 +95,7 @@ class SecretVault:
 
     def reveal(self, org_id: str, secret_id: str) -> dict[str, str]:
         """The values, for the job actor only. Raises DatasetError when it is gone."""
-        with self._store.transaction() as tx:
+        with self._store.read() as tx:
             sealed = tx.execute(
                 sa.select(secrets.c.ciphertext).where(secrets.c.org_id == org_id, secrets.c.secret_id == secret_id)
             ).scalar()
@@ -101,7 +105,10 @@ class SecretVault:
                 field="dataset_details.secret_id",
                 code="secret_not_found",
             )
-        return self._open(sealed)
+        data = self._open(sealed)
+        if data.get("endpoint_url"):
+            self._check_resolved(data["endpoint_url"])
+        return data
 
     def _open(self, sealed: bytes) -> dict[str, str]:
         try:
@@ -137,6 +144,8 @@ class SecretVault:
             raise invalid(errors)
 
     def _endpoint_allowed(self, url: str) -> bool:
+        """Whether the operator's list has this host, and it isn't, by whatever spelling, one that answers with a machine's own
+        credentials."""
         try:
             parts = urlsplit(url)
             host = parts.hostname
@@ -145,11 +154,41 @@ class SecretVault:
             return False
         if parts.scheme not in ("http", "https") or not host or parts.username or parts.path.strip("/") or parts.query:
             return False
+        host = host.rstrip(".").lower()
+        address = _address(host)
+        if host in METADATA_NAMES or (address is not None and _is_off_limits(address)):
+            return False
+        return any(fnmatch.fnmatchcase(host, pattern.lower()) for pattern in self._allowed_endpoints)
+
+    def _check_resolved(self, url: str) -> None:
+        """Names are judged by what they stand for now. Raises DatasetError."""
+        host = urlsplit(url).hostname or ""
         try:
-            address = ipaddress.ip_address(host)
-        except ValueError:
-            pass
-        else:
-            if address.is_link_local or address.is_multicast or address.is_unspecified:
-                return False
-        return any(fnmatch.fnmatch(host.lower(), pattern.lower()) for pattern in self._allowed_endpoints)
+            found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
+        except (OSError, UnicodeError):
+            return  # the storage can't be reached: the reader says so in its own words
+        if not self._endpoint_allowed(url) or any(_is_off_limits(ipaddress.ip_address(a.partition("%")[0])) for a in found):
+            raise DatasetError(
+                f"the endpoint {host} of this secret may not be used here.",
+                field="dataset_details.secret_id",
+                code="endpoint_refused",
+            )
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a literal stands for, also in the spellings that only the C library reads (2852039166, 0xa9.254.1)."""
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        pass
+    try:
+        return ipaddress.ip_address(socket.inet_aton(host))
+    except (OSError, UnicodeError):
+        return None
+
+
+def _is_off_limits(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    mapped = getattr(address, "ipv4_mapped", None)
+    if mapped is not None:
+        return _is_off_limits(mapped)
+    return address.is_link_local or address.is_multicast or address.is_unspecified or str(address) in METADATA_ADDRESSES

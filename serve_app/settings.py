@@ -5,8 +5,10 @@ Environment variables (prefix TUNEYARD_) win over `<home>/settings.json`, which 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="TUNEYARD_", extra="ignore", protected_namespaces=())
 
     home: Path = Field(default_factory=_default_home, description="Folder of all local state.")
-    database_url: str = Field("", description="SQLAlchemy URL of the job store; default SQLite in home.")
+    database_url: str = Field("", repr=False, description="SQLAlchemy URL of the job store; default SQLite in home.")
     storage_uri: str = Field("", description="Where runs go: s3://bucket/prefix or a folder; default <home>/runs.")
     storage_endpoint_url: str | None = Field(None, description="Endpoint of an S3-compatible storage.")
     storage_access_key_id: str | None = Field(None, repr=False, description="Key id; default the machine's own role.")
@@ -124,10 +126,23 @@ class Settings(BaseSettings):
             ("jwt.key", lambda: secrets.token_urlsafe(48)),
             ("secret.key", lambda: Fernet.generate_key().decode()),
         ):
-            path = self.home / name
-            if not path.exists():
-                path.touch(mode=0o600)
-                path.write_text(make())
+            write_private(self.home / name, make(), keep=True)
+
+
+def write_private(path: Path, text: str, *, keep: bool = False) -> None:
+    """Write a file that only its owner may read, all of it or nothing; `keep` leaves one that is there alone."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")  # made with mode 0600
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        if keep:
+            with contextlib.suppress(FileExistsError):
+                os.link(scratch, path)
+        else:
+            os.replace(scratch, path)
+    finally:
+        Path(scratch).unlink(missing_ok=True)
 
 
 def _read_secret(path: Path) -> SecretStr | None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from serve_app.settings import Settings
+from serve_app.settings import Settings, write_private
 
 STATE_FILE = "up.json"
 READY_TIMEOUT_S = 240
@@ -130,10 +130,7 @@ def _logs(home: Path) -> Path:
 
 
 def _write_state(home: Path, state: dict[str, Any]) -> None:
-    scratch = home / f"{STATE_FILE}.new"
-    scratch.touch(mode=0o600)
-    scratch.write_text(json.dumps(state))
-    os.replace(scratch, home / STATE_FILE)
+    write_private(home / STATE_FILE, json.dumps(state))
 
 
 def _supervise(home: Path, json_output: bool) -> int:
@@ -183,9 +180,8 @@ def _configure(home: Path, endpoint: str, access_key: str, secret_key: str) -> S
     """Write the settings that every process of this instance reads, and make its keys."""
     from serve_app.embedded.s3 import BUCKET
 
-    path = home / "settings.json"
-    path.touch(mode=0o600)
-    path.write_text(
+    write_private(
+        home / "settings.json",
         json.dumps(
             {
                 "embedded": True,
@@ -198,7 +194,7 @@ def _configure(home: Path, endpoint: str, access_key: str, secret_key: str) -> S
                 "max_running_jobs": 2,
                 "data_cpus": 0.25,
             }
-        )
+        ),
     )
     settings = Settings.load()
     settings.prepare_embedded_keys()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.embedded.ports import free_ports
+from serve_app.settings import write_private
 
 START_TIMEOUT_S = 60
 BUCKET = "tuneyard"
@@ -68,8 +69,7 @@ def _identity(folder: Path) -> tuple[Path, str, str]:
         keys = {"accessKey": "TY" + secrets.token_hex(9).upper(), "secretKey": secrets.token_urlsafe(30)}
         actions = ["Admin", "Read", "Write", "List", "Tagging"]
         text = json.dumps({"identities": [{"name": "root", "credentials": [keys], "actions": actions}]})
-        path.touch(mode=0o600)
-        path.write_text(text)
+        write_private(path, text, keep=True)
     keys = json.loads(path.read_text())["identities"][0]["credentials"][0]
     return path, keys["accessKey"], keys["secretKey"]
 

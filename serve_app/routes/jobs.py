@@ -9,13 +9,16 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Query, Request
 from starlette.concurrency import run_in_threadpool
 
-from serve_app.errors import ApiError, field_error, invalid
+from serve_app.auth import Principal
+from serve_app.body import read_fields
+from serve_app.errors import field_error, invalid
 from serve_app.lifecycle import Status
-from serve_app.routes.service import Asking, Here, Service, find_job, render, uuid_of
-from serve_app.validation import SECTIONS, parse_submission, read_body, validate
-from train_loop.spec import JobSpec
+from serve_app.routes.service import UUID_SCHEMA, Asking, Here, Service, find_job, is_uuid, json_body, render, render_one, uuid_of
+from serve_app.validation import PLAIN, SECTIONS, validate
+from train_loop.spec import EXPERIMENT_NAME, JobSpec
 
 router = APIRouter(tags=["jobs"])
+MAX_ID = 2**63 - 1  # the databases' largest integer
 FORM = {
     "type": "object",
     "required": ["org", "experiment_name", "model_details", "dataset_details", "infra_config"],
@@ -41,18 +44,24 @@ async def submit(
 ) -> dict[str, Any]:
     """Submit a job. 200 means that it is durable."""
     asking.require_scope("jobs:write")
-    payload, _ = await parse_submission(request, here.settings.max_body_bytes)
+    payload = await read_fields(request, here.settings.max_body_bytes, PLAIN, SECTIONS)
     return await run_in_threadpool(_submit, here, asking, payload, idempotency_key)
 
 
-def _submit(here: Service, asking: Any, payload: dict[str, Any], key: str | None) -> dict[str, Any]:
-    if isinstance(payload.get("org"), str):
-        asking.require_org(uuid_of(payload["org"], "org"))
-    spec = validate(payload, here.settings, here.vault)
+def _submit(here: Service, asking: Principal, payload: dict[str, Any], key: str | None) -> dict[str, Any]:
+    org = payload.get("org")
+    if not is_uuid(org):
+        validate(payload, here.settings, here.vault)  # raises, with everything else that is wrong
+    org = uuid_of(org, "org")
+    asking.require_org(org)
     digest = hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
-    job, created = here.store.insert(spec, acceptance(spec, here), key, digest)
-    if created:
-        here.runtime.poke()
+    # A repeated request gets the first one's answer, even if it couldn't be accepted any more.
+    job = here.store.replay(org, key, digest) if key is not None else None
+    if job is None:
+        spec = validate(payload, here.settings, here.vault)
+        job, created = here.store.insert(spec, acceptance(spec, here), key, digest)
+        if created:
+            here.runtime.poke()
     return {
         "request_id": job.request_id,
         "status": str(job.status),
@@ -82,7 +91,7 @@ def acceptance(spec: JobSpec, here: Service) -> str:
 def get(asking: Asking, here: Here, org_id: str, request_id: str) -> dict[str, Any]:
     """One job."""
     asking.require_scope("jobs:read")
-    return render(here, find_job(here, asking, request_id, org_id))
+    return render_one(here, find_job(here, asking, request_id, org_id))
 
 
 @router.get("/job/list/")
@@ -92,7 +101,7 @@ def list_jobs(
     here: Here,
     org_id: str,
     status: Status | None = None,
-    experiment_name: str | None = None,
+    experiment_name: Annotated[str | None, Query(pattern=EXPERIMENT_NAME)] = None,
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
     cursor: str | None = None,
 ) -> dict[str, Any]:
@@ -104,12 +113,14 @@ def list_jobs(
         found, following = here.store.list_jobs(org, status=status, experiment_name=experiment_name, limit=limit, cursor=cursor)
     except ValueError:
         raise invalid([field_error("cursor", "not a cursor of this service")]) from None
-    return {"jobs": [render(here, job) for job in found], "next_cursor": following}
+    return {"jobs": render(here, found), "next_cursor": following}
 
 
 @router.get("/job/events/")
 @router.get("/job/events", include_in_schema=False)
-def events(asking: Asking, here: Here, org_id: str, request_id: str, after: int = 0) -> dict[str, Any]:
+def events(
+    asking: Asking, here: Here, org_id: str, request_id: str, after: Annotated[int, Query(ge=0, le=MAX_ID)] = 0
+) -> dict[str, Any]:
     """The job's event log, oldest first."""
     asking.require_scope("jobs:read")
     job = find_job(here, asking, request_id, org_id)
@@ -117,56 +128,21 @@ def events(asking: Asking, here: Here, org_id: str, request_id: str, after: int 
     return {"events": [{"id": e.id, "time": e.time.isoformat(), "kind": e.kind, "message": e.message} for e in found]}
 
 
-CANCEL_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "required": ["org_id", "request_id"],
-                    "properties": {
-                        "org_id": {"type": "string", "format": "uuid"},
-                        "request_id": {"type": "string", "format": "uuid"},
-                    },
-                }
-            }
-        },
-    }
-}
-
-
-@router.post("/job/cancel/", openapi_extra=CANCEL_BODY)
+@router.post("/job/cancel/", openapi_extra=json_body(org_id=UUID_SCHEMA, request_id=UUID_SCHEMA))
 @router.post("/job/cancel", include_in_schema=False)
 async def cancel(request: Request, asking: Asking, here: Here) -> dict[str, Any]:
     """Stop a job. Again is fine; a job that has ended otherwise is a 409."""
     asking.require_scope("jobs:write")
-    payload = await json_object(request, here)
+    payload = await read_fields(request, here.settings.max_body_bytes, ("org_id", "request_id"))
     org = uuid_of(payload.get("org_id"), "org_id")
-    return await run_in_threadpool(_cancel, here, asking, str(payload.get("request_id", "")), org)
+    return await run_in_threadpool(_cancel, here, asking, payload.get("request_id"), org)
 
 
-def _cancel(here: Service, asking: Any, request_id: str, org_id: str | None) -> dict[str, Any]:
+def _cancel(here: Service, asking: Principal, request_id: Any, org_id: str | None) -> dict[str, Any]:
     job = find_job(here, asking, request_id, org_id)
     job = here.store.request_cancel(job.request_id)
     here.runtime.poke()
-    return render(here, job)
-
-
-async def json_object(request: Request, here: Service) -> dict[str, Any]:
-    """The fields of a small JSON or form body. Raises 400, 413, 422."""
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        form = await request.form()
-        return {k: v for k, v in form.items() if isinstance(v, str)}
-    body = await read_body(request, here.settings.max_body_bytes)
-    try:
-        payload = json.loads(body)
-    except (ValueError, RecursionError):
-        raise ApiError(400, "the body isn't JSON") from None
-    if not isinstance(payload, dict):
-        raise ApiError(400, "the JSON body must be an object")
-    return payload
+    return render_one(here, job)
 
 
 # Last, or they would take the words above for ids.
@@ -175,7 +151,7 @@ async def json_object(request: Request, here: Service) -> dict[str, Any]:
 def get_by_path(asking: Asking, here: Here, request_id: str) -> dict[str, Any]:
     """One job, its id in the path."""
     asking.require_scope("jobs:read")
-    return render(here, find_job(here, asking, request_id, None))
+    return render_one(here, find_job(here, asking, request_id, None))
 
 
 @router.post("/job/{request_id}/cancel")

@@ -7,9 +7,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 
+from serve_app.body import read_fields
 from serve_app.errors import ApiError, field_error, invalid
-from serve_app.routes.jobs import json_object
-from serve_app.routes.service import Asking, Here, uuid_of
+from serve_app.routes.service import UUID_SCHEMA, Asking, Here, json_body, uuid_of
 from serve_app.secrets import Secret
 
 router = APIRouter(tags=["secrets"])
@@ -25,25 +25,12 @@ def _render(secret: Secret) -> dict[str, Any]:
     }
 
 
-BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "required": ["org", "name", "type", "data"],
-                    "properties": {
-                        "org": {"type": "string", "format": "uuid"},
-                        "name": {"type": "string", "maxLength": MAX_NAME_CHARS},
-                        "type": {"type": "string", "enum": ["aws", "s3"]},
-                        "data": {"type": "object", "additionalProperties": {"type": "string"}},
-                    },
-                }
-            }
-        },
-    }
-}
+BODY = json_body(
+    org=UUID_SCHEMA,
+    name={"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS},
+    type={"type": "string", "enum": ["aws", "s3"]},
+    data={"type": "object", "additionalProperties": {"type": "string"}},
+)
 
 
 @router.post("/secret/", openapi_extra=BODY)
@@ -51,7 +38,7 @@ BODY = {
 async def create(request: Request, asking: Asking, here: Here) -> dict[str, Any]:
     """Store a secret."""
     asking.require_scope("secrets:write")
-    payload = await json_object(request, here)
+    payload = await read_fields(request, here.settings.max_body_bytes, ("org", "name", "type"), ("data",))
     org = uuid_of(payload.get("org"), "org")
     asking.require_org(org)
     name, type_, data = payload.get("name"), payload.get("type"), payload.get("data")
@@ -72,6 +59,7 @@ async def create(request: Request, asking: Asking, here: Here) -> dict[str, Any]
 @router.get("/secret/list", include_in_schema=False)
 def list_secrets(asking: Asking, here: Here, org_id: str) -> dict[str, Any]:
     """The org's secrets, without values."""
+    asking.require_scope("secrets:write")
     org = uuid_of(org_id, "org_id")
     asking.require_org(org)
     return {"secrets": [_render(s) for s in here.vault.list(org)]}

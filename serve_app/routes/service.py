@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
@@ -11,16 +12,18 @@ from fastapi import Depends, Header, Request
 
 from serve_app.auth import Principal, authenticate
 from serve_app.errors import ApiError, field_error, invalid
+from serve_app.lifecycle import Status
 from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
 from serve_app.store.jobs import Job, JobStore
+from serve_app.validation import SECTIONS
 
 
 class Runtime(Protocol):
     """The running side of the service."""
 
-    def live_status(self, request_id: str) -> dict[str, Any] | None:
-        """What the job's actor says now, or None when it is gone or slow."""
+    def live_statuses(self, request_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """What these jobs' actors say now, all asked at once; without those that are gone or slow."""
         ...
 
     def poke(self) -> None:
@@ -57,12 +60,20 @@ Asking = Annotated[Principal, Depends(principal)]
 Here = Annotated[Service, Depends(service)]
 
 
+def is_uuid(value: Any) -> bool:
+    """Whether this is a UUID in text."""
+    try:
+        uuid.UUID(value)
+    except (ValueError, TypeError, AttributeError):
+        return False
+    return True
+
+
 def uuid_of(value: Any, field: str) -> str:
     """A canonical UUID. Raises 422 naming the field."""
-    try:
-        return str(uuid.UUID(str(value)))
-    except ValueError:
-        raise invalid([field_error(field, "must be a UUID" if value else "this field is required")]) from None
+    if not is_uuid(value):
+        raise invalid([field_error(field, "must be a UUID" if value else "this field is required")])
+    return str(uuid.UUID(value))
 
 
 def find_job(here: Service, asking: Principal, request_id: str, org_id: str | None) -> Job:
@@ -76,13 +87,32 @@ def find_job(here: Service, asking: Principal, request_id: str, org_id: str | No
     return job
 
 
+def json_body(**properties: dict[str, Any]) -> dict[str, Any]:
+    """OpenAPI's description of a JSON object that a route reads by itself; every property is required."""
+    schema = {"type": "object", "required": list(properties), "properties": properties}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+UUID_SCHEMA = {"type": "string", "format": "uuid"}
+
+
 def _time(value: dt.datetime | None) -> str | None:
     return None if value is None else value.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def render(here: Service, job: Job) -> dict[str, Any]:
-    """A job on the wire: the store's row, overlaid with what its actor says now."""
-    live = here.runtime.live_status(job.request_id) if job.status == "RUNNING" else None
+def render(here: Service, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """Jobs on the wire: the store's rows, overlaid with what their actors say now."""
+    live = here.runtime.live_statuses([job.request_id for job in jobs if job.status is Status.RUNNING])
+    positions = here.store.queue_positions(jobs)
+    return [_render(job, live.get(job.request_id), positions.get(job.request_id)) for job in jobs]
+
+
+def render_one(here: Service, job: Job) -> dict[str, Any]:
+    """One job on the wire."""
+    return render(here, [job])[0]
+
+
+def _render(job: Job, live: dict[str, Any] | None, queue_position: int | None) -> dict[str, Any]:
     now = dt.datetime.now(dt.UTC)
     wire = {
         "request_id": job.request_id,
@@ -100,12 +130,9 @@ def render(here: Service, job: Job) -> dict[str, Any]:
         "updated_at": _time(now if live else job.updated_at),
         "started_at": _time(job.started_at),
         "completed_at": _time(job.completed_at),
-        "queue_position": here.store.queue_position(job),
+        "queue_position": queue_position,
         "attempt": job.attempt,
-        **{
-            name: job.spec[name]
-            for name in ("dataset_config", "model_details", "train_config", "dataset_details", "infra_config")
-        },
+        **{name: job.spec[name] for name in SECTIONS},
         "metrics": job.metrics,
         "output_model_path": job.output_model_path,
         "error_message": job.error_message,

@@ -8,8 +8,8 @@ from __future__ import annotations
 import base64
 import datetime as dt
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from serve_app.store.tables import idempotency, job_events, jobs, leases
 from train_loop.spec import JobSpec
 
 IDEMPOTENCY_HOURS = 24
+MAX_SEQ = 2**63 - 1
+WRITES = "tuneyard_writes"
 
 
 class NameTaken(Exception):
@@ -103,6 +105,7 @@ class JobStore:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._writer = engine.execution_options(**{WRITES: True})
 
     @classmethod
     def open(cls, url: str) -> JobStore:
@@ -119,10 +122,18 @@ class JobStore:
 
         @sa.event.listens_for(engine, "begin")
         def _begin(connection: Connection) -> None:
-            # Take the write lock at once: upgrading a read lock later fails instead of waiting.
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            # A writer takes the write lock at once: upgrading a read lock later fails instead of waiting.
+            connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get(WRITES) else "BEGIN")
 
         return cls(engine)
+
+    def read(self) -> AbstractContextManager[Connection]:
+        """A connection that only reads: on SQLite it waits for no writer."""
+        return self.engine.connect()
+
+    def write(self) -> AbstractContextManager[Connection]:
+        """A transaction: committed at the end, rolled back by an exception."""
+        return self._writer.begin()
 
     def migrate(self, revision: str = "head") -> None:
         """Bring the schema to `revision`."""
@@ -131,7 +142,7 @@ class JobStore:
 
         config = Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-        with self.engine.begin() as connection:
+        with self.write() as connection:
             config.attributes["connection"] = connection
             if revision == "base":
                 command.downgrade(config, revision)
@@ -140,7 +151,7 @@ class JobStore:
 
     def ping(self) -> None:
         """Raise unless the store answers and has its tables."""
-        with self.engine.connect() as connection:
+        with self.read() as connection:
             connection.execute(sa.select(jobs.c.seq).limit(1))
 
     # --- submit and read ---
@@ -168,18 +179,19 @@ class JobStore:
             "updated_at": now,
         }
         try:
-            with self.engine.begin() as tx:
+            with self.write() as tx:
                 if idempotency_key is not None:
                     earlier = self._earlier(tx, spec.org, idempotency_key, body_hash, now)
                     if earlier is not None:
                         return earlier, False
-                    key = {"org_id": spec.org, "key": idempotency_key, "body_hash": body_hash}
-                    tx.execute(sa.insert(idempotency).values(**key, request_id=request_id, created_at=now))
+                    key = {"org_id": spec.org, "key": idempotency_key}
+                    tx.execute(sa.delete(idempotency).filter_by(**key))  # one that has expired
+                    tx.execute(sa.insert(idempotency).values(**key, body_hash=body_hash, request_id=request_id, created_at=now))
                 tx.execute(sa.insert(jobs).values(**row))
                 _add_event(tx, request_id, "queued", message)
                 return _require(tx, request_id), True
         except sa.exc.IntegrityError:
-            with self.engine.connect() as tx:
+            with self.read() as tx:
                 if idempotency_key is not None:  # the same key won a race against us
                     earlier = self._earlier(tx, spec.org, idempotency_key, body_hash, now)
                     if earlier is not None:
@@ -191,13 +203,15 @@ class JobStore:
                 raise
             raise NameTaken(spec.experiment_name, other) from None
 
+    def replay(self, org_id: str, idempotency_key: str, body_hash: str) -> Job | None:
+        """The job that this key made before, or None. Raises IdempotencyMismatch for another body."""
+        with self.read() as tx:
+            return self._earlier(tx, org_id, idempotency_key, body_hash, _now())
+
     def _earlier(self, tx: Connection, org: str, key: str, body_hash: str, now: dt.datetime) -> Job | None:
         mine = (idempotency.c.org_id == org) & (idempotency.c.key == key)
         found = tx.execute(sa.select(idempotency).where(mine)).one_or_none()
-        if found is None:
-            return None
-        if found.created_at < now - dt.timedelta(hours=IDEMPOTENCY_HOURS):
-            tx.execute(sa.delete(idempotency).where(mine))
+        if found is None or found.created_at < now - dt.timedelta(hours=IDEMPOTENCY_HOURS):
             return None
         if found.body_hash != body_hash:
             raise IdempotencyMismatch(f"this Idempotency-Key was used for another request (job {found.request_id})")
@@ -208,7 +222,7 @@ class JobStore:
         query = sa.select(jobs).where(jobs.c.request_id == request_id)
         if org_id is not None:
             query = query.where(jobs.c.org_id == org_id)
-        with self.engine.connect() as tx:
+        with self.read() as tx:
             row = tx.execute(query).one_or_none()
         return None if row is None else _job(row)
 
@@ -228,12 +242,12 @@ class JobStore:
         if experiment_name is not None:
             query = query.where(jobs.c.experiment_name == experiment_name)
         if cursor is not None:
-            query = query.where(jobs.c.seq < int(base64.urlsafe_b64decode(cursor.encode()).decode()))
-        with self.engine.connect() as tx:
+            query = query.where(jobs.c.seq < _seq_of(cursor))
+        with self.read() as tx:
             found = [_job(row) for row in tx.execute(query)]
         more = len(found) > limit
         page = found[:limit]
-        return page, base64.urlsafe_b64encode(str(page[-1].seq).encode()).decode() if more else None
+        return page, _cursor(page[-1].seq) if more else None
 
     def queued(self, limit: int) -> list[Job]:
         """Waiting jobs, oldest first."""
@@ -245,23 +259,27 @@ class JobStore:
 
     def _in(self, status: Status, limit: int | None) -> list[Job]:
         query = sa.select(jobs).where(jobs.c.status == status).order_by(jobs.c.seq).limit(limit)
-        with self.engine.connect() as tx:
+        with self.read() as tx:
             return [_job(row) for row in tx.execute(query)]
 
-    def queue_position(self, job: Job) -> int | None:
-        """1 for the next to start; None when it isn't waiting."""
-        if job.status is not Status.QUEUED:
-            return None
-        ahead = sa.select(sa.func.count()).where((jobs.c.status == Status.QUEUED) & (jobs.c.seq <= job.seq))
-        with self.engine.connect() as tx:
-            return int(tx.execute(ahead).scalar_one())
+    def queue_positions(self, page: Sequence[Job]) -> dict[str, int]:
+        """By request_id, for those that wait: 1 for the next to start."""
+        waiting = {job.seq: job.request_id for job in page if job.status is Status.QUEUED}
+        if not waiting:
+            return {}
+        queued = jobs.c.status == Status.QUEUED
+        first, last = min(waiting), max(waiting)
+        with self.read() as tx:
+            ahead = tx.execute(sa.select(sa.func.count()).where(queued, jobs.c.seq < first)).scalar_one()
+            between = tx.execute(sa.select(jobs.c.seq).where(queued, jobs.c.seq.between(first, last)).order_by(jobs.c.seq))
+            return {waiting[seq]: place for place, (seq,) in enumerate(between, ahead + 1) if seq in waiting}
 
     # --- state changes ---
 
     def start_attempt(self, request_id: str, expected_attempt: int) -> Job | None:
         """QUEUED, or RUNNING with a dead attempt → RUNNING with the next attempt; None when someone else was first."""
         now = _now()
-        with self.engine.begin() as tx:
+        with self.write() as tx:
             changed = tx.execute(
                 sa.update(jobs)
                 .where(jobs.c.request_id == request_id, jobs.c.attempt == expected_attempt)
@@ -283,7 +301,7 @@ class JobStore:
     def report(self, request_id: str, attempt: int, **fields: Any) -> Job:
         """Write progress and a heartbeat; the job in return says whether to stop. Raises StaleAttempt."""
         now = _now()
-        with self.engine.begin() as tx:
+        with self.write() as tx:
             _require_attempt(tx, request_id, attempt)
             tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**fields, heartbeat_at=now, updated_at=now))
             return _require(tx, request_id)
@@ -291,7 +309,7 @@ class JobStore:
     def finish(self, request_id: str, attempt: int, status: Status, *, message: str, **fields: Any) -> Job:
         """RUNNING → a final state. Again with the same state changes nothing. Raises StaleAttempt, IllegalTransition."""
         now = _now()
-        with self.engine.begin() as tx:
+        with self.write() as tx:
             job = _require(tx, request_id)
             if job.attempt == attempt and job.status is status:
                 return job
@@ -305,7 +323,7 @@ class JobStore:
     def request_cancel(self, request_id: str) -> Job:
         """QUEUED → CANCELED at once; RUNNING is asked to stop; CANCELED stays. Raises AlreadyFinal."""
         now = _now()
-        with self.engine.begin() as tx:
+        with self.write() as tx:
             job = _require(tx, request_id)
             if job.status is Status.CANCELED or (job.status is Status.RUNNING and job.cancel_requested):
                 return job
@@ -322,13 +340,13 @@ class JobStore:
 
     def add_event(self, request_id: str, kind: str, message: str) -> None:
         """Append to the job's event log."""
-        with self.engine.begin() as tx:
+        with self.write() as tx:
             _add_event(tx, request_id, kind, message)
 
     def events(self, request_id: str, after: int = 0) -> list[Event]:
         """The job's events with an id above `after`, oldest first."""
         query = sa.select(job_events).where(job_events.c.request_id == request_id, job_events.c.id > after)
-        with self.engine.connect() as tx:
+        with self.read() as tx:
             return [Event(e.id, e.time, e.kind, e.message) for e in tx.execute(query.order_by(job_events.c.id))]
 
     # --- the dispatcher's lease ---
@@ -338,7 +356,7 @@ class JobStore:
         now = _now()
         expires = now + dt.timedelta(seconds=ttl_s)
         try:
-            with self.engine.begin() as tx:
+            with self.write() as tx:
                 held = tx.execute(sa.select(leases).where(leases.c.name == name).with_for_update()).one_or_none()
                 if held is None:
                     tx.execute(sa.insert(leases).values(name=name, owner=owner, epoch=1, expires_at=expires))
@@ -352,14 +370,20 @@ class JobStore:
         except sa.exc.IntegrityError:  # two inserted at once; the other one has it
             return None
 
-    @contextmanager
-    def transaction(self) -> Iterator[Connection]:
-        """A transaction for the tables that live beside the jobs."""
-        with self.engine.begin() as tx:
-            yield tx
-
 
 UTC_TIME = jobs.c.created_at.type
+
+
+def _cursor(seq: int) -> str:
+    return base64.urlsafe_b64encode(str(seq).encode()).decode()
+
+
+def _seq_of(cursor: str) -> int:
+    """The other way round. Raises ValueError for what isn't a cursor of ours."""
+    seq = int(base64.urlsafe_b64decode(cursor.encode()).decode())
+    if _cursor(seq) != cursor or not 0 <= seq <= MAX_SEQ:
+        raise ValueError(cursor)
+    return seq
 
 
 def _require(tx: Connection, request_id: str) -> Job:

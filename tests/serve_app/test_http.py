@@ -1,27 +1,33 @@
 """The HTTP interface over a real store; nothing runs the jobs here."""
 
+import base64
 import json
 import time
 
 import jwt
 import pytest
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.testclient import TestClient
 
 from serve_app.app import build_app
 from serve_app.auth import mint_token
+from serve_app.errors import ApiError
+from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
 from serve_app.store.jobs import JobStore
 from tests.conftest import DOCUMENTED, ORG, OTHER_ORG, TINY, with_fields
+from train_loop.errors import DatasetError
 
 CANARY = "sk-canary-Zx81Kq"
+TEMPLATE = "dataset_config.preprocessing.prompt.template"
 SECTIONS = ("dataset_config", "model_details", "train_config", "dataset_details", "infra_config")
 
 
 class Idle:
     """A cluster on which nothing runs yet."""
 
-    def live_status(self, request_id):
-        return None
+    def live_statuses(self, request_ids):
+        return {}
 
     def poke(self):
         return None
@@ -205,6 +211,12 @@ def test_all_field_errors_come_at_once_with_their_names(http, store, job):
         ({"infra_config.node_count": 5}, "infra_config.node_count", "room for 8"),
         ({"dataset_config.preprocessing.prompt.max_length": 100_000}, "dataset_config.preprocessing.prompt.max_length", "8192"),
         ({"dataset_config.preprocessing.prompt.template": "{% if %}"}, "dataset_config.preprocessing.prompt.template", "line 1"),
+        ({"model_details.base_model": "a" * 300}, "model_details.base_model", "hub id"),
+        ({"dataset_details.dataset_path": "bucket/key"}, "dataset_details.dataset_path", "s3://"),
+        ({"dataset_details.secret_id": None}, "dataset_details.secret_id", "private dataset"),
+        ({"dataset_config.split.ratios": [0.5, 0.4]}, "dataset_config.split.ratios", "0.9"),
+        ({TEMPLATE: "{{" + "(" * 50_000}, TEMPLATE, "template"),
+        ({TEMPLATE: "{{ " + "9" * 5000 + " }}"}, TEMPLATE, "template"),
         ({"dataset_details.source_type": "local"}, "dataset_details.source_type", "use s3"),
     ],
 )
@@ -223,6 +235,7 @@ def test_what_can_not_run_here_is_refused_with_the_way_out(http, job, changes, f
         ("[" * 100 + "]" * 100, "nested too deeply"),
         ("[" * 200_000, "nested too deeply"),
         ('{"gpu_type": "\\ud800"}', "UTF-8"),
+        ('{"gpu_type": "h100\\u0000"}', "null character"),
     ],
 )
 def test_a_json_part_that_does_not_parse_is_named_with_line_and_column(http, job, part, said):
@@ -247,6 +260,9 @@ NASTY = [
     ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400),
     ({"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=b"}}, 400),
     ({"content": b"\x00\xff=%zz&&&", "headers": {"content-type": "application/x-www-form-urlencoded"}}, 422),
+    ({"content": b"org=%ff", "headers": {"content-type": "application/x-www-form-urlencoded"}}, 422),
+    ({"content": b"org=%00", "headers": {"content-type": "application/x-www-form-urlencoded"}}, 422),
+    ({"files": {"org": (None, b"\xff")}}, 422),
     ({"content": b"x", "headers": {"content-type": "text/plain"}}, 415),
     ({"content": b"x"}, 415),
     ({"json": {}}, 422),
@@ -270,6 +286,7 @@ def test_no_body_is_a_server_error(http, store, request_, status):
         {"access_key_id": "a", "secret_access_key": CANARY, "endpoint_url": "http://169.254.169.254"},
         {"access_key_id": "a", "secret_access_key": CANARY, "endpoint_url": "http://evil.example"},
         {"access_key_id": "a", "secret_access_key": CANARY, "endpoint_url": "file:///etc"},
+        {"access_key_id": "a", "secret_access_key": CANARY, "acess_key": CANARY},
         {"access_key_id": "a", "secret_access_key": CANARY, "role_arn": "arn"},
         {"access_key_id": "a", "secret_access_key": [CANARY]},
     ],
@@ -306,3 +323,113 @@ def test_a_store_that_is_away_is_503(settings, tmp_path):
         )
     assert answer.status_code == 503
     assert "Retry-After" in answer.headers
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        *("http://169.254.169.254", "http://169.254.169.254.", "http://[::ffff:169.254.169.254]", "http://2852039166"),
+        *("http://0xa9fea9fe", "http://0251.0376.0251.0376", "http://[fd00:ec2::254]", "http://metadata.google.internal"),
+        *("http://METADATA.google.internal.:80", "http://100.100.100.200", "http://0.0.0.0", "http://[fe80::1]", "http://a@b"),
+    ],
+)
+def test_no_spelling_of_a_metadata_address_is_an_endpoint(settings, store, endpoint):
+    vault = SecretVault(store, settings.secret_key.get_secret_value(), ["*"])
+    keys = {"access_key_id": "a", "secret_access_key": "b"}
+    vault.create(ORG, "fine", "s3", keys | {"endpoint_url": "https://storage.example:9000"})
+    with pytest.raises(ApiError) as refused:
+        vault.create(ORG, "bad", "s3", keys | {"endpoint_url": endpoint})
+    assert refused.value.errors[0]["field"] == "data.endpoint_url"
+
+
+def test_a_name_that_stands_for_a_link_local_address_is_refused_when_it_is_used(settings, store, monkeypatch):
+    vault = SecretVault(store, settings.secret_key.get_secret_value(), ["*"])
+    keys = {"access_key_id": "a", "secret_access_key": "b", "endpoint_url": "http://innocent.example"}
+    secret = vault.create(ORG, "n", "s3", keys)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: [(2, 1, 6, "", ("169.254.169.254", 0))])
+    with pytest.raises(DatasetError, match=r"innocent\.example"):
+        vault.reveal(ORG, secret.secret_id)
+
+
+def test_a_secret_in_the_wrong_place_is_not_echoed(http, job):
+    answer = http.post("/job/", json=with_fields(job, {"dataset_details.secret_access_key": CANARY}))
+    assert "unknown field" in fields(answer)["dataset_details.secret_access_key"]["message"]
+    assert CANARY not in answer.text
+
+
+def test_the_database_password_shows_in_no_repr(settings, monkeypatch):
+    monkeypatch.setenv("TUNEYARD_DATABASE_URL", f"postgresql+psycopg://u:{CANARY}@db/x")
+    assert CANARY not in repr(Settings.load())
+
+
+@pytest.mark.parametrize("scope", [{"jobs": "read"}, 7, True, [1]])
+def test_a_scope_that_is_no_scope_gives_no_rights(http, settings, scope):
+    headers = {"Authorization": "Bearer " + token(settings, scope=scope)}
+    assert http.get("/job/list/", params={"org_id": ORG}, headers=headers).status_code == 401
+
+
+def test_scopes_limit_what_a_token_may_do(http, settings):
+    def status(path, scope):
+        headers = {"Authorization": "Bearer " + token(settings, scope=scope)}
+        return http.get(path, params={"org_id": ORG}, headers=headers).status_code
+
+    assert status("/job/list/", "jobs:read") == status("/job/list/", ["jobs:read"]) == status("/job/list/", "admin") == 200
+    assert status("/job/list/", "") == status("/job/list/", "secrets:write") == status("/secret/list/", "jobs:read") == 403
+
+
+@pytest.mark.parametrize("path", ["/job/", "/secret/", "/job/cancel/"])
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=b", "application/x-www-form-urlencoded"])
+def test_long_bodies_are_refused_everywhere(http, path, kind):
+    assert http.post(path, content=b"x" * (2 << 20), headers={"content-type": kind}).status_code == 413
+    chunks = (b"x" * (1 << 18) for _ in range(8))
+    assert http.post(path, content=chunks, headers={"content-type": kind}).status_code == 413
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        {"cursor": "x"},
+        {"cursor": base64.b64encode(str(10**30).encode()).decode()},
+        {"cursor": "-1"},
+        {"experiment_name": "a\0b"},
+        {"limit": 10**30},
+        {"status": "GONE"},
+        {"org_id": "\0"},
+    ],
+)
+def test_no_query_is_a_server_error(http, query):
+    assert http.get("/job/list/", params={"org_id": ORG} | query).status_code == 422
+
+
+def test_events_after_the_end_of_all_numbers(http, job):
+    request_id = http.post("/job/", json=job).json()["request_id"]
+    query = {"org_id": ORG, "request_id": request_id}
+    assert http.get("/job/events/", params=query | {"after": 10**30}).status_code == 422
+    assert http.get("/job/events/", params=query | {"after": 2**63 - 1}).json() == {"events": []}
+
+
+def test_secret_names_are_text(http):
+    data = {"access_key_id": "a", "secret_access_key": "b"}
+    body = json.dumps({"org": ORG, "name": "\ud800", "type": "s3", "data": data})
+    assert http.post("/secret/", content=body, headers={"content-type": "application/json"}).status_code == 422
+
+
+def test_a_repeated_request_is_answered_though_it_could_not_be_accepted_any_more(http, job, secret_id):
+    first = http.post("/job/", json=job, headers={"Idempotency-Key": "k"})
+    assert http.delete(f"/secret/{secret_id}", params={"org_id": ORG}).status_code == 200
+    assert http.post("/job/", json=job, headers={"Idempotency-Key": "k"}).json() == first.json()
+    assert http.post("/job/", json=job | {"experiment_name": "new"}).status_code == 422
+
+
+def test_readers_do_not_wait_for_a_writer(http, store):
+    with store.write():
+        assert http.get("/job/list/", params={"org_id": ORG}).status_code == 200
+
+
+def test_a_busy_pool_is_503(settings, store, monkeypatch):
+    def busy(*_):
+        raise PoolTimeout
+
+    monkeypatch.setattr(store, "read", busy)
+    with TestClient(build_app(settings, store, Idle()), raise_server_exceptions=False) as client:
+        assert client.get("/readyz").status_code == 503

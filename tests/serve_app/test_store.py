@@ -49,7 +49,7 @@ def test_migrations_make_exactly_the_tables_of_the_code(store):
 
 def test_a_job_lives_from_queued_to_completed(store):
     job = submit(store)
-    assert (job.status, job.attempt, store.queue_position(job)) == (Status.QUEUED, 0, 1)
+    assert (job.status, job.attempt, store.queue_positions([job])[job.request_id]) == (Status.QUEUED, 0, 1)
     started = store.start_attempt(job.request_id, 0)
     assert (started.status, started.attempt) == (Status.RUNNING, 1)
     store.report(job.request_id, 1, phase="training", step=3, progress=0.3, metrics={"last": {"loss": 1.0}})

@@ -1,0 +1,165 @@
+"""From the bytes of a request to its decoded fields: size, encoding, form, strict JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+from typing import Any
+from urllib.parse import parse_qsl
+
+from fastapi import Request
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException
+
+from serve_app.errors import ApiError, field_error, invalid, unknown
+
+MAX_DEPTH = 64
+MAX_PARTS = 64
+NAME_CHARS = 100
+NULL_CHARACTER = re.compile(r"(?<!\\)(\\\\)*\\u0000")  # as json.dumps writes it
+
+
+async def read_fields(
+    request: Request, limit_bytes: int, plain: Collection[str], json_parts: Collection[str] = ()
+) -> dict[str, Any]:
+    """The fields of a JSON object or a form, in which `plain` ones are text and `json_parts` hold JSON.
+
+    Raises ApiError: 400 not a form or JSON, 413 too long, 415 another kind of body, 422 with every part at fault.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind not in ("application/json", "multipart/form-data", "application/x-www-form-urlencoded"):
+        raise ApiError(415, "send multipart/form-data, application/x-www-form-urlencoded or application/json")
+    body = await _read(request, limit_bytes)
+    try:
+        text = body.decode()
+    except UnicodeDecodeError:
+        raise invalid([field_error("body", "not valid UTF-8")]) from None
+    if kind == "application/json":
+        payload = decode_json(text, None)
+        if not isinstance(payload, dict):
+            raise ApiError(400, "the JSON body must be an object")
+        return payload
+    pairs = await _multipart(request, body) if kind == "multipart/form-data" else _urlencoded(text)
+    return _decode_parts(pairs, plain, json_parts)
+
+
+async def _read(request: Request, limit_bytes: int) -> bytes:
+    too_long = ApiError(413, f"the body must be at most {limit_bytes} bytes")
+    declared = request.headers.get("content-length", "0")
+    if not declared.isdigit() or len(declared) > 18 or int(declared) > limit_bytes:
+        raise too_long  # before it is read
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit_bytes:
+            raise too_long
+    if not body:
+        raise ApiError(400, "the body is empty: send a form or a JSON object")
+    return bytes(body)
+
+
+async def _multipart(request: Request, body: bytes) -> list[tuple[str, str]]:
+    # The stream is used up; starlette's parser reads it again from the bytes.
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    try:
+        form = await Request(request.scope, receive).form(max_files=MAX_PARTS, max_fields=MAX_PARTS, max_part_size=len(body))
+    except (MultiPartException, ValueError, KeyError) as error:
+        raise ApiError(400, f"the form can't be read: {getattr(error, 'message', error)}") from None
+    except Exception as error:
+        # Starlette and python-multipart wrap theirs differently from version to version.
+        if type(error).__name__ in ("HTTPException", "MultipartParseError", "FormParserError", "ParseError"):
+            raise ApiError(400, "the form can't be read") from None
+        raise
+    return [(name, (await v.read()).decode() if isinstance(v, UploadFile) else v) for name, v in form.multi_items()]
+
+
+def _urlencoded(text: str) -> list[tuple[str, str]]:
+    try:
+        return parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=MAX_PARTS)
+    except UnicodeDecodeError:
+        raise invalid([field_error("body", "not valid UTF-8")]) from None
+    except ValueError as error:
+        raise ApiError(400, f"the form can't be read: {error}") from None
+
+
+def _decode_parts(pairs: list[tuple[str, str]], plain: Collection[str], json_parts: Collection[str]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    errors: list[dict[str, Any]] = []
+    for name, value in pairs:
+        if name in fields:
+            errors.append(field_error(name, "given twice"))
+        elif name in plain:
+            fields[name] = value
+            if "\0" in value:
+                errors.append(field_error(name, "holds a null character"))
+        elif name in json_parts:
+            fields[name] = None
+            try:
+                fields[name] = decode_json(value, name)
+            except ApiError as error:
+                errors += error.errors
+        else:
+            shown = name[:NAME_CHARS].encode(errors="replace").decode()
+            errors.append(field_error(shown, unknown(shown, [*plain, *json_parts])))
+    if errors:
+        raise invalid(errors)
+    return fields
+
+
+class _Unusable(ValueError):
+    pass
+
+
+def decode_json(text: str, part: str | None) -> Any:
+    """Decode strictly: no NaN, no duplicate keys, no nesting deeper than MAX_DEPTH, no lone surrogates, no null characters.
+
+    Raises ApiError 422 naming `part`, its line and column; without a part the text is the whole body, and not JSON is 400.
+    """
+
+    def no_constants(name: str) -> Any:
+        raise _Unusable(f"{name} isn't JSON")
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [k for k, _ in pairs]
+            raise _Unusable(f"duplicate key {next(k for k in names if names.count(k) > 1)!r}")
+        return found
+
+    try:
+        value = json.loads(text, parse_constant=no_constants, object_pairs_hook=no_duplicates)
+        if _deeper_than(value, MAX_DEPTH):
+            raise _Unusable("nested too deeply")
+        again = json.dumps(value, ensure_ascii=False)
+        again.encode()
+        if NULL_CHARACTER.search(again):
+            raise _Unusable("holds a null character")
+    except json.JSONDecodeError as error:
+        message = f"isn't JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        if part is None:
+            raise ApiError(400, f"the body {message}") from None
+        raise invalid([field_error(part, message, line=error.lineno, column=error.colno)]) from None
+    except (RecursionError, UnicodeError, ValueError) as error:
+        match error:
+            case _Unusable():
+                reason = str(error)
+            case UnicodeError():
+                reason = "not valid UTF-8: a lone surrogate"
+            case RecursionError():
+                reason = "nested too deeply"
+            case _:
+                reason = "a number has too many digits"
+        raise invalid([field_error(part or "body", reason)]) from None
+    return value
+
+
+def _deeper_than(value: Any, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth):
+        level = [child for v in level if isinstance(v, dict | list) for child in (v.values() if isinstance(v, dict) else v)]
+        if not level:
+            return False
+    return True
