@@ -153,6 +153,7 @@ def secret_add(
     access_key_id: Annotated[str, typer.Option(envvar="AWS_ACCESS_KEY_ID", prompt=True)],
     secret_access_key: Annotated[str, typer.Option(envvar="AWS_SECRET_ACCESS_KEY", prompt=True, hide_input=True)],
     type_: Annotated[str, typer.Option("--type", help="aws, or s3 for anything S3-compatible.")] = "s3",
+    session_token: Annotated[str | None, typer.Option(envvar="AWS_SESSION_TOKEN", help="Of temporary keys.")] = None,
     endpoint_url: Annotated[str | None, typer.Option(envvar="AWS_ENDPOINT_URL", help="Of an s3 secret.")] = None,
     region: Annotated[str | None, typer.Option(help="Region of the buckets.")] = None,
     org: Org = None,
@@ -162,7 +163,9 @@ def secret_add(
 ) -> None:
     """Store keys; print the secret_id."""
     data = {"access_key_id": access_key_id, "secret_access_key": secret_access_key}
-    data |= {k: v for k, v in (("endpoint_url", endpoint_url), ("region", region)) if v}
+    data |= {k: v for k, v in (("session_token", session_token), ("endpoint_url", endpoint_url), ("region", region)) if v}
+    if type_ == "aws":
+        data.pop("endpoint_url", None)  # from the environment, perhaps; AWS has its own
     org = _org(org)
     made = _client(url, token, org).create_secret(org, name, type_, data)
     typer.echo(json.dumps(made) if as_json else made["secret_id"])

@@ -24,7 +24,7 @@ from train_loop.data.sampler import BatchPlan
 from train_loop.data.shards import PreparedDataset, ShardSet
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import DatasetError, TrainingError
-from train_loop.evaluate import evaluate
+from train_loop.evaluate import evaluate, full_precision
 from train_loop.loss import supervised_loss
 from train_loop.metrics import MetricLog
 from train_loop.model.adapters import add_adapter, trainable
@@ -102,7 +102,8 @@ def run(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext) -> Outcome:
             return
         ctx.phase("evaluating")
         batches = eval_batches(shards, ids, ctx.rank, ctx.world_size, hp.per_device_eval_batch_size, layout)
-        with autocast():
+        # On a GPU, bf16 is what evaluation sets of any size can be afforded in.
+        with full_precision(model, base.compute_dtype) if ctx.device.type == "cpu" else autocast():
             loss = evaluate(model, batches, ctx)
         if loss is not None:
             log.evaluated(step, loss)

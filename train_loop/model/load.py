@@ -102,6 +102,22 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
+def quantised_layers(model: Any) -> list[Any]:
+    """The model's 4-bit linear layers."""
+    from bitsandbytes.nn import Linear4bit
+
+    return [m for m in model.modules() if isinstance(m, Linear4bit)]
+
+
+def compute_in(base: Any, dtype: torch.dtype) -> None:
+    """Have a frozen base compute in `dtype`: floating-point weights are cast, 4-bit ones dequantise to it from now on."""
+    for parameter in base.parameters():
+        if parameter.is_floating_point() and not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    for layer in quantised_layers(base):
+        layer.compute_dtype = layer.weight.quant_state.dtype = dtype
+
+
 def load_base(spec: JobSpec, folder: Path, device: torch.device) -> BaseModel:
     """Load the base model onto `device`, quantised when asked, every parameter frozen. Raises ModelError."""
     from transformers import AutoModelForCausalLM
@@ -112,7 +128,8 @@ def load_base(spec: JobSpec, folder: Path, device: torch.device) -> BaseModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=dtype,
+            # Quantised from float32, so that the 4-bit codes are the same whatever this machine computes in.
+            dtype=torch.float32 if quantization else dtype,
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
@@ -126,11 +143,11 @@ def load_base(spec: JobSpec, folder: Path, device: torch.device) -> BaseModel:
         ) from error
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for module in model.modules():
+    compute_in(model, dtype)
+    for module in quantised_layers(model):
         # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit layer the first time it runs in eval mode, and the repacked
         # kernel has no backward: training after an evaluation would silently use wrong gradients.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
     return BaseModel(model, dtype, note)
 
