@@ -378,8 +378,8 @@ def chat(
 def _chat_model(job: dict[str, Any], folder: Path) -> Any:
     from pyarrow.fs import LocalFileSystem, copy_files
 
-    from serve_app.job_actor import storage_credentials
     from serve_app.settings import Settings
+    from serve_app.storage import storage_credentials
     from train_loop.chat import Comparison
     from train_loop.data.sources import filesystem_for
     from train_loop.model.load import model_folder

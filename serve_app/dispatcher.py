@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import threading
+import time
 import uuid
 
 import ray
@@ -23,6 +24,7 @@ from serve_app.store.jobs import Job, JobStore, StaleAttempt
 log = structlog.get_logger()
 POLL_S = 2.0
 LEASE_S = 15.0
+NAME_FREE_S = 10.0
 NAME = "dispatcher"
 
 
@@ -73,17 +75,19 @@ class Dispatcher:
         started = self.store.start_attempt(job.request_id, job.attempt)
         if started is not None:
             log.info("starting", request_id=job.request_id, attempt=started.attempt)
+            self._end_actor(job.request_id)  # of an earlier attempt, which a resumed job may still have
             actor = (
                 ray.remote(num_cpus=0, max_concurrency=1000)(JobActor)
-                .options(
-                    name=actor_name(job.request_id),
-                    namespace=self.settings.ray_namespace,
-                    lifetime="detached",
-                    get_if_exists=True,
-                )
+                .options(name=actor_name(job.request_id), namespace=self.settings.ray_namespace, lifetime="detached")
                 .remote(job.request_id, started.attempt)
             )
             actor.run.remote()
+
+    def _end_actor(self, request_id: str) -> None:
+        deadline = time.monotonic() + NAME_FREE_S
+        while (actor := _find(request_id, self.settings.ray_namespace)) is not None and time.monotonic() < deadline:
+            ray.kill(actor)
+            time.sleep(0.05)  # its name is free a moment later
 
     def _reconcile(self) -> None:
         now = dt.datetime.now(dt.UTC)
@@ -106,11 +110,11 @@ class Dispatcher:
 
     def _retry(self, job: Job) -> None:
         retries = job.spec["infra_config"]["max_retries"]
-        if job.attempt > retries:
+        if job.attempt - job.resumed_at_attempt > retries:
             text = f"The job's process died {job.attempt} times; giving up (infra_config.max_retries = {retries})."
             self._finish(job, Status.FAILED, text, error_code="job_actor_died", error_message=text)
         else:
-            self.store.add_event(job.request_id, "restarted", f"attempt {job.attempt} died; starting another")
+            self.store.journal.add_event(job.request_id, "restarted", f"attempt {job.attempt} died; starting another")
             self._start(job)
 
     def _finish(self, job: Job, status: Status, message: str, **fields: str) -> None:

@@ -135,7 +135,7 @@ def problem(error: ApiError) -> JSONResponse:
 
 def to_api_error(error: Exception) -> ApiError:
     """Any exception as the ApiError to answer with; unexpected ones are logged under an id and say nothing else."""
-    from serve_app.store.jobs import AlreadyFinal, IdempotencyMismatch, NameTaken
+    from serve_app.store.jobs import AlreadyFinal, IdempotencyMismatch, NameTaken, NotResumable
 
     match error:
         case ApiError():
@@ -148,7 +148,7 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(error.status_code, str(error.detail), headers=error.headers)
         case UserError():
             return invalid([field_error(error.field or "request", error.message)])
-        case NameTaken() | AlreadyFinal() | IdempotencyMismatch():
+        case NameTaken() | AlreadyFinal() | NotResumable() | IdempotencyMismatch():
             return ApiError(409, str(error))
         case OperationalError() | InterfaceError() | PoolTimeout():
             log.warning("the job store is away", error=type(error).__name__)

@@ -16,6 +16,7 @@ from serve_app import logs
 from serve_app.lifecycle import Phase, Status
 from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
+from serve_app.storage import run_uri, storage_credentials
 from serve_app.store.jobs import Job, JobStore, StaleAttempt
 from train_loop.data.sources import Credentials
 from train_loop.errors import Stopped, UserError
@@ -29,23 +30,6 @@ FLUSH_S = 1.0
 def actor_name(request_id: str) -> str:
     """The name under which Ray knows a job's actor."""
     return f"job-{request_id}"
-
-
-def run_uri(settings: Settings, org_id: str, request_id: str) -> str:
-    """The run's folder in object storage."""
-    return f"{settings.storage_uri.rstrip('/')}/{org_id}/{request_id}"
-
-
-def storage_credentials(settings: Settings) -> Credentials | None:
-    """The service's own keys to the storage, or None where the machine has a role."""
-    if settings.storage_access_key_id is None or settings.storage_secret_access_key is None:
-        return None
-    return Credentials(
-        access_key_id=settings.storage_access_key_id,
-        secret_access_key=settings.storage_secret_access_key.get_secret_value(),
-        endpoint_url=settings.storage_endpoint_url,
-        region=settings.storage_region,
-    )
 
 
 class JobActor:
@@ -62,7 +46,9 @@ class JobActor:
         self.job: Job = job
         self.spec = JobSpec.model_validate(job.spec)
         self.live: dict[str, Any] = {"phase": str(Phase.PREPARING_DATA)}
+        self.points: list[dict[str, Any]] = []
         self.dirty = False
+        self.redactor = logs.Redactor()
         self.stop = job.cancel_requested
         self.user_error: UserError | None = None
         self.finished = asyncio.Event()
@@ -89,11 +75,17 @@ class JobActor:
         self.dirty = True
 
     async def on_event(self, kind: str, message: str) -> None:
-        await asyncio.to_thread(self.store.add_event, self.job.request_id, kind, message)
+        await asyncio.to_thread(self.store.journal.add_event, self.job.request_id, kind, message)
 
     async def on_progress(self, progress: dict[str, Any]) -> None:
+        self.points += progress.pop("points", [])
         self.live.update(progress)
         self.dirty = True
+
+    async def on_log(self, rank: int, lines: list[tuple[float, str]]) -> None:
+        """Keep a worker's log lines, without any secret of the run."""
+        clean = [(time_, self.redactor(line)) for time_, line in lines]
+        await asyncio.to_thread(self.store.journal.add_log, self.job.request_id, self.attempt, rank, clean)
 
     async def stop_requested(self) -> bool:
         return self.stop
@@ -123,7 +115,11 @@ class JobActor:
         if details.secret_id is not None:
             vault = SecretVault.from_settings(self.store, settings)
             dataset = Credentials.from_secret(vault.reveal(self.job.org_id, details.secret_id))
-        return Keys(dataset=dataset, storage=storage_credentials(settings))
+        keys = Keys(dataset=dataset, storage=storage_credentials(settings))
+        for found in (keys.dataset, keys.storage):
+            if found is not None:
+                self.redactor.hide(found.access_key_id, found.secret_access_key, found.session_token)
+        return keys
 
     def _run(self) -> None:
         request_id = self.job.request_id
@@ -141,7 +137,7 @@ class JobActor:
             data_cpus=self.settings.data_cpus,
         )
         if self.settings.embedded:
-            self.store.add_event(
+            self.store.journal.add_event(
                 request_id,
                 "placement",
                 f"embedded mode: {self.spec.infra_config.gpu_type} x {self.spec.infra_config.gpu_count} x "
@@ -173,6 +169,8 @@ class JobActor:
         self.live |= {"status": str(status), "message": message, **fields}
 
     def _report(self) -> None:
+        points, self.points = self.points, []
+        self.store.journal.add_points(self.job.request_id, points)
         fields = {k: v for k, v in self.live.items() if k in REPORTED}
         job = self.store.report(self.job.request_id, self.attempt, **fields)
         self.stop = self.stop or job.cancel_requested

@@ -38,6 +38,8 @@ TRANSITIONS: dict[Status, frozenset[Status]] = {
 }
 FINAL = frozenset(status for status, after in TRANSITIONS.items() if not after)
 
+RESUMABLE = frozenset({Status.FAILED, Status.CANCELED})  # by an explicit resume, which makes them QUEUED again
+
 
 class IllegalTransition(Exception):
     """A job can't go from its state to the one asked for."""

@@ -92,6 +92,9 @@ class Console:
                 f"step {last['step']}/{progress['total_steps']} loss {last['loss']:.4f} {last['tokens_per_second']:.0f} tokens/s"
             )
 
+    def on_log(self, rank: int, lines: list[tuple[float, str]]) -> None:
+        """Ray shows workers' output on the driver's terminal by itself."""
+
     def stop_requested(self) -> bool:
         return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
     from pyarrow.fs import FileSystem
+
+log = logging.getLogger(__name__)
 
 
 class RunContext(Protocol):
@@ -61,6 +64,7 @@ class Monitor(Protocol):
     def on_phase(self, name: str) -> None: ...
     def on_event(self, kind: str, message: str) -> None: ...
     def on_progress(self, progress: dict[str, Any]) -> None: ...
+    def on_log(self, rank: int, lines: list[tuple[float, str]]) -> None: ...
     def stop_requested(self) -> bool: ...
 
 
@@ -163,11 +167,13 @@ class RayContext:
         return tensor
 
     def phase(self, name: str) -> None:
+        log.info("phase %s", name)
         if self.rank == 0:
             self._monitor.on_phase.remote(name)
 
     def event(self, kind: str, message: str) -> None:
         if self.rank == 0:
+            log.info("%s: %s", kind, message)
             self._monitor.on_event.remote(kind, message)
 
     def log(self, progress: dict[str, Any]) -> None:

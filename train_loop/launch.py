@@ -6,6 +6,7 @@ in this process.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -25,6 +26,7 @@ from train_loop.data.sources import Credentials, SourceFile, filesystem_for, fin
 from train_loop.errors import Stopped, UserError
 from train_loop.export import digest
 from train_loop.spec import JobSpec
+from train_loop.worker_log import shipped
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -233,7 +235,8 @@ def _train(
 
 def _worker(config: dict[str, Any]) -> None:
     """One Ray Train worker. The user's errors go to the monitor and end the run without a retry."""
-    import ray
+    import ray.train
+    from ray.exceptions import RayError
 
     from train_loop.loop import run
     from train_loop.model.load import model_folder
@@ -245,16 +248,24 @@ def _worker(config: dict[str, Any]) -> None:
     spec = JobSpec.model_validate_json(config["spec"])
     storage, run_path = files.storage()
     scratch = Path(tempfile.mkdtemp(prefix="tuneyard-"))
+    rank = ray.train.get_context().get_world_rank()
+
+    def send(lines: list[tuple[float, str]]) -> None:
+        # Waits for the delivery, or the last lines would be lost with the process. Without a monitor the run is over anyway.
+        with contextlib.suppress(RayError):
+            ray.get(monitor.handle.on_log.remote(rank, lines))
+
     try:
-        ctx = RayContext(
-            model_folder=model_folder(spec.model_details, Path(files.model_mirror)),
-            storage=storage,
-            run_path=run_path,
-            scratch=scratch,
-            monitor=monitor.handle,
-        )
-        outcome = run(spec, PreparedDataset.from_json(config["prepared"]), ctx)
-        if ctx.rank == 0:
+        with shipped(send):
+            ctx = RayContext(
+                model_folder=model_folder(spec.model_details, Path(files.model_mirror)),
+                storage=storage,
+                run_path=run_path,
+                scratch=scratch,
+                monitor=monitor.handle,
+            )
+            outcome = run(spec, PreparedDataset.from_json(config["prepared"]), ctx)
+        if rank == 0:
             write_json(storage, f"{run_path}/outcome.json", asdict(outcome))
     except UserError as error:
         ray.get(monitor.handle.on_failure.remote(error))

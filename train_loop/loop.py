@@ -8,6 +8,7 @@ global batch, so 1x8, 2x4, 4x2 workers x samples and gradient accumulation all t
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import tempfile
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from train_loop.model.load import load_base, load_tokenizer
 from train_loop.optim import build_optimizer, learning_rate, set_learning_rate
 from train_loop.parallel import set_threads, sync_gradients, sync_parameters
 from train_loop.spec import JobSpec
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ def run(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext) -> Outcome:
                 "progress": round(step / plan.total_steps, 4),
                 "eta_s": log.eta_s(step),
                 "metrics": log.summary(),
+                "points": log.fresh(),
             }
         )
 
@@ -184,6 +188,10 @@ def run(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext) -> Outcome:
             log.point(step, steps, epoch=round(plan.epoch_at(step), 4), loss=mean, learning_rate=rate, grad_norm=grad_norm)
             loss_sum.zero_()
             logged_at = step
+            if ctx.rank == 0:
+                logger.info(
+                    "step %d/%d loss %.4f learning_rate %.3g grad_norm %.3f", step, plan.total_steps, mean, rate, grad_norm
+                )
         report(step)
         if last or step % hp.eval_steps == 0:
             run_evaluation(step)

@@ -20,6 +20,7 @@ class MetricLog:
     _tokens: int = 0
     _since: float = field(default_factory=time.monotonic)
     _step_s: float | None = None
+    _unsent: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def count(self, tokens: int) -> None:
         """Add the (global) tokens of one step."""
@@ -41,6 +42,7 @@ class MetricLog:
             "time": round(time.time(), 3),
         }
         self.points.append(line)
+        self._unsent[step] = line
         self.restart_clock()
         return line
 
@@ -55,6 +57,7 @@ class MetricLog:
             self.points[-1]["eval_loss"] = loss
         else:
             self.points.append({"step": step, "eval_loss": loss, "time": round(time.time(), 3)})
+        self._unsent[step] = self.points[-1]
 
     def eta_s(self, step: int) -> float | None:
         """Seconds left, from the last interval's pace."""
@@ -69,6 +72,11 @@ class MetricLog:
             "eval_loss_before": self.eval_before,
             "eval_loss_after": self.eval_after,
         }
+
+    def fresh(self) -> list[dict[str, Any]]:
+        """Points that are new, or have changed, since the last call."""
+        fresh, self._unsent = list(self._unsent.values()), {}
+        return fresh
 
     def lines(self) -> str:
         """metrics.jsonl."""

@@ -18,7 +18,6 @@ from serve_app.validation import PLAIN, SECTIONS, validate
 from train_loop.spec import EXPERIMENT_NAME, JobSpec
 
 router = APIRouter(tags=["jobs"])
-MAX_ID = 2**63 - 1  # the databases' largest integer
 FORM = {
     "type": "object",
     "required": ["org", "experiment_name", "model_details", "dataset_details", "infra_config"],
@@ -116,18 +115,6 @@ def list_jobs(
     return {"jobs": render(here, found), "next_cursor": following}
 
 
-@router.get("/job/events/")
-@router.get("/job/events", include_in_schema=False)
-def events(
-    asking: Asking, here: Here, org_id: str, request_id: str, after: Annotated[int, Query(ge=0, le=MAX_ID)] = 0
-) -> dict[str, Any]:
-    """The job's event log, oldest first."""
-    asking.require_scope("jobs:read")
-    job = find_job(here, asking, request_id, org_id)
-    found = here.store.events(job.request_id, after)
-    return {"events": [{"id": e.id, "time": e.time.isoformat(), "kind": e.kind, "message": e.message} for e in found]}
-
-
 @router.post("/job/cancel/", openapi_extra=json_body(org_id=UUID_SCHEMA, request_id=UUID_SCHEMA))
 @router.post("/job/cancel", include_in_schema=False)
 async def cancel(request: Request, asking: Asking, here: Here) -> dict[str, Any]:
@@ -141,6 +128,23 @@ async def cancel(request: Request, asking: Asking, here: Here) -> dict[str, Any]
 def _cancel(here: Service, asking: Principal, request_id: Any, org_id: str | None) -> dict[str, Any]:
     job = find_job(here, asking, request_id, org_id)
     job = here.store.request_cancel(job.request_id)
+    here.runtime.poke()
+    return render_one(here, job)
+
+
+@router.post("/job/resume/", openapi_extra=json_body(org_id=UUID_SCHEMA, request_id=UUID_SCHEMA))
+@router.post("/job/resume", include_in_schema=False)
+async def resume(request: Request, asking: Asking, here: Here) -> dict[str, Any]:
+    """Queue a FAILED or CANCELED job again, to go on from its last checkpoint; any other is a 409."""
+    asking.require_scope("jobs:write")
+    payload = await read_fields(request, here.settings.max_body_bytes, ("org_id", "request_id"))
+    org = uuid_of(payload.get("org_id"), "org_id")
+    return await run_in_threadpool(_resume, here, asking, payload.get("request_id"), org)
+
+
+def _resume(here: Service, asking: Principal, request_id: Any, org_id: str | None) -> dict[str, Any]:
+    job = find_job(here, asking, request_id, org_id)
+    job = here.store.resume(job.request_id)
     here.runtime.poke()
     return render_one(here, job)
 
@@ -160,3 +164,11 @@ def cancel_by_path(asking: Asking, here: Here, request_id: str) -> dict[str, Any
     """Stop a job, its id in the path."""
     asking.require_scope("jobs:write")
     return _cancel(here, asking, request_id, None)
+
+
+@router.post("/job/{request_id}/resume")
+@router.post("/job/{request_id}/resume/", include_in_schema=False)
+def resume_by_path(asking: Asking, here: Here, request_id: str) -> dict[str, Any]:
+    """Queue a FAILED or CANCELED job again, its id in the path."""
+    asking.require_scope("jobs:write")
+    return _resume(here, asking, request_id, None)

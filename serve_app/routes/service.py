@@ -93,10 +93,12 @@ def json_body(**properties: dict[str, Any]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
+MAX_ID = 2**63 - 1  # the databases' largest integer
 UUID_SCHEMA = {"type": "string", "format": "uuid"}
 
 
-def _time(value: dt.datetime | None) -> str | None:
+def wire_time(value: dt.datetime | None) -> str | None:
+    """RFC 3339, UTC, milliseconds."""
     return None if value is None else value.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
@@ -126,10 +128,10 @@ def _render(job: Job, live: dict[str, Any] | None, queue_position: int | None) -
         "total_steps": job.total_steps,
         "epoch": job.epoch,
         "eta_s": job.eta_s,
-        "created_at": _time(job.created_at),
-        "updated_at": _time(now if live else job.updated_at),
-        "started_at": _time(job.started_at),
-        "completed_at": _time(job.completed_at),
+        "created_at": wire_time(job.created_at),
+        "updated_at": wire_time(now if live else job.updated_at),
+        "started_at": wire_time(job.started_at),
+        "completed_at": wire_time(job.completed_at),
         "queue_position": queue_position,
         "attempt": job.attempt,
         **{name: job.spec[name] for name in SECTIONS},

@@ -17,8 +17,9 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from serve_app.lifecycle import FINAL, Phase, Status, check
-from serve_app.store.tables import idempotency, job_events, jobs, leases
+from serve_app.lifecycle import FINAL, RESUMABLE, Phase, Status, check
+from serve_app.store.journal import Journal, add_event
+from serve_app.store.tables import idempotency, jobs, leases
 from train_loop.spec import JobSpec
 
 IDEMPOTENCY_HOURS = 24
@@ -42,6 +43,10 @@ class AlreadyFinal(Exception):
     """The job has ended; nothing about it changes any more."""
 
 
+class NotResumable(Exception):
+    """The job hasn't failed and wasn't canceled: there is nothing to resume."""
+
+
 class StaleAttempt(Exception):
     """The writer is not the job's current attempt: it must stop."""
 
@@ -57,6 +62,7 @@ class Job:
     status: Status
     phase: str
     attempt: int  # attempts started so far
+    resumed_at_attempt: int  # those before the last resume, which its retries don't count
     cancel_requested_at: dt.datetime | None
     spec: dict[str, Any]  # the JobSpec as resolved
     message: str
@@ -81,16 +87,6 @@ class Job:
         return self.cancel_requested_at is not None
 
 
-@dataclass(frozen=True)
-class Event:
-    """One line of a job's event log."""
-
-    id: int
-    time: dt.datetime
-    kind: str
-    message: str
-
-
 def _now() -> dt.datetime:
     return dt.datetime.now(dt.UTC)
 
@@ -106,6 +102,7 @@ class JobStore:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._writer = engine.execution_options(**{WRITES: True})
+        self.journal = Journal(self.read, self.write)
 
     @classmethod
     def open(cls, url: str) -> JobStore:
@@ -188,7 +185,7 @@ class JobStore:
                     tx.execute(sa.delete(idempotency).filter_by(**key))  # one that has expired
                     tx.execute(sa.insert(idempotency).values(**key, body_hash=body_hash, request_id=request_id, created_at=now))
                 tx.execute(sa.insert(jobs).values(**row))
-                _add_event(tx, request_id, "queued", message)
+                add_event(tx, request_id, "queued", message)
                 return _require(tx, request_id), True
         except sa.exc.IntegrityError:
             with self.read() as tx:
@@ -196,12 +193,15 @@ class JobStore:
                     earlier = self._earlier(tx, spec.org, idempotency_key, body_hash, now)
                     if earlier is not None:
                         return earlier, False
-                same_name = (jobs.c.org_id == spec.org) & (jobs.c.experiment_name == spec.experiment_name)
-                live = jobs.c.status.in_([Status.QUEUED, Status.RUNNING, Status.COMPLETED])
-                other = tx.execute(sa.select(jobs.c.request_id).where(same_name & live)).scalar()
+                other = self._holder(tx, spec.org, spec.experiment_name)
             if other is None:
                 raise
             raise NameTaken(spec.experiment_name, other) from None
+
+    def _holder(self, tx: Connection, org_id: str, name: str) -> str | None:
+        same_name = (jobs.c.org_id == org_id) & (jobs.c.experiment_name == name)
+        live = jobs.c.status.in_([Status.QUEUED, Status.RUNNING, Status.COMPLETED])
+        return tx.execute(sa.select(jobs.c.request_id).where(same_name & live)).scalar()
 
     def replay(self, org_id: str, idempotency_key: str, body_hash: str) -> Job | None:
         """The job that this key made before, or None. Raises IdempotencyMismatch for another body."""
@@ -295,7 +295,7 @@ class JobStore:
             )
             if changed.rowcount == 0:
                 return None
-            _add_event(tx, request_id, "started", f"attempt {expected_attempt + 1}")
+            add_event(tx, request_id, "started", f"attempt {expected_attempt + 1}")
             return _require(tx, request_id)
 
     def report(self, request_id: str, attempt: int, **fields: Any) -> Job:
@@ -317,8 +317,35 @@ class JobStore:
             check(job.status, status)
             ended = {"status": status, "message": message, "completed_at": now, "updated_at": now, **fields}
             tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**ended))
-            _add_event(tx, request_id, status.lower(), message)
+            add_event(tx, request_id, status.lower(), message)
             return _require(tx, request_id)
+
+    def resume(self, request_id: str) -> Job:
+        """FAILED or CANCELED → QUEUED, to go on from its last checkpoint. Raises NotResumable, NameTaken."""
+        try:
+            with self.write() as tx:
+                job = _require(tx, request_id)
+                if job.status not in RESUMABLE:
+                    raise NotResumable(f"job {request_id} is {job.status}: only a FAILED or CANCELED one can be resumed")
+                message = "Queued again: it goes on from its last checkpoint, if it has one."
+                values = {
+                    "status": Status.QUEUED,
+                    "phase": Phase.QUEUED,
+                    "message": message,
+                    "resumed_at_attempt": job.attempt,
+                    "cancel_requested_at": None,
+                    "completed_at": None,
+                    "error_code": None,
+                    "error_message": None,
+                    "updated_at": _now(),
+                }
+                tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**values))
+                add_event(tx, request_id, "resume_requested", message)
+                return _require(tx, request_id)
+        except sa.exc.IntegrityError:
+            with self.read() as tx:
+                other = self._holder(tx, job.org_id, job.experiment_name)
+            raise NameTaken(job.experiment_name, other or "?") from None
 
     def request_cancel(self, request_id: str) -> Job:
         """QUEUED → CANCELED at once; RUNNING is asked to stop; CANCELED stays. Raises AlreadyFinal."""
@@ -333,21 +360,8 @@ class JobStore:
             if job.status is Status.QUEUED:
                 values |= {"status": Status.CANCELED, "message": "Canceled before it started.", "completed_at": now}
             tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**values))
-            _add_event(tx, request_id, "cancel_requested", "cancel requested")
+            add_event(tx, request_id, "cancel_requested", "cancel requested")
             return _require(tx, request_id)
-
-    # --- events ---
-
-    def add_event(self, request_id: str, kind: str, message: str) -> None:
-        """Append to the job's event log."""
-        with self.write() as tx:
-            _add_event(tx, request_id, kind, message)
-
-    def events(self, request_id: str, after: int = 0) -> list[Event]:
-        """The job's events with an id above `after`, oldest first."""
-        query = sa.select(job_events).where(job_events.c.request_id == request_id, job_events.c.id > after)
-        with self.read() as tx:
-            return [Event(e.id, e.time, e.kind, e.message) for e in tx.execute(query.order_by(job_events.c.id))]
 
     # --- the dispatcher's lease ---
 
@@ -395,7 +409,3 @@ def _require_attempt(tx: Connection, request_id: str, attempt: int) -> Job:
     if job.attempt != attempt or job.status is not Status.RUNNING:
         raise StaleAttempt(f"job {request_id} is {job.status} in attempt {job.attempt}, not {attempt}")
     return job
-
-
-def _add_event(tx: Connection, request_id: str, kind: str, message: str) -> None:
-    tx.execute(sa.insert(job_events).values(request_id=request_id, time=_now(), kind=kind, message=message))

@@ -47,6 +47,7 @@ jobs = sa.Table(
     sa.Column("status", sa.String(16), nullable=False),
     sa.Column("phase", sa.String(32), nullable=False),
     sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("resumed_at_attempt", sa.Integer, nullable=False, server_default="0"),
     sa.Column("cancel_requested_at", UtcTime),
     sa.Column("spec", sa.JSON, nullable=False),
     sa.Column("message", sa.Text, nullable=False),
@@ -69,6 +70,7 @@ LIVE = sa.text("status IN ('QUEUED', 'RUNNING', 'COMPLETED')")
 sa.Index("uq_jobs_live_name", jobs.c.org_id, jobs.c.experiment_name, unique=True, sqlite_where=LIVE, postgresql_where=LIVE)
 sa.Index("ix_jobs_status", jobs.c.status, jobs.c.seq)
 sa.Index("ix_jobs_org", jobs.c.org_id, jobs.c.seq)
+sa.Index("ix_jobs_org_status", jobs.c.org_id, jobs.c.status, jobs.c.seq)
 
 job_events = sa.Table(
     "job_events",
@@ -79,6 +81,26 @@ job_events = sa.Table(
     sa.Column("kind", sa.String(64), nullable=False),
     sa.Column("message", sa.Text, nullable=False),
 )
+
+job_metrics = sa.Table(
+    "job_metrics",
+    metadata,
+    sa.Column("request_id", sa.String(36), primary_key=True),
+    sa.Column("step", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("point", sa.JSON, nullable=False),
+)
+
+job_logs = sa.Table(
+    "job_logs",
+    metadata,
+    sa.Column("id", BigId, primary_key=True, autoincrement=True),
+    sa.Column("request_id", sa.String(36), nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("rank", sa.Integer, nullable=False),
+    sa.Column("time", UtcTime, nullable=False),
+    sa.Column("line", sa.Text, nullable=False),
+)
+sa.Index("ix_job_logs_job", job_logs.c.request_id, job_logs.c.id)
 
 secrets = sa.Table(
     "secrets",

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import threading
 import time
 
 import jwt
@@ -12,6 +13,7 @@ from starlette.testclient import TestClient
 from serve_app.app import build_app
 from serve_app.auth import mint_token
 from serve_app.errors import ApiError
+from serve_app.lifecycle import Status
 from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
 from serve_app.store.jobs import JobStore
@@ -406,6 +408,85 @@ def test_events_after_the_end_of_all_numbers(http, job):
     query = {"org_id": ORG, "request_id": request_id}
     assert http.get("/job/events/", params=query | {"after": 10**30}).status_code == 422
     assert http.get("/job/events/", params=query | {"after": 2**63 - 1}).json() == {"events": []}
+
+
+def finished(store, request_id):
+    """Play a job actor's part: an attempt that tells something and ends."""
+    store.start_attempt(request_id, 0)
+    store.journal.add_points(request_id, [{"step": 0, "eval_loss": 2.0}, {"step": 1, "loss": 1.5}, {"step": 2, "loss": 1.0}])
+    store.journal.add_log(request_id, 1, 0, [(1.0, "zero"), (2.0, "one")])
+    store.journal.add_log(request_id, 1, 1, [(3.0, "two")])
+    store.finish(request_id, 1, Status.FAILED, message="no", error_code="x", error_message="no")
+
+
+def test_metrics_and_logs_of_a_job(http, store, job):
+    request_id = http.post("/job/", json=job).json()["request_id"]
+    finished(store, request_id)
+    query = {"org_id": ORG, "request_id": request_id}
+
+    def steps(path, **more):
+        return [p["step"] for p in http.get(path, params=more).json()["points"]]
+
+    assert steps("/job/metrics/", **query) == steps(f"/job/{request_id}/metrics") == [0, 1, 2]
+    assert steps("/job/metrics", **query, after_step=1) == [2]
+    store.journal.add_points(request_id, [{"step": 2, "loss": 0.9}])
+    assert http.get("/job/metrics/", params=query | {"after_step": 1}).json()["points"] == [{"step": 2, "loss": 0.9}]
+
+    def lines(**more):
+        return [entry["line"] for entry in http.get("/job/logs/", params=query | more).json()["logs"]]
+
+    assert lines() == ["zero", "one", "two"]
+    assert (lines(rank=1), lines(tail=2), lines(rank=0, tail=1)) == (["two"], ["one", "two"], ["one"])
+
+
+def sse(answer):
+    """The events of a finished stream: (id, event, data)."""
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    blocks = [dict(line.split(": ", 1) for line in b.splitlines()) for b in answer.text.split("\n\n") if b.strip()]
+    return [(b.get("id"), b["event"], json.loads(b["data"])) for b in blocks if "event" in b]
+
+
+@pytest.mark.parametrize(("path", "name", "field"), [("events", "events", "kind"), ("logs", "logs", "line")])
+def test_a_stream_that_breaks_goes_on_where_it_was(http, store, job, path, name, field):
+    request_id = http.post("/job/", json=job).json()["request_id"]
+    finished(store, request_id)
+    query = {"org_id": ORG, "request_id": request_id}
+    plain = http.get(f"/job/{path}/", params=query).json()[name]
+    follow = {"Accept": "text/event-stream"}
+    *sent, end = sse(http.get(f"/job/{path}/", params=query, headers=follow))
+    assert [(i, data[field]) for i, _, data in sent] == [(str(e["id"]), e[field]) for e in plain]
+    assert end == (None, "end", {"status": "FAILED"})
+    *rest, _ = sse(http.get(f"/job/{request_id}/{path}", headers=follow | {"Last-Event-ID": sent[0][0]}))
+    assert rest == sent[1:]
+    assert http.get(f"/job/{path}/", params=query, headers=follow | {"Last-Event-ID": sent[-1][0]}).status_code == 204
+    assert sse(http.get(f"/job/{path}/", params=query, headers=follow | {"Last-Event-ID": "x"}))[:-1] == sent
+
+
+def test_a_stream_follows_a_job_to_its_end(http, store, job):
+    request_id = http.post("/job/", json=job).json()["request_id"]
+    threading.Timer(0.3, finished, (store, request_id)).start()
+    *sent, end = sse(http.get(f"/job/{request_id}/logs", headers={"Accept": "text/event-stream"}))
+    assert [data["line"] for _, _, data in sent] == ["zero", "one", "two"]
+    assert end[1] == "end"
+
+
+def test_resume_queues_what_failed_and_nothing_else(http, store, job):
+    request_id = http.post("/job/", json=job).json()["request_id"]
+    body = {"org_id": ORG, "request_id": request_id}
+    assert http.post("/job/resume/", json=body).status_code == 409
+    finished(store, request_id)
+    again = http.post("/job/resume/", json=body).json()
+    assert (again["status"], again["phase"], again["attempt"], again["error_code"]) == ("QUEUED", "queued", 1, None)
+    assert (again["completed_at"], again["queue_position"]) == (None, 1)
+    http.post(f"/job/{request_id}/cancel")
+    other = http.post("/job/", json=job).json()["request_id"]
+    taken = http.post(f"/job/{request_id}/resume")
+    assert (taken.status_code, other in taken.json()["detail"]) == (409, True)
+
+
+def test_artifacts_of_a_job_that_has_none_yet(http, job):
+    request_id = http.post("/job/", json=job).json()["request_id"]
+    assert http.get("/job/artifacts/", params={"org_id": ORG, "request_id": request_id}).json() == {"files": []}
 
 
 def test_secret_names_are_text(http):

@@ -58,7 +58,7 @@ def test_a_job_lives_from_queued_to_completed(store):
     assert done == again
     assert (done.step, done.output_model_path, done.metrics) == (3, "s3://b/a", {"last": {"loss": 1.0}})
     assert done.completed_at >= done.started_at >= done.created_at
-    assert [e.kind for e in store.events(job.request_id)] == ["queued", "started", "completed"]
+    assert [e.kind for e in store.journal.events(job.request_id)] == ["queued", "started", "completed"]
 
 
 def test_an_older_attempt_can_not_write(store):

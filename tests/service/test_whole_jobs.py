@@ -1,5 +1,6 @@
 """The service as a user has it: `tuneyard up --detach`, then jobs over HTTP, the command line and Ray's job API."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -131,6 +133,18 @@ def test_the_documented_job_on_four_workers(service):
     }
     secret = service.keys["secret_access_key"].encode()
     assert not [name for name, data in read.items() if secret in data]
+    query = {"org_id": ORG, "request_id": done["request_id"]}
+    files = {f["name"]: f for f in service.client._call("GET", "/job/artifacts/", params=query)["files"]}
+    assert {f"adapter/{f['name']}": f["sha256"] for f in manifest["adapter_files"]} == {
+        n: f["sha256"] for n, f in files.items() if n.startswith("adapter/")
+    }
+    linked = httpx.get(files["adapter/adapter_model.safetensors"]["url"]).content
+    assert hashlib.sha256(linked).hexdigest() == files["adapter/adapter_model.safetensors"]["sha256"]
+    points = service.client._call("GET", "/job/metrics/", params=query)["points"]
+    assert points == [json.loads(line) for line in read["metrics.jsonl"].splitlines()]
+    logged = service.client._call("GET", "/job/logs/", params=query)["logs"]
+    assert {entry["rank"] for entry in logged} == {0, 1, 2, 3}
+    assert any("step 6/6 loss" in entry["line"] for entry in logged)
     answers = json.loads(service.run("chat", accepted["request_id"], "--prompt", "Hi", "--max-new-tokens", "4", "--json").stdout)
     assert answers.keys() == {"prompt", "base", "tuned"}
     with pytest.raises(ApiError) as caught:
@@ -159,9 +173,9 @@ def test_what_is_wrong_with_a_dataset_is_said_in_a_sentence(service):
         assert service.keys["secret_access_key"] not in json.dumps(job)
 
 
-def test_a_running_job_can_be_canceled_and_keeps_its_checkpoint(service):
+def test_a_running_job_can_be_canceled_and_resumed_from_its_checkpoint(service):
     hp = "train_config.hyperparameters"
-    changes = {f"{hp}.max_steps": 100_000, "dataset_config.preprocessing.max_reject_ratio": 0.1}
+    changes = {f"{hp}.max_steps": 400, "dataset_config.preprocessing.max_reject_ratio": 0.1}
     request_id = service.client.submit(service.job("long", changes))["request_id"]
     service.wait(request_id, lambda job: job["status"] == "FAILED" or job["step"] >= 3)
     service.run("cancel", request_id)
@@ -171,6 +185,15 @@ def test_a_running_job_can_be_canceled_and_keeps_its_checkpoint(service):
     prefix = f"runs/{ORG}/{request_id}/checkpoints/"
     found = service.s3().list_objects_v2(Bucket="tuneyard", Prefix=prefix)["Contents"]
     assert any(e["Key"].endswith("adapter_model.safetensors") for e in found)
+    stopped_at = job["step"]
+    service.client._call("POST", "/job/resume/", json={"org_id": ORG, "request_id": request_id})
+    job = service.wait(request_id)
+    assert (job["status"], job["attempt"], job["step"]) == ("COMPLETED", 2, 400)
+    query = {"org_id": ORG, "request_id": request_id}
+    resumed = [e for e in service.client._call("GET", "/job/events/", params=query)["events"] if e["kind"] == "resumed"]
+    assert [e["message"] for e in resumed] == [f"resumed from the checkpoint of step {stopped_at}"]
+    steps = [p["step"] for p in service.client._call("GET", "/job/metrics/", params=query)["points"]]
+    assert steps == sorted(set(steps))
 
 
 def test_a_run_whose_processes_are_killed_goes_on_from_its_checkpoint(service):

@@ -1,0 +1,87 @@
+"""The service's object storage: where a run's folder is, and links with which its files can be fetched."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pyarrow.fs import FileSelector, FileSystem, FileType
+
+from serve_app.settings import Settings
+from train_loop.data.sources import Credentials, filesystem_for
+
+LINK_S = 900
+RUN_FILES = ("manifest.json", "metrics.jsonl", "rejected.jsonl", "job.json")
+
+
+def run_uri(settings: Settings, org_id: str, request_id: str) -> str:
+    """The run's folder in object storage."""
+    return f"{settings.storage_uri.rstrip('/')}/{org_id}/{request_id}"
+
+
+def storage_credentials(settings: Settings) -> Credentials | None:
+    """The service's own keys to the storage, or None where the machine has a role."""
+    if settings.storage_access_key_id is None or settings.storage_secret_access_key is None:
+        return None
+    return Credentials(
+        access_key_id=settings.storage_access_key_id,
+        secret_access_key=settings.storage_secret_access_key.get_secret_value(),
+        endpoint_url=settings.storage_endpoint_url,
+        region=settings.storage_region,
+    )
+
+
+def artifacts(settings: Settings, org_id: str, request_id: str) -> list[dict[str, Any]]:
+    """The run's files that are meant for users: name, uri, size_bytes, sha256 (of what the manifest lists), url.
+
+    A url works for LINK_S seconds; None where the storage is a plain folder. Raises OSError when the storage is away.
+    """
+    uri = run_uri(settings, org_id, request_id)
+    storage, path = filesystem_for(uri, storage_credentials(settings))
+    found = {
+        i.path.removeprefix(f"{path}/"): i.size for i in storage.get_file_info([f"{path}/{n}" for n in RUN_FILES]) if _is_file(i)
+    }
+    hashes = (
+        {f"adapter/{f['name']}": f["sha256"] for f in _manifest(storage, path)["adapter_files"]}
+        if "manifest.json" in found
+        else {}
+    )
+    if hashes:
+        listing = storage.get_file_info(FileSelector(f"{path}/adapter", recursive=True, allow_not_found=True))
+        found |= {i.path.removeprefix(f"{path}/"): i.size for i in listing if _is_file(i)}
+    link = _linker(settings, path)
+    return [
+        {"name": name, "uri": f"{uri}/{name}", "size_bytes": size, "sha256": hashes.get(name), "url": link(name)}
+        for name, size in sorted(found.items())
+    ]
+
+
+def _is_file(info: Any) -> bool:
+    return bool(info.type == FileType.File)
+
+
+def _manifest(storage: FileSystem, path: str) -> dict[str, Any]:
+    with storage.open_input_stream(f"{path}/manifest.json") as stream:
+        manifest: dict[str, Any] = json.loads(stream.read())
+    return manifest
+
+
+def _linker(settings: Settings, path: str) -> Any:
+    if not settings.storage_uri.startswith("s3://"):
+        return lambda name: None
+    import boto3
+    from botocore.config import Config
+
+    keys = storage_credentials(settings)
+    client = boto3.client(
+        "s3",
+        endpoint_url=settings.storage_endpoint_url,
+        region_name=settings.storage_region or "us-east-1",
+        aws_access_key_id=keys and keys.access_key_id,
+        aws_secret_access_key=keys and keys.secret_access_key,
+        config=Config(signature_version="s3v4"),
+    )
+    bucket, _, prefix = path.partition("/")
+    return lambda name: client.generate_presigned_url(
+        "get_object", Params={"Bucket": bucket, "Key": f"{prefix}/{name}"}, ExpiresIn=LINK_S
+    )
