@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 from serve_app import errors, logs
 from serve_app.dispatcher import NAME, Dispatcher
 from serve_app.job_actor import actor_name
+from serve_app.quota import RateLimit
 from serve_app.routes import health, jobs, journal, secrets
 from serve_app.routes.service import Runtime, Service
 from serve_app.secrets import SecretVault
@@ -62,7 +63,9 @@ def build_app(settings: Settings, store: JobStore, runtime: Runtime) -> FastAPI:
     """The whole HTTP interface over these parts."""
     logs.configure()
     app = FastAPI(title="Tuneyard", version=version("tuneyard"), redirect_slashes=False)
-    app.state.service = Service(store, settings, SecretVault.from_settings(store, settings), runtime)
+    app.state.service = Service(
+        store, settings, SecretVault.from_settings(store, settings), runtime, RateLimit(settings.rate_limit)
+    )
     for room in (health, journal, jobs, secrets):
         app.include_router(room.router)
     errors.install(app)

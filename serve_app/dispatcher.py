@@ -10,6 +10,7 @@ import datetime as dt
 import threading
 import time
 import uuid
+from collections import Counter
 
 import ray
 import structlog
@@ -25,6 +26,7 @@ log = structlog.get_logger()
 POLL_S = 2.0
 LEASE_S = 15.0
 NAME_FREE_S = 10.0
+LOOK_AHEAD = 1000  # queued jobs looked at in a pass
 NAME = "dispatcher"
 
 
@@ -62,13 +64,20 @@ class Dispatcher:
 
     def _admit(self) -> None:
         running = self.store.running()
-        room = self.settings.max_running_jobs - len(running)
-        workers = sum(_num_workers(job) for job in running)
-        for job in self.store.queued(limit=max(0, room)):
-            limit = self.settings.max_workers
-            if limit is not None and workers and workers + _num_workers(job) > limit:
+        limits = self.settings
+        jobs_of, gpus_of = Counter(job.org_id for job in running), Counter[str]()
+        for job in running:
+            gpus_of[job.org_id] += _num_workers(job)
+        for job in self.store.queued(limit=LOOK_AHEAD):
+            if jobs_of.total() >= limits.max_running_jobs:
                 return
-            workers += _num_workers(job)
+            org, workers = job.org_id, _num_workers(job)
+            if _over(jobs_of[org] + 1, limits.max_running_jobs_per_org) or _over(gpus_of[org] + workers, limits.max_gpus_per_org):
+                continue  # its turn comes when another of its org's jobs ends; other orgs needn't wait for that
+            if gpus_of.total() and _over(gpus_of.total() + workers, limits.max_workers):
+                return
+            jobs_of[org] += 1
+            gpus_of[org] += workers
             self._start(job)
 
     def _start(self, job: Job) -> None:
@@ -146,6 +155,10 @@ def _find(request_id: str, namespace: str) -> ray.actor.ActorHandle | None:
 def _num_workers(job: Job) -> int:
     infra = job.spec["infra_config"]
     return int(infra["gpu_count"] * infra["node_count"])
+
+
+def _over(asked: int, limit: int | None) -> bool:
+    return limit is not None and asked > limit
 
 
 def _silent_s(job: Job, now: dt.datetime) -> float:

@@ -20,12 +20,14 @@ from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
+from serve_app.store.jobs import Conflict, QueueFull
 from train_loop.errors import UserError
 from train_loop.spec import JobSpec
 
 log = structlog.get_logger()
 INPUT_CHARS = 200
 RETRY_AFTER_S = "5"
+QUEUE_RETRY_AFTER_S = "60"
 
 
 class ApiError(Exception):
@@ -135,8 +137,6 @@ def problem(error: ApiError) -> JSONResponse:
 
 def to_api_error(error: Exception) -> ApiError:
     """Any exception as the ApiError to answer with; unexpected ones are logged under an id and say nothing else."""
-    from serve_app.store.jobs import AlreadyFinal, IdempotencyMismatch, NameTaken, NotResumable
-
     match error:
         case ApiError():
             return error
@@ -148,8 +148,10 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(error.status_code, str(error.detail), headers=error.headers)
         case UserError():
             return invalid([field_error(error.field or "request", error.message)])
-        case NameTaken() | AlreadyFinal() | NotResumable() | IdempotencyMismatch():
+        case Conflict():
             return ApiError(409, str(error))
+        case QueueFull():
+            return ApiError(429, str(error), headers={"Retry-After": QUEUE_RETRY_AFTER_S})
         case OperationalError() | InterfaceError() | PoolTimeout():
             log.warning("the job store is away", error=type(error).__name__)
             return ApiError(503, "the job store can't be reached; try again shortly", headers={"Retry-After": RETRY_AFTER_S})
@@ -164,5 +166,7 @@ def install(app: FastAPI) -> None:
     async def handle(request: Request, error: Exception) -> JSONResponse:
         return problem(to_api_error(error))
 
-    for kind in (Exception, ApiError, RequestValidationError, HTTPException, ValidationError, SQLAlchemyError, UserError):
+    # Starlette raises again, into the server's log, what only `Exception` answers: that is for what nobody expected.
+    expected = (ApiError, RequestValidationError, HTTPException, ValidationError, UserError, Conflict, QueueFull, SQLAlchemyError)
+    for kind in (Exception, *expected):
         app.add_exception_handler(kind, handle)

@@ -42,6 +42,9 @@ def _infra_errors(spec: JobSpec, settings: Settings) -> list[dict[str, Any]]:
     if infra.gpu_count > profile.gpus_per_node:
         message = f"a node of {infra.gpu_type} has {profile.gpus_per_node} GPUs"
         return [field_error("infra_config.gpu_count", message, allowed={"le": profile.gpus_per_node})]
+    quota = settings.max_gpus_per_org
+    if quota is not None and infra.num_workers > quota:
+        return [field_error("infra_config.node_count", f"{infra.num_workers} workers are more than this org's quota of {quota}")]
     if settings.max_workers is not None and infra.num_workers > settings.max_workers:
         message = f"gpu_count x node_count is {infra.num_workers} workers; this service has room for {settings.max_workers}"
         return [field_error("infra_config.node_count", message)]

@@ -58,7 +58,7 @@ def _submit(here: Service, asking: Principal, payload: dict[str, Any], key: str 
     job = here.store.replay(org, key, digest) if key is not None else None
     if job is None:
         spec = validate(payload, here.settings, here.vault)
-        job, created = here.store.insert(spec, acceptance(spec, here), key, digest)
+        job, created = here.store.insert(spec, acceptance(spec, here), key, digest, here.settings.max_queued_jobs_per_org)
         if created:
             here.runtime.poke()
     return {

@@ -13,6 +13,7 @@ from fastapi import Depends, Header, Request
 from serve_app.auth import Principal, authenticate
 from serve_app.errors import ApiError, field_error, invalid
 from serve_app.lifecycle import Status
+from serve_app.quota import RateLimit
 from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
 from serve_app.store.jobs import Job, JobStore
@@ -43,6 +44,7 @@ class Service:
     settings: Settings
     vault: SecretVault
     runtime: Runtime
+    rate_limit: RateLimit
 
 
 def service(request: Request) -> Service:
@@ -52,8 +54,11 @@ def service(request: Request) -> Service:
 
 
 def principal(request: Request, authorization: Annotated[str | None, Header()] = None) -> Principal:
-    """Who is asking. Raises 401."""
-    return authenticate(authorization, service(request).settings)
+    """Who is asking. Raises 401, 429."""
+    here = service(request)
+    asking = authenticate(authorization, here.settings)
+    here.rate_limit.check(min(asking.orgs))
+    return asking
 
 
 Asking = Annotated[Principal, Depends(principal)]

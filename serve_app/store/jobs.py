@@ -27,7 +27,11 @@ MAX_SEQ = 2**63 - 1
 WRITES = "tuneyard_writes"
 
 
-class NameTaken(Exception):
+class Conflict(Exception):
+    """The state of things doesn't allow what was asked; the message says what does."""
+
+
+class NameTaken(Conflict):
     """Another job of the org that is queued, running or completed has this experiment_name."""
 
     def __init__(self, name: str, other: str) -> None:
@@ -35,15 +39,19 @@ class NameTaken(Exception):
         self.other = other
 
 
-class IdempotencyMismatch(Exception):
+class IdempotencyMismatch(Conflict):
     """The Idempotency-Key was used before, with another body."""
 
 
-class AlreadyFinal(Exception):
+class QueueFull(Exception):
+    """The org has as many waiting jobs as it may have."""
+
+
+class AlreadyFinal(Conflict):
     """The job has ended; nothing about it changes any more."""
 
 
-class NotResumable(Exception):
+class NotResumable(Conflict):
     """The job hasn't failed and wasn't canceled: there is nothing to resume."""
 
 
@@ -153,10 +161,17 @@ class JobStore:
 
     # --- submit and read ---
 
-    def insert(self, spec: JobSpec, message: str, idempotency_key: str | None = None, body_hash: str = "") -> tuple[Job, bool]:
+    def insert(
+        self,
+        spec: JobSpec,
+        message: str,
+        idempotency_key: str | None = None,
+        body_hash: str = "",
+        max_queued: int | None = None,
+    ) -> tuple[Job, bool]:
         """Add a job, QUEUED; (job, True), or (the earlier job, False) for a repeated idempotency key.
 
-        Raises NameTaken, IdempotencyMismatch.
+        Raises NameTaken, IdempotencyMismatch, QueueFull when the org has `max_queued` waiting jobs.
         """
         request_id, now = str(uuid.uuid4()), _now()
         row = {
@@ -184,6 +199,9 @@ class JobStore:
                     key = {"org_id": spec.org, "key": idempotency_key}
                     tx.execute(sa.delete(idempotency).filter_by(**key))  # one that has expired
                     tx.execute(sa.insert(idempotency).values(**key, body_hash=body_hash, request_id=request_id, created_at=now))
+                waiting = (jobs.c.org_id == spec.org) & (jobs.c.status == Status.QUEUED)
+                if max_queued is not None and _count(tx, waiting) >= max_queued:
+                    raise QueueFull(f"{max_queued} jobs of this org are waiting already; submit again when one has started")
                 tx.execute(sa.insert(jobs).values(**row))
                 add_event(tx, request_id, "queued", message)
                 return _require(tx, request_id), True
@@ -270,7 +288,7 @@ class JobStore:
         queued = jobs.c.status == Status.QUEUED
         first, last = min(waiting), max(waiting)
         with self.read() as tx:
-            ahead = tx.execute(sa.select(sa.func.count()).where(queued, jobs.c.seq < first)).scalar_one()
+            ahead = _count(tx, queued & (jobs.c.seq < first))
             between = tx.execute(sa.select(jobs.c.seq).where(queued, jobs.c.seq.between(first, last)).order_by(jobs.c.seq))
             return {waiting[seq]: place for place, (seq,) in enumerate(between, ahead + 1) if seq in waiting}
 
@@ -398,6 +416,10 @@ def _seq_of(cursor: str) -> int:
     if _cursor(seq) != cursor or not 0 <= seq <= MAX_SEQ:
         raise ValueError(cursor)
     return seq
+
+
+def _count(tx: Connection, where: sa.ColumnElement[bool]) -> int:
+    return int(tx.execute(sa.select(sa.func.count()).select_from(jobs).where(where)).scalar_one())
 
 
 def _require(tx: Connection, request_id: str) -> Job:

@@ -43,7 +43,7 @@ def add_event(tx: Connection, request_id: str, kind: str, message: str) -> None:
 
 
 def _in_turn(tx: Connection, request_id: str) -> None:
-    """Let a job's writers commit in the order of their ids: a follower, who asks for ids above its last, would miss a late one."""
+    """Let a job's writers commit in the order of their ids: a follower asks for ids above its last and would miss a late one."""
     tx.execute(sa.select(jobs.c.seq).where(jobs.c.request_id == request_id).with_for_update())
 
 

@@ -514,3 +514,37 @@ def test_a_busy_pool_is_503(settings, store, monkeypatch):
     monkeypatch.setattr(store, "read", busy)
     with TestClient(build_app(settings, store, Idle()), raise_server_exceptions=False) as client:
         assert client.get("/readyz").status_code == 503
+
+
+def test_more_requests_than_the_rate_allows_are_429(settings, store, monkeypatch):
+    monkeypatch.setenv("TUNEYARD_RATE_LIMIT", "3/hour")
+    with TestClient(build_app(Settings.load(), store, Idle())) as client:
+
+        def ask(org):
+            headers = {"Authorization": f"Bearer {mint_token(settings, org, 'x', 60)}"}
+            return client.get("/job/list/", params={"org_id": org}, headers=headers)
+
+        assert [ask(ORG).status_code for _ in range(4)] == [200, 200, 200, 429]
+        assert 0 < int(ask(ORG).headers["Retry-After"]) <= 3600
+        assert ask(OTHER_ORG).status_code == 200
+        assert client.get("/healthz").status_code == 200
+
+
+def test_a_full_queue_is_429_until_there_is_room(settings, store, job, monkeypatch):
+    monkeypatch.setenv("TUNEYARD_MAX_QUEUED_JOBS_PER_ORG", "1")
+    with TestClient(build_app(Settings.load(), store, Idle())) as client:
+        client.headers["Authorization"] = f"Bearer {mint_token(settings, ORG, 'x', 60)}"
+        first = client.post("/job/", json=job, headers={"Idempotency-Key": "k"})
+        full = client.post("/job/", json=job | {"experiment_name": "second"})
+        assert (first.status_code, full.status_code) == (200, 429)
+        assert int(full.headers["Retry-After"]) > 0
+        assert client.post("/job/", json=job, headers={"Idempotency-Key": "k"}).json() == first.json()
+        client.post(f"/job/{first.json()['request_id']}/cancel")
+        assert client.post("/job/", json=job | {"experiment_name": "second"}).status_code == 200
+
+
+def test_a_job_larger_than_the_orgs_quota_is_refused(settings, store, job, monkeypatch):
+    monkeypatch.setenv("TUNEYARD_MAX_GPUS_PER_ORG", "3")
+    with TestClient(build_app(Settings.load(), store, Idle())) as client:
+        client.headers["Authorization"] = f"Bearer {mint_token(settings, ORG, 'x', 60)}"
+        assert "quota of 3" in fields(client.post("/job/", json=job))["infra_config.node_count"]["message"]
