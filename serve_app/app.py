@@ -87,7 +87,9 @@ def build_app(settings: Settings, store: JobStore, runtime: Runtime) -> FastAPI:
 
 def _ingress() -> FastAPI:
     settings = Settings.load()
-    return build_app(settings, JobStore.open(settings.database_url), RayRuntime(settings))
+    store = JobStore.open(settings.database_url)
+    store.require_current()
+    return build_app(settings, store, RayRuntime(settings))
 
 
 @serve.deployment(name="ingress", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=200)
@@ -97,7 +99,12 @@ class Ingress:
 
 
 def deploy(settings: Settings) -> None:
-    """Start the ingress and the dispatcher on the Ray cluster this process is connected to; return once both answer."""
+    """Start the ingress and the dispatcher on the Ray cluster this process is connected to; return once both answer.
+
+    Raises RuntimeError, and starts nothing, when the settings don't allow a service.
+    """
+    settings.require_shared_store(sum(node["Alive"] for node in ray.nodes()))
+    JobStore.open(settings.database_url).require_current()
     options = {"name": NAME, "namespace": settings.ray_namespace, "lifetime": "detached", "get_if_exists": True}
     dispatcher = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)(Dispatcher).options(**options).remote()
     ingress: Any = Ingress

@@ -124,6 +124,14 @@ class Settings(BaseSettings):
         """Read environment and settings file. Generates nothing."""
         return cls()
 
+    def require_shared_store(self, num_nodes: int) -> None:
+        """Raise RuntimeError when a cluster would have to share a SQLite file, which only one machine can."""
+        if self.database_url.startswith("sqlite") and (num_nodes > 1 or not self.embedded):
+            raise RuntimeError(
+                "the job store is SQLite, which can't be shared between machines: set TUNEYARD_DATABASE_URL to a PostgreSQL "
+                "database (postgresql+psycopg://user:password@host/name), or TUNEYARD_EMBEDDED=true for a service on one machine"
+            )
+
     def prepare_embedded_keys(self) -> None:
         """Make the token and encryption keys of an embedded home, once, readable by their owner only."""
         for name, make in (

@@ -245,6 +245,8 @@ def _start_ray(settings: Settings, ray_dir: str) -> tuple[str, str]:
         log_to_driver=False,
         logging_level=logging.WARNING,
     )
+    # Without this file a job submitted to this Ray gets the address of whichever Ray its supervisor finds on the machine.
+    Path(ray_dir, "ray_current_cluster").write_text(context.address_info["gcs_address"])
     serve.start(http_options={"host": "127.0.0.1", "port": http_port})
     deploy(settings)
     return f"http://127.0.0.1:{http_port}", f"http://{context.dashboard_url}"

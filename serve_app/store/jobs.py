@@ -140,19 +140,34 @@ class JobStore:
         """A transaction: committed at the end, rolled back by an exception."""
         return self._writer.begin()
 
-    def migrate(self, revision: str = "head") -> None:
-        """Bring the schema to `revision`."""
-        from alembic import command
-        from alembic.config import Config
+    def migrate(self) -> None:
+        """Bring the schema to this version's. Again is harmless."""
+        self._run_alembic("upgrade", "head")
 
-        config = Config()
-        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    def downgrade(self, revision: str) -> None:
+        """Take the schema back to `revision`; `base` is before the first one."""
+        self._run_alembic("downgrade", revision)
+
+    def _run_alembic(self, command: str, revision: str) -> None:
+        import alembic.command
+
+        config = _alembic()
         with self.write() as connection:
             config.attributes["connection"] = connection
-            if revision == "base":
-                command.downgrade(config, revision)
-            else:
-                command.upgrade(config, revision)
+            getattr(alembic.command, command)(config, revision)
+
+    def require_current(self) -> None:
+        """Raise RuntimeError unless the schema is the one this code was written for."""
+        from alembic.runtime.migration import MigrationContext
+        from alembic.script import ScriptDirectory
+
+        head = ScriptDirectory.from_config(_alembic()).get_current_head()
+        with self.read() as connection:
+            found = MigrationContext.configure(connection).get_current_revision()
+        if found != head:
+            raise RuntimeError(
+                f"the job store's schema is at revision {found}, this version needs {head}: run tuneyard db upgrade"
+            )
 
     def ping(self) -> None:
         """Raise unless the store answers and has its tables."""
@@ -404,6 +419,14 @@ class JobStore:
 
 
 UTC_TIME = jobs.c.created_at.type
+
+
+def _alembic() -> Any:
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    return config
 
 
 def _cursor(seq: int) -> str:

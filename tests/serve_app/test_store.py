@@ -8,6 +8,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from serve_app.lifecycle import FINAL, TRANSITIONS, IllegalTransition, Status, check
+from serve_app.settings import Settings
 from serve_app.store.jobs import AlreadyFinal, IdempotencyMismatch, JobStore, NameTaken, StaleAttempt
 from serve_app.store.tables import metadata
 from tests.conftest import DOCUMENTED, ORG, OTHER_ORG, with_fields
@@ -29,7 +30,7 @@ def store(request, tmp_path):
     store = JobStore.open(url)
     store.migrate()
     yield store
-    store.migrate("base")
+    store.downgrade("base")
     store.engine.dispose()
 
 
@@ -45,6 +46,34 @@ def test_migrations_make_exactly_the_tables_of_the_code(store):
     with store.engine.connect() as connection:
         found = compare_metadata(MigrationContext.configure(connection), metadata)
     assert [d for d in found if "alembic_version" not in str(d)] == []
+
+
+def test_migrations_go_down_and_up_again_over_rows(store):
+    job = submit(store)
+    store.downgrade("0001")
+    with pytest.raises(RuntimeError, match="tuneyard db upgrade"):
+        store.require_current()
+    store.migrate()
+    store.require_current()
+    assert store.get(job.request_id) == job
+
+
+def test_a_service_on_several_machines_refuses_sqlite(tmp_path, monkeypatch):
+    monkeypatch.setenv("TUNEYARD_HOME", str(tmp_path))
+    with pytest.raises(RuntimeError, match="TUNEYARD_DATABASE_URL"):
+        Settings(embedded=False).require_shared_store(1)
+    with pytest.raises(RuntimeError, match="SQLite"):
+        Settings(embedded=True).require_shared_store(2)
+    Settings(embedded=True).require_shared_store(1)
+    Settings(database_url="postgresql+psycopg://db/x").require_shared_store(5)
+
+
+def test_log_lines_of_a_job_are_bounded_and_the_newest_stay(store, monkeypatch):
+    monkeypatch.setattr("serve_app.store.journal.MAX_LOG_LINES", 3)
+    job = submit(store)
+    for i in range(5):
+        store.journal.add_log(job.request_id, 1, 0, [(float(i), f"line {i}")])
+    assert [entry.line for entry in store.journal.log(job.request_id)] == ["line 2", "line 3", "line 4"]
 
 
 def test_a_job_lives_from_queued_to_completed(store):
