@@ -220,6 +220,8 @@ def _materialise_models(settings: Settings) -> None:
 def _start_ray(settings: Settings, ray_dir: str) -> tuple[str, str]:
     import logging
 
+    # Read when Ray is imported: only as a one-machine Ray, its default outside Linux, does it stay off the network.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
     from ray import serve
 
