@@ -113,7 +113,8 @@ class AwsIdentity:
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError, ClientError, CredentialRetrievalError, NoCredentialsError
 
-        logging.getLogger("botocore").setLevel(logging.INFO)  # its debug lines hold whole answers
+        if (logger := logging.getLogger("botocore")).getEffectiveLevel() < logging.INFO:
+            logger.setLevel(logging.INFO)  # its debug lines hold whole answers
         config = Config(
             connect_timeout=CONNECT_TIMEOUT_S,
             read_timeout=READ_TIMEOUT_S,
