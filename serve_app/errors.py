@@ -62,17 +62,20 @@ def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     return ApiError(422, first + rest, errors)
 
 
-def validation_errors(error: ValidationError, model: type[BaseModel]) -> list[dict[str, Any]]:
-    """Pydantic's errors in our words: dotted names, the nearest known name for a typo, the allowed values."""
-    return [_translate(e, model) for e in error.errors(include_url=False)]
+def validation_errors(error: ValidationError, model: type[BaseModel], *, echo: bool = True) -> list[dict[str, Any]]:
+    """Pydantic's errors in our words: dotted names, the nearest known name for a typo, the allowed values.
+
+    They show what was given, in part, unless `echo` is False.
+    """
+    return [_translate(e, model, echo) for e in error.errors(include_url=False)]
 
 
-def _translate(error: Any, model: type[BaseModel]) -> dict[str, Any]:
+def _translate(error: Any, model: type[BaseModel], echo: bool) -> dict[str, Any]:
     path, section = _walk(error["loc"], model)
     context = error.get("ctx") or {}
     message = error["msg"].removeprefix("Value error, ")
     if "field" in context:  # a rule over several fields of a section names the one to mend
-        path = f"{path}.{context['field']}"
+        path = f"{path}.{context['field']}".lstrip(".")
     more: dict[str, Any] = {}
     if error["type"] == "extra_forbidden":
         message = unknown(str(error["loc"][-1]), section.model_fields if section else ())
@@ -83,7 +86,7 @@ def _translate(error: Any, model: type[BaseModel]) -> dict[str, Any]:
     elif bounds := {k: context[k] for k in ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern") if k in context}:
         more["allowed"] = bounds
     given = error.get("input")
-    if error["type"] in ("missing", "extra_forbidden"):
+    if not echo or error["type"] in ("missing", "extra_forbidden"):
         pass  # the value of a name we don't know may be a secret that went to the wrong place
     elif isinstance(given, bool | int | None) or (isinstance(given, float) and math.isfinite(given)):
         more["input"] = given

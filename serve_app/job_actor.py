@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import cached_property
 from typing import Any
 
 import structlog
@@ -113,13 +114,17 @@ class JobActor:
         settings, details = self.settings, self.spec.dataset_details
         dataset = None
         if details.secret_id is not None:
-            vault = SecretVault.from_settings(self.store, settings)
-            dataset = Credentials.from_secret(vault.reveal(self.job.org_id, details.secret_id))
+            dataset = Credentials.from_secret(self._vault.reveal(self.job.org_id, details.secret_id))
         keys = Keys(dataset=dataset, storage=storage_credentials(settings))
         for found in (keys.dataset, keys.storage):
             if found is not None:
                 self.redactor.hide(found.access_key_id, found.secret_access_key, found.session_token)
         return keys
+
+    @cached_property
+    def _vault(self) -> SecretVault:
+        # Made once: it keeps a role's temporary keys until shortly before they expire.
+        return SecretVault.from_settings(self.store, self.settings)
 
     def _run(self) -> None:
         request_id = self.job.request_id

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import datetime as dt
-import fnmatch
-import ipaddress
 import json
-import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import sqlalchemy as sa
 from cryptography.fernet import Fernet, InvalidToken
 
-from serve_app.errors import field_error, invalid
+from serve_app import endpoints
+from serve_app.aws import SECRET_ID, AwsIdentity, is_arn, may_name
+from serve_app.errors import ApiError, field_error, invalid
+from serve_app.secret_types import OPENS_S3, AwsKeys, AwsRole, S3Keys, SecretData, parse
 from serve_app.settings import Settings
 from serve_app.store.jobs import JobStore
 from serve_app.store.tables import secrets
 from train_loop.errors import DatasetError
-
-REQUIRED = ("access_key_id", "secret_access_key")
-OPTIONAL = {"aws": ("session_token", "region"), "s3": ("session_token", "region", "endpoint_url")}
-NOT_YET = ("gcs", "hf")
-MAX_VALUE_CHARS = 8192
-# Cloud metadata services that aren't link-local: AWS over IPv6, Alibaba, Oracle; and their names.
-METADATA_ADDRESSES = frozenset({"fd00:ec2::254", "100.100.100.200", "192.0.0.192", "fd20:ce::254"})
-METADATA_NAMES = frozenset({"metadata", "metadata.google.internal", "instance-data", "instance-data.ec2.internal"})
 
 
 @dataclass(frozen=True)
@@ -44,26 +35,45 @@ class Secret:
 
 
 class SecretVault:
-    """The org's secrets in the store."""
+    """The org's secrets: those in the store, and those that it may name in AWS Secrets Manager."""
 
-    def __init__(self, store: JobStore, key: str, allowed_endpoints: list[str]) -> None:
+    def __init__(
+        self,
+        store: JobStore,
+        key: str,
+        allowed_endpoints: Sequence[str],
+        allowed_arns: Sequence[str] = (),
+        aws: AwsIdentity | None = None,
+    ) -> None:
         self._store = store
         self._fernet = Fernet(key)
         self._allowed_endpoints = allowed_endpoints
+        self._allowed_arns = allowed_arns
+        self._aws = aws or AwsIdentity()
 
     @classmethod
     def from_settings(cls, store: JobStore, settings: Settings) -> SecretVault:
         """The vault of this service. Raises RuntimeError without a key."""
         if settings.secret_key is None:
             raise RuntimeError("TUNEYARD_SECRET_KEY isn't set: make one with cryptography.fernet.Fernet.generate_key()")
-        return cls(store, settings.secret_key.get_secret_value(), settings.allowed_s3_endpoints)
+        return cls(
+            store,
+            settings.secret_key.get_secret_value(),
+            settings.allowed_s3_endpoints,
+            settings.allowed_secret_arns,
+            AwsIdentity(settings.aws_endpoint_url),
+        )
 
     def create(self, org_id: str, name: str, type_: str, data: Mapping[str, Any]) -> Secret:
         """Store a secret. Raises ApiError 422 that names fields, never values."""
-        self._check(type_, data)
+        values = parse(type_, data).values()
+        if "endpoint_url" in values and not endpoints.is_allowed(values["endpoint_url"], self._allowed_endpoints):
+            allowed = ", ".join(self._allowed_endpoints) or "none"
+            message = f"this endpoint isn't on the operator's list (TUNEYARD_ALLOWED_S3_ENDPOINTS: {allowed})"
+            raise invalid([field_error("data.endpoint_url", message)])
         now = dt.datetime.now(dt.UTC)
-        secret = Secret(str(uuid.uuid4()), org_id, name, type_, now)
-        sealed = self._fernet.encrypt(json.dumps(dict(data)).encode())
+        secret = Secret(str(uuid.uuid4()), org_id, name, type_, now, "endpoint_url" in values)
+        sealed = self._fernet.encrypt(json.dumps(values).encode())
         with self._store.write() as tx:
             tx.execute(
                 sa.insert(secrets).values(
@@ -85,110 +95,64 @@ class SecretVault:
             return tx.execute(sa.delete(secrets).where(mine)).rowcount > 0
 
     def find(self, org_id: str, secret_id: str) -> Secret | None:
-        """What is known about a secret without opening its keys, or None."""
-        with self._store.read() as tx:
-            row = tx.execute(sa.select(secrets).where(secrets.c.org_id == org_id, secrets.c.secret_id == secret_id)).one_or_none()
+        """What is known about a stored secret, or None. Raises DatasetError when it can't be opened."""
+        row = self._row(org_id, secret_id)
         if row is None:
             return None
-        has_endpoint = bool(self._open(row.ciphertext).get("endpoint_url"))
+        has_endpoint = "endpoint_url" in self._open(row).values()
         return Secret(row.secret_id, row.org_id, row.name, row.type, row.created_at, has_endpoint)
 
+    def may_name(self, org_id: str, arn: str) -> bool:
+        """Whether the operator lets this org name this secret of AWS Secrets Manager. Whether there is one isn't asked."""
+        return may_name(org_id, arn, self._allowed_arns)
+
     def reveal(self, org_id: str, secret_id: str) -> dict[str, str]:
-        """The values, for the job actor only. Raises DatasetError when it is gone."""
+        """The keys to use now, for the job actor only: of a role, temporary ones. Raises DatasetError."""
+        data = self._fetch(org_id, secret_id) if is_arn(secret_id) else self._stored(org_id, secret_id)
+        match data:
+            case AwsRole():
+                return self._aws.assume(org_id, data)
+            case S3Keys() if data.endpoint_url and not endpoints.is_allowed_now(data.endpoint_url, self._allowed_endpoints):
+                host = endpoints.host_of(data.endpoint_url)
+                raise _error("endpoint_refused", f"the endpoint {host} of this secret may not be used here.")
+            case AwsKeys() | S3Keys():
+                return data.values()
+        raise _error("secret_wrong_type", f"this secret doesn't open an s3 dataset: name one of type {' or '.join(OPENS_S3)}.")
+
+    def _fetch(self, org_id: str, arn: str) -> SecretData:
+        if not self.may_name(org_id, arn):
+            raise _error(
+                "secret_not_allowed", f"the operator's list (TUNEYARD_ALLOWED_SECRET_ARNS) doesn't let this org use {arn}."
+            )
+        return self._aws.fetch(arn)
+
+    def _stored(self, org_id: str, secret_id: str) -> SecretData:
+        row = self._row(org_id, secret_id)
+        if row is None:
+            raise _error("secret_not_found", f"secret {secret_id} doesn't exist any more: store the keys again by POST /secret/.")
+        return self._open(row)
+
+    def _row(self, org_id: str, secret_id: str) -> sa.Row[Any] | None:
         with self._store.read() as tx:
-            sealed = tx.execute(
-                sa.select(secrets.c.ciphertext).where(secrets.c.org_id == org_id, secrets.c.secret_id == secret_id)
-            ).scalar()
-        if sealed is None:
-            raise DatasetError(
-                f"secret {secret_id} doesn't exist any more: store the keys again by POST /secret/.",
-                field="dataset_details.secret_id",
-                code="secret_not_found",
-            )
-        data = self._open(sealed)
-        if data.get("endpoint_url"):
-            self._check_resolved(data["endpoint_url"])
-        return data
+            query = sa.select(secrets).where(secrets.c.org_id == org_id, secrets.c.secret_id == secret_id)
+            return tx.execute(query).one_or_none()
 
-    def _open(self, sealed: bytes) -> dict[str, str]:
+    def _open(self, row: sa.Row[Any]) -> SecretData:
+        # Nothing is raised inside a handler: the errors of json and pydantic hold the text they stumbled over.
+        data: SecretData | None = None
+        sealed_here = True
         try:
-            data: dict[str, str] = json.loads(self._fernet.decrypt(sealed))
+            data = parse(row.type, json.loads(self._fernet.decrypt(row.ciphertext)))
         except InvalidToken:
-            raise DatasetError(
-                "this secret was sealed with another TUNEYARD_SECRET_KEY: store it again.",
-                field="dataset_details.secret_id",
-                code="secret_unreadable",
-            ) from None
+            sealed_here = False
+        except (ValueError, TypeError, AttributeError, RecursionError, ApiError):
+            pass
+        if not sealed_here:
+            raise _error("secret_unreadable", "this secret was sealed with another TUNEYARD_SECRET_KEY: store it again.")
+        if data is None:
+            raise _error("secret_unreadable", "what is stored of this secret can't be read any more: store it again.")
         return data
 
-    def _check(self, type_: str, data: Mapping[str, Any]) -> None:
-        if type_ in NOT_YET:
-            raise invalid([field_error("type", f"{type_} is not supported yet", allowed=sorted(OPTIONAL))])
-        if type_ not in OPTIONAL:
-            raise invalid([field_error("type", "unknown type of secret", allowed=sorted(OPTIONAL))])
-        known = (*REQUIRED, *OPTIONAL[type_])
-        errors = [field_error(f"data.{k}", "this field is required") for k in REQUIRED if not data.get(k)]
-        for name, value in data.items():
-            if name in ("role_arn", "external_id"):
-                errors.append(field_error(f"data.{name}", "is not supported yet", allowed=list(known)))
-            elif name not in known:
-                errors.append(field_error(f"data.{name}", "unknown field", allowed=list(known)))
-            elif value is not None and (not isinstance(value, str) or len(value) > MAX_VALUE_CHARS):
-                errors.append(field_error(f"data.{name}", f"must be a string of at most {MAX_VALUE_CHARS} characters"))
-        endpoint = data.get("endpoint_url")
-        if isinstance(endpoint, str) and not errors and not self._endpoint_allowed(endpoint):
-            allowed = ", ".join(self._allowed_endpoints) or "none"
-            message = f"this endpoint isn't on the operator's list (TUNEYARD_ALLOWED_S3_ENDPOINTS: {allowed})"
-            errors.append(field_error("data.endpoint_url", message))
-        if errors:
-            raise invalid(errors)
 
-    def _endpoint_allowed(self, url: str) -> bool:
-        """Whether the operator's list has this host, and it isn't, by whatever spelling, one that answers with a machine's own
-        credentials."""
-        try:
-            parts = urlsplit(url)
-            host = parts.hostname
-            _ = parts.port
-        except ValueError:
-            return False
-        if parts.scheme not in ("http", "https") or not host or parts.username or parts.path.strip("/") or parts.query:
-            return False
-        host = host.rstrip(".").lower()
-        address = _address(host)
-        if host in METADATA_NAMES or (address is not None and _is_off_limits(address)):
-            return False
-        return any(fnmatch.fnmatchcase(host, pattern.lower()) for pattern in self._allowed_endpoints)
-
-    def _check_resolved(self, url: str) -> None:
-        """Names are judged by what they stand for now. Raises DatasetError."""
-        host = urlsplit(url).hostname or ""
-        try:
-            found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
-        except (OSError, UnicodeError):
-            return  # the storage can't be reached: the reader says so in its own words
-        if not self._endpoint_allowed(url) or any(_is_off_limits(ipaddress.ip_address(a.partition("%")[0])) for a in found):
-            raise DatasetError(
-                f"the endpoint {host} of this secret may not be used here.",
-                field="dataset_details.secret_id",
-                code="endpoint_refused",
-            )
-
-
-def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The address that a literal stands for, also in the spellings that only the C library reads (2852039166, 0xa9.254.1)."""
-    try:
-        return ipaddress.ip_address(host)
-    except ValueError:
-        pass
-    try:
-        return ipaddress.ip_address(socket.inet_aton(host))
-    except (OSError, UnicodeError):
-        return None
-
-
-def _is_off_limits(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    mapped = getattr(address, "ipv4_mapped", None)
-    if mapped is not None:
-        return _is_off_limits(mapped)
-    return address.is_link_local or address.is_multicast or address.is_unspecified or str(address) in METADATA_ADDRESSES
+def _error(code: str, message: str) -> DatasetError:
+    return DatasetError(message, field=SECRET_ID, code=code)

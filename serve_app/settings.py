@@ -74,6 +74,11 @@ class Settings(BaseSettings):
     allowed_s3_endpoints: list[str] = Field(
         default_factory=list, description="Hosts (wildcards allowed) that s3 secrets may name; embedded: loopback."
     )
+    allowed_secret_arns: list[str] = Field(
+        default_factory=list,
+        description="ARNs (wildcards allowed, {org} is the org's UUID) of AWS Secrets Manager that jobs may name; default none.",
+    )
+    aws_endpoint_url: str | None = Field(None, description="Endpoint of AWS STS and Secrets Manager; default AWS itself.")
     embedded: bool = Field(False, description="One machine, no GPU: every gpu_type runs as CPU workers.")
     profiles: dict[str, Profile] = Field(default_factory=dict, description="Infrastructure profiles by gpu_type.")
     max_running_jobs: int = Field(8, ge=1, description="Jobs running at once.")

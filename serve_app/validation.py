@@ -11,9 +11,12 @@ from jinja2 import TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import ValidationError
 
+from serve_app.aws import is_arn
 from serve_app.errors import field_error, invalid, validation_errors
-from serve_app.secrets import SecretVault
+from serve_app.secret_types import OPENS_S3
+from serve_app.secrets import Secret, SecretVault
 from serve_app.settings import Settings
+from train_loop.errors import DatasetError
 from train_loop.spec import AWS_REGION, JobSpec
 
 PLAIN = ("org", "experiment_name")
@@ -57,15 +60,8 @@ def _dataset_errors(spec: JobSpec, vault: SecretVault) -> list[dict[str, Any]]:
         return [
             field_error("dataset_details.source_type", "local paths are for runs without the service; use s3", allowed=["s3"])
         ]
-    errors = []
-    has_endpoint = False
-    if details.secret_id is not None:
-        secret = vault.find(spec.org, details.secret_id)
-        if secret is None:
-            message = "no such secret in this org: store the keys by POST /secret/ and use the secret_id it returns"
-            errors.append(field_error("dataset_details.secret_id", message))
-        else:
-            has_endpoint = secret.has_endpoint
+    secret, errors = _dataset_secret(spec, vault)
+    has_endpoint = secret is not None and secret.has_endpoint
     if details.region is not None and not has_endpoint and not AWS_REGION.match(details.region):
         errors.append(field_error("dataset_details.region", "not an AWS region; one looks like us-west-2"))
     template = spec.dataset_config.preprocessing.prompt.template
@@ -80,6 +76,29 @@ def _dataset_errors(spec: JobSpec, vault: SecretVault) -> list[dict[str, Any]]:
             message = f"isn't a Jinja template that can be used ({type(error).__name__})"
             errors.append(field_error("dataset_config.preprocessing.prompt.template", message))
     return errors
+
+
+def _dataset_secret(spec: JobSpec, vault: SecretVault) -> tuple[Secret | None, list[dict[str, Any]]]:
+    """The stored secret that the dataset names, if any, and what keeps it from opening the dataset."""
+    field, name = "dataset_details.secret_id", spec.dataset_details.secret_id
+    unknown = "no such secret in this org: store the keys by POST /secret/ and use the secret_id it returns"
+    if name is None:
+        return None, []
+    if is_arn(name):
+        if vault.may_name(spec.org, name):
+            return None, []
+        # Said without asking AWS, so that it doesn't tell whether there is such a secret.
+        return None, [field_error(field, f"{unknown}, or have the operator allow the ARN (TUNEYARD_ALLOWED_SECRET_ARNS)")]
+    try:
+        secret = vault.find(spec.org, name)
+    except DatasetError as error:
+        return None, [field_error(field, error.message)]
+    if secret is None:
+        return None, [field_error(field, unknown)]
+    if spec.dataset_details.source_type == "s3" and secret.type not in OPENS_S3:
+        message = f"this secret is of type {secret.type}, and an s3 dataset needs one of type {' or '.join(OPENS_S3)}"
+        return None, [field_error(field, message, allowed=list(OPENS_S3))]
+    return secret, []
 
 
 def _model_errors(spec: JobSpec, settings: Settings) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ORG = "0bf00b43-430a-4ca3-a8b3-b13cc8dc6d4f"
 OTHER_ORG = "11111111-2222-4333-8444-555555555555"
 TINY = "tuneyard/tiny-random-llama"
+CANARY = "sk-canary-Zx81Kq"  # may show in no answer, error or repr
 
 DOCUMENTED: dict[str, Any] = {
     "org": ORG,
@@ -83,6 +84,26 @@ def with_fields(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
             at = at.setdefault(parent, {})
         at[last] = value
     return job
+
+
+class Idle:
+    """A cluster on which nothing runs yet."""
+
+    def live_statuses(self, request_ids: Any) -> dict[str, Any]:
+        return {}
+
+    def poke(self) -> None:
+        return None
+
+    def not_ready(self) -> str | None:
+        return None
+
+
+def fields(answer: Any, status: int = 422) -> dict[str, dict[str, Any]]:
+    """The field errors of a refusal, by field."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    return {e["field"]: e for e in answer.json()["errors"]}
 
 
 @pytest.fixture(scope="session")

@@ -94,7 +94,11 @@ class ActorMonitor:
         """Ask the monitor for the run's credentials."""
         import ray
 
-        keys: Keys = ray.get(self.handle.keys.remote())
+        try:
+            keys: Keys = ray.get(self.handle.keys.remote())
+        except UserError as error:
+            # Ray raises a class of its own over ours, whose `code` is the class's and whose text is a remote traceback.
+            raise getattr(error, "cause", error) from None
         return keys
 
 

@@ -330,7 +330,12 @@ class DatasetDetails(Section):
         "s3", description="Where the dataset lives; local is a path, for runs without the service."
     )
     ownership: Literal["public", "private"] = Field("private", description="private s3 needs secret_id.")
-    secret_id: str | None = Field(None, min_length=1, max_length=256, description="Secret that opens the bucket.")
+    secret_id: str | None = Field(
+        None,
+        min_length=1,
+        max_length=640,
+        description="Secret that opens the bucket: of POST /secret/, or an ARN of AWS Secrets Manager that the operator allows.",
+    )
     region: str | None = Field(None, max_length=64, description="AWS region of the bucket.")
 
     @model_validator(mode="after")

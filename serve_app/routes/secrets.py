@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from serve_app.body import read_fields
 from serve_app.errors import ApiError, field_error, invalid
 from serve_app.routes.service import UUID_SCHEMA, Asking, Here, json_body, uuid_of
+from serve_app.secret_types import TYPES, data_schema
 from serve_app.secrets import Secret
 
 router = APIRouter(tags=["secrets"])
@@ -28,8 +29,8 @@ def _render(secret: Secret) -> dict[str, Any]:
 BODY = json_body(
     org=UUID_SCHEMA,
     name={"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS},
-    type={"type": "string", "enum": ["aws", "s3"]},
-    data={"type": "object", "additionalProperties": {"type": "string"}},
+    type={"type": "string", "enum": sorted(TYPES)},
+    data=data_schema(),
 )
 
 
@@ -46,7 +47,7 @@ async def create(request: Request, asking: Asking, here: Here) -> dict[str, Any]
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARS:
         errors.append(field_error("name", f"must be a string of 1 to {MAX_NAME_CHARS} characters"))
     if not isinstance(type_, str):
-        errors.append(field_error("type", "this field is required", allowed=["aws", "s3"]))
+        errors.append(field_error("type", "this field is required", allowed=sorted(TYPES)))
     if not isinstance(data, dict):
         errors.append(field_error("data", "must be an object"))
     errors += [field_error(str(k)[:100], "unknown field") for k in payload if k not in ("org", "name", "type", "data")]

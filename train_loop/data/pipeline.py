@@ -116,7 +116,7 @@ def prepare_with_ray(
 def _user_error(error: BaseException | None) -> UserError | None:
     """The UserError that a task raised, from under Ray's wrappers."""
     while error is not None:
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) and not isinstance(error, RayError):  # Ray's own class over ours has lost the code
             return error
         error = getattr(error, "cause", None) or error.__cause__
     return None

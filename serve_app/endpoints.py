@@ -1,0 +1,71 @@
+"""Which storage endpoints users may name: the operator's list, and never an address that hands out a machine's credentials."""
+
+from __future__ import annotations
+
+import fnmatch
+import ipaddress
+import socket
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+# Cloud metadata services that aren't link-local: AWS over IPv6, Alibaba, Oracle; and their names.
+METADATA_ADDRESSES = frozenset({"fd00:ec2::254", "100.100.100.200", "192.0.0.192", "fd20:ce::254"})
+METADATA_NAMES = frozenset({"metadata", "metadata.google.internal", "instance-data", "instance-data.ec2.internal"})
+
+
+def is_allowed(url: str, patterns: Iterable[str]) -> bool:
+    """Whether the operator's list has this host, and it isn't, by whatever spelling, one that answers with a machine's own
+    credentials."""
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname
+        _ = parts.port
+    except ValueError:
+        return False
+    if parts.scheme not in ("http", "https") or not host or "@" in parts.netloc:
+        return False
+    if parts.path.strip("/") or parts.query or parts.fragment:
+        return False
+    host = host.rstrip(".").lower()
+    address = _address(host)
+    if host in METADATA_NAMES or (address is not None and _is_off_limits(address)):
+        return False
+    return any(fnmatch.fnmatchcase(host, pattern.lower()) for pattern in patterns)
+
+
+def is_allowed_now(url: str, patterns: Iterable[str]) -> bool:
+    """`is_allowed`, with names judged by the addresses they stand for at this moment."""
+    if not is_allowed(url, patterns):
+        return False
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host_of(url), None)}
+    except (OSError, UnicodeError):
+        return True  # the storage can't be reached: the reader says so in its own words
+    return not any(_is_off_limits(ipaddress.ip_address(address.partition("%")[0])) for address in found)
+
+
+def host_of(url: str) -> str:
+    """The host to show for an endpoint."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a literal stands for, also in the spellings that only the C library reads (2852039166, 0xa9.254.1)."""
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        pass
+    try:
+        return ipaddress.ip_address(socket.inet_aton(host))
+    except (OSError, UnicodeError):
+        return None
+
+
+def _is_off_limits(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    mapped = getattr(address, "ipv4_mapped", None)
+    if mapped is not None:
+        return _is_off_limits(mapped)
+    return address.is_link_local or address.is_multicast or address.is_unspecified or str(address) in METADATA_ADDRESSES

@@ -1,0 +1,49 @@
+"""The HTTP interface over a real store; nothing runs the jobs here."""
+
+import pytest
+from starlette.testclient import TestClient
+
+from serve_app.app import build_app
+from serve_app.auth import mint_token
+from serve_app.settings import Settings
+from serve_app.store.jobs import JobStore
+from tests.conftest import CANARY, DOCUMENTED, ORG, TINY, Idle, with_fields
+
+
+@pytest.fixture
+def settings(tmp_path, mirror, monkeypatch):
+    monkeypatch.setenv("TUNEYARD_HOME", str(tmp_path))
+    monkeypatch.setenv("TUNEYARD_MODEL_MIRROR", str(mirror))
+    monkeypatch.setenv("TUNEYARD_EMBEDDED", "true")
+    monkeypatch.setenv("TUNEYARD_HUB_OFFLINE", "true")
+    monkeypatch.setenv("TUNEYARD_MAX_WORKERS", "8")
+    Settings.load().prepare_embedded_keys()
+    return Settings.load()
+
+
+@pytest.fixture
+def store(settings):
+    store = JobStore.open(settings.database_url)
+    store.migrate()
+    return store
+
+
+@pytest.fixture
+def http(settings, store):
+    with TestClient(build_app(settings, store, Idle()), raise_server_exceptions=False) as client:
+        client.headers["Authorization"] = f"Bearer {mint_token(settings, ORG, 'tester', 600)}"
+        yield client
+
+
+@pytest.fixture
+def secret_id(http):
+    data = {"access_key_id": "AK" + CANARY, "secret_access_key": CANARY, "endpoint_url": "http://127.0.0.1:9"}
+    answer = http.post("/secret/", json={"org": ORG, "name": "keys", "type": "s3", "data": data})
+    assert answer.status_code == 200
+    assert CANARY not in answer.text + http.get("/secret/list/", params={"org_id": ORG}).text
+    return answer.json()["secret_id"]
+
+
+@pytest.fixture
+def job(secret_id):
+    return with_fields(DOCUMENTED, {"model_details.base_model": TINY, "dataset_details.secret_id": secret_id})
