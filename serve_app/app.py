@@ -11,17 +11,19 @@ import ray
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from serve_app import errors, logs
 from serve_app.dispatcher import NAME, Dispatcher
 from serve_app.job_actor import actor_name
+from serve_app.planner import TIMEOUT_S, plan_in_worker
 from serve_app.quota import RateLimit
 from serve_app.routes import health, jobs, journal, secrets
 from serve_app.routes.service import Runtime, Service
 from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
 from serve_app.store.jobs import JobStore
+from train_loop.errors import UserError
 from train_loop.spec import JobSpec
 
 
@@ -50,6 +52,19 @@ class RayRuntime:
             ray.get_actor(NAME, namespace=self._settings.ray_namespace).poke.remote()
         except (ValueError, RayError):
             return  # it polls anyway
+
+    def plan(self, spec: JobSpec) -> dict[str, Any]:
+        task: Any = ray.remote(num_cpus=0, max_retries=0)(plan_in_worker).remote(spec.model_dump_json())
+        try:
+            made: dict[str, Any] = ray.get(task, timeout=TIMEOUT_S)
+        except GetTimeoutError:
+            ray.cancel(task, force=True)
+            message = f"the plan took longer than {TIMEOUT_S:g} s: is prompt.template very slow, or the storage?"
+            raise errors.ApiError(503, message, headers={"Retry-After": "30"}) from None
+        if "error" in made:
+            raise UserError(**made["error"])
+        plan: dict[str, Any] = made["plan"]
+        return plan
 
     def not_ready(self) -> str | None:
         try:

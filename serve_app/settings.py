@@ -16,16 +16,17 @@ from cryptography.fernet import Fernet
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, JsonConfigSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+# Ray's name, memory in GiB, dense 16-bit TFLOP/s by the data sheet: what plans are made of.
 NVIDIA = {
-    "b200": "B200",
-    "h200": "H200",
-    "h100": "H100",
-    "a100": "A100",
-    "l40s": "L40S",
-    "l4": "L4",
-    "a10g": "A10G",
-    "t4": "T4",
-    "v100": "V100",
+    "b200": ("B200", 180, 2250),
+    "h200": ("H200", 141, 989),
+    "h100": ("H100", 80, 989),
+    "a100": ("A100", 80, 312),
+    "l40s": ("L40S", 48, 362),
+    "l4": ("L4", 24, 121),
+    "a10g": ("A10G", 24, 70),
+    "t4": ("T4", 16, 65),
+    "v100": ("V100", 32, 125),
 }
 EMBEDDED_CPUS_PER_WORKER = 0.25
 
@@ -39,11 +40,14 @@ class Profile(BaseModel):
     resources: dict[str, float] = Field(description="Ray resources of one worker.")
     use_gpu: bool = Field(False, description="Whether workers train on GPUs.")
     gpus_per_node: int = Field(8, ge=1, description="Most workers on one node.")
+    memory_gib: float | None = Field(None, gt=0, description="Memory of one GPU, in GiB.")
+    tflops: float | None = Field(None, gt=0, description="Dense 16-bit TFLOP/s of one GPU, for time estimates.")
+    price_per_hour: float | None = Field(None, ge=0, description="Price of one worker's hour, in your currency.")
 
 
 CLUSTER_PROFILES = {
-    name: Profile(accelerator_type=ray_name, resources={"GPU": 1}, use_gpu=True, gpus_per_node=8)
-    for name, ray_name in NVIDIA.items()
+    name: Profile(accelerator_type=ray_name, resources={"GPU": 1}, use_gpu=True, memory_gib=memory_gib, tflops=tflops)
+    for name, (ray_name, memory_gib, tflops) in NVIDIA.items()
 } | {"cpu": Profile(resources={"CPU": 1}, gpus_per_node=16)}
 EMBEDDED_PROFILES = {name: Profile(resources={"CPU": EMBEDDED_CPUS_PER_WORKER}, gpus_per_node=16) for name in (*NVIDIA, "cpu")}
 

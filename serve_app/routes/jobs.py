@@ -14,6 +14,7 @@ from serve_app.body import read_fields
 from serve_app.errors import field_error, invalid
 from serve_app.lifecycle import Status
 from serve_app.routes.service import UUID_SCHEMA, Asking, Here, Service, find_job, is_uuid, json_body, render, render_one, uuid_of
+from serve_app.store.jobs import Job
 from serve_app.validation import PLAIN, SECTIONS, validate
 from train_loop.spec import EXPERIMENT_NAME, JobSpec
 
@@ -47,17 +48,33 @@ async def submit(
     return await run_in_threadpool(_submit, here, asking, payload, idempotency_key)
 
 
+@router.post("/job/plan/", openapi_extra=BODY)
+@router.post("/job/plan", include_in_schema=False)
+async def plan(request: Request, asking: Asking, here: Here) -> dict[str, Any]:
+    """What a job would take: workers, memory, tokens, steps, time, price, warnings, rendered samples. Creates nothing."""
+    asking.require_scope("jobs:read")
+    payload = await read_fields(request, here.settings.max_body_bytes, PLAIN, SECTIONS)
+    return await run_in_threadpool(_plan, here, asking, payload)
+
+
+def _plan(here: Service, asking: Principal, payload: dict[str, Any]) -> dict[str, Any]:
+    spec = _accepted(here, asking, payload)
+    return here.runtime.plan(spec) | {"message": acceptance(spec, here).replace("Queued: ", "It would be: ", 1)}
+
+
+def _accepted(here: Service, asking: Principal, payload: dict[str, Any]) -> JobSpec:
+    """The job, of an org the caller speaks for and able to run here. Raises 403, 422."""
+    if is_uuid(payload.get("org")):
+        asking.require_org(uuid_of(payload["org"], "org"))
+    return validate(payload, here.settings, here.vault)
+
+
 def _submit(here: Service, asking: Principal, payload: dict[str, Any], key: str | None) -> dict[str, Any]:
-    org = payload.get("org")
-    if not is_uuid(org):
-        validate(payload, here.settings, here.vault)  # raises, with everything else that is wrong
-    org = uuid_of(org, "org")
-    asking.require_org(org)
     digest = hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
     # A repeated request gets the first one's answer, even if it couldn't be accepted any more.
-    job = here.store.replay(org, key, digest) if key is not None else None
+    job = _replayed(here, asking, payload, key, digest)
     if job is None:
-        spec = validate(payload, here.settings, here.vault)
+        spec = _accepted(here, asking, payload)
         job, created = here.store.insert(spec, acceptance(spec, here), key, digest, here.settings.max_queued_jobs_per_org)
         if created:
             here.runtime.poke()
@@ -67,6 +84,14 @@ def _submit(here: Service, asking: Principal, payload: dict[str, Any], key: str 
         "message": job.message,
         "experiment_name": job.experiment_name,
     }
+
+
+def _replayed(here: Service, asking: Principal, payload: dict[str, Any], key: str | None, digest: str) -> Job | None:
+    if key is None or not is_uuid(payload.get("org")):
+        return None
+    org = uuid_of(payload["org"], "org")
+    asking.require_org(org)
+    return here.store.replay(org, key, digest)
 
 
 def acceptance(spec: JobSpec, here: Service) -> str:

@@ -18,6 +18,7 @@ from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
 from serve_app.store.jobs import Job, JobStore
 from serve_app.validation import SECTIONS
+from train_loop.spec import JobSpec
 
 
 class Runtime(Protocol):
@@ -29,6 +30,10 @@ class Runtime(Protocol):
 
     def poke(self) -> None:
         """Have the dispatcher look now. Never raises."""
+        ...
+
+    def plan(self, spec: JobSpec) -> dict[str, Any]:
+        """The job's plan. Raises UserError where the job would fail at once, ApiError 503 when it takes too long."""
         ...
 
     def not_ready(self) -> str | None:

@@ -152,6 +152,20 @@ def test_the_documented_job_on_four_workers(service):
     assert caught.value.status == 409
 
 
+def test_a_plan_creates_nothing_and_refuses_what_would_fail(service):
+    before = service.client.list_jobs(ORG)
+    job = service.job("planned", {"infra_config": DOCUMENTED["infra_config"]})
+    plan = service.client._call("POST", "/job/plan/", json=job)
+    assert (plan["workers"], len(plan["samples"])) == (4, 3)
+    assert plan["memory"]["total_bytes"] > 0
+    with pytest.raises(ApiError) as caught:
+        service.client._call(
+            "POST", "/job/plan/", json=job | {"dataset_details": job["dataset_details"] | {"dataset_path": "s3://no/x"}}
+        )
+    assert caught.value.status == 422
+    assert service.client.list_jobs(ORG) == before
+
+
 def test_what_is_wrong_with_a_dataset_is_said_in_a_sentence(service):
     wrong = service.client.create_secret(ORG, "wrong", "s3", service.keys | {"secret_access_key": "wrong"})["secret_id"]
     away = service.client.create_secret(ORG, "away", "s3", service.keys | {"endpoint_url": "http://127.0.0.1:1"})["secret_id"]
@@ -178,7 +192,7 @@ def test_a_running_job_can_be_canceled_and_resumed_from_its_checkpoint(service):
     changes = {f"{hp}.max_steps": 400, "dataset_config.preprocessing.max_reject_ratio": 0.1}
     request_id = service.client.submit(service.job("long", changes))["request_id"]
     service.wait(request_id, lambda job: job["status"] == "FAILED" or job["step"] >= 3)
-    service.run("cancel", request_id)
+    service.client.cancel(request_id, ORG)  # at once: the command takes as long to start as the job may take to end
     job = service.wait(request_id)
     assert job["status"] == "CANCELED"
     assert job["output_model_path"] is None
@@ -248,6 +262,11 @@ def test_the_command_line(service, tmp_path):
     assert "there is no object at" in watched.stdout
     assert json.loads(service.run("status", request_id, "--json").stdout)["status"] == "FAILED"
     assert request_id in service.run("list").stdout
+    long = service.run("submit", str(path), "--max-steps", "100000", "--json")
+    running = json.loads(long.stdout)["request_id"]
+    service.wait(running, lambda job: job["step"] >= 1)
+    assert "CANCELED" not in service.run("cancel", running).stdout
+    assert service.wait(running)["status"] == "CANCELED"
     bad = service.run("submit", str(path), "--learning-rate", "7", "--json", check=False)
     assert bad.returncode == 1
     assert "learning_rate" in bad.stderr

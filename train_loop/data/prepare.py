@@ -87,7 +87,7 @@ def parse_lines(
             blank += 1
             continue
         try:
-            conversation = to_conversation(_decode(line.data), spec.dataset_details.dataset_format)
+            conversation = to_conversation(decode_row(line.data), spec.dataset_details.dataset_format)
             if chat is None:
                 columns["conversation"].append(json.dumps(conversation, ensure_ascii=False))
             else:
@@ -110,7 +110,8 @@ def parse_lines(
     return table, summary
 
 
-def _decode(data: bytes | None) -> Any:
+def decode_row(data: bytes | None) -> Any:
+    """One line's JSON. Raises RowRejected."""
     if data is None:
         raise RowRejected(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
     try:

@@ -50,10 +50,10 @@ def compute_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, st
     return wanted, ""
 
 
-def model_folder(details: ModelDetails, mirror: Path) -> Path:
+def model_folder(details: ModelDetails, mirror: Path, *, weights: bool = True) -> Path:
     """The local folder of the base model: the operator's mirror first, then the hub's cache or download.
 
-    Raises ModelError when it is in neither.
+    Without `weights` only config and tokenizer are sure to be there. Raises ModelError when it is in neither.
     """
     folder = mirrored(mirror, details.base_model)
     if folder is not None:
@@ -61,7 +61,8 @@ def model_folder(details: ModelDetails, mirror: Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(details.base_model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+        wanted = ["*.json", "*.model", "*.jinja", *(["*.safetensors"] if weights else [])]
+        return Path(snapshot_download(details.base_model, allow_patterns=wanted))
     except Exception as error:
         raise ModelError(
             f"base model {details.base_model} is neither in the model mirror ({mirror}) nor on the hub: "

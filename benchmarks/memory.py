@@ -1,0 +1,107 @@
+"""Planned against measured peak memory of one CPU worker: `python -m benchmarks.memory`.
+
+Each case trains two steps in a process of its own (no Ray) and reads its peak resident memory; the plan is made for the same job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+ORG = "0bf00b43-430a-4ca3-a8b3-b13cc8dc6d4f"
+
+
+def job(data: Path, bits: int | None, checkpointing: bool, max_length: int, batch: int, evaluate: bool) -> dict[str, Any]:
+    return {
+        "org": ORG,
+        "experiment_name": "memory",
+        "dataset_config": {
+            "preprocessing": {"prompt": {"max_length": max_length}},
+            "split": {"type": "random", "ratios": [0.8, 0.2]} if evaluate else {"type": "none"},
+        },
+        "model_details": {"base_model": SMOLLM2, "quantization": {"quant_bits": bits} if bits else None},
+        "train_config": {
+            "hyperparameters": {
+                "max_steps": 2,
+                "per_device_train_batch_size": batch,
+                "per_device_eval_batch_size": batch,
+                "gradient_checkpointing": checkpointing,
+                "dataloader_num_workers": 0,
+            }
+        },
+        "dataset_details": {"dataset_path": str(data), "source_type": "local", "ownership": "public"},
+        "infra_config": {"gpu_type": "cpu"},
+    }
+
+
+def write_rows(path: Path) -> None:
+    """Ten rows of some 3,000 tokens each: every case is filled to its max_length."""
+    answer = " ".join(f"The number {i} comes after {i - 1}." for i in range(1, 300))
+    row = {"conversations": [{"from": "human", "value": "Count."}, {"from": "gpt", "value": answer}]}
+    path.write_text((json.dumps(row) + "\n") * 10)
+
+
+def measure(spec: dict[str, Any], mirror: str) -> int:
+    """Peak resident bytes of a process that runs the job."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "job.json")
+        path.write_text(json.dumps(spec))
+        arguments = [sys.executable, "-m", "benchmarks.memory", "--one", str(path), "--mirror", mirror]
+        done = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True)
+    return int(done.stdout.splitlines()[-1])
+
+
+def run_one(path: str, mirror: str) -> None:
+    from train_loop.__main__ import main
+
+    with tempfile.TemporaryDirectory() as folder:
+        main([path, "--local", "--storage", folder, "--mirror", mirror])
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--mirror", default=str(Path.home() / ".tuneyard" / "models"))
+    options = parser.parse_args()
+    if options.one:
+        run_one(options.one, options.mirror)
+        return
+    from train_loop.plan import make_plan, this_machine
+    from train_loop.spec import JobSpec
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder, "rows.jsonl")
+        write_rows(data)
+        print(
+            "| quant_bits | checkpointing | max_length | batch | evaluation | planned MB | measured MB | ratio |\n|" + "---|" * 8
+        )
+        for bits, checkpointing, (length, batch), evaluate in itertools.product(
+            (4, None), (True, False), ((512, 1), (512, 4), (1024, 2)), (False, True)
+        ):
+            spec = job(data, bits, checkpointing, length, batch, evaluate)
+            planned = make_plan(JobSpec.model_validate(spec), Path(options.mirror), this_machine())["memory"]["total_bytes"]
+            measured = measure(spec, options.mirror)
+            cells = (
+                bits or "-",
+                checkpointing,
+                length,
+                batch,
+                evaluate,
+                planned >> 20,
+                measured >> 20,
+                f"{planned / measured:.2f}",
+            )
+            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Plans: what they say must be what the run then does."""
+
+import json
+
+import pytest
+
+from tests.conftest import rows
+from train_loop.__main__ import main
+from train_loop.errors import DatasetError
+from train_loop.plan import Hardware, make_plan, this_machine
+from train_loop.spec import JobSpec
+
+HP = "train_config.hyperparameters"
+
+
+def planned(job, mirror, hardware=None):
+    return make_plan(JobSpec.model_validate(job), mirror, hardware or this_machine())
+
+
+def test_the_plan_is_what_the_run_does(local_job, mirror, tmp_path, capsys):
+    job = local_job({f"{HP}.max_steps": None, f"{HP}.num_epochs": 2, f"{HP}.learning_rate": 0.0001})
+    plan = planned(job, mirror)
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(job))
+    assert main([str(path), "--local", "--storage", str(tmp_path / "runs"), "--mirror", str(mirror)]) == 0
+    run = next((tmp_path / "runs").glob("*/*"))
+    manifest = json.loads((run / "manifest.json").read_text())
+    points = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert plan["steps"] == manifest["steps"]
+    assert plan["rows"]["total"] == manifest["dataset"]["rows"]
+    assert plan["rows"]["exact"]
+    assert plan["tokens"]["trained_on"] == pytest.approx(sum(p.get("tokens", 0) for p in points), rel=0.1)
+    assert str(plan["trainable_params"]) in capsys.readouterr().err.replace(",", "")
+
+
+def test_a_large_file_is_estimated_from_a_small_part_of_it(local_job, mirror, tmp_path):
+    job = local_job()
+    path = tmp_path / "rows.jsonl"
+    with path.open("a") as file:
+        file.write("".join(json.dumps(r) + "\n" for r in rows(30)) * 600)
+    plan = planned(job, mirror)
+    assert not plan["rows"]["exact"]
+    assert plan["rows"]["read"] <= 9 * 32
+    assert plan["rows"]["total"] == pytest.approx(18_040, rel=0.2)
+    assert plan == planned(job, mirror)
+
+
+def test_samples_are_rendered_with_their_trained_tokens_marked(local_job, mirror):
+    samples = planned(local_job(), mirror)["samples"]
+    assert len(samples) == 3
+    said = ["".join(s["text"] for s in sample["segments"] if s["trained"]) for sample in samples]
+    assert said[0] == "It is 1.<|im_end|>"
+    assert all("What is" in "".join(s["text"] for s in sample["segments"] if not s["trained"]) for sample in samples)
+    assert all(0 < sample["trained_tokens"] < sample["tokens"] for sample in samples)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dataset_config.preprocessing.prompt.max_length": 40}, "longer than max_length 40"),
+        ({"train_config.adapter_config.r": 100}, "more than the model's hidden size 64"),
+        ({f"{HP}.per_device_train_batch_size": 500}, "every step is the whole dataset"),
+        ({f"{HP}.learning_rate": 0.5}, "learning_rate 0.5 is outside"),
+        ({"dataset_config.split.ratios": [0.999, 0.001]}, "the eval split is empty"),
+        ({"train_config.adapter_config.targets": ["no_such_layer"]}, "names no layer"),
+    ],
+)
+def test_warnings(local_job, mirror, changes, said):
+    usual = {f"{HP}.learning_rate": 0.0001}
+    assert not any(said in w for w in planned(local_job(usual), mirror)["warnings"])
+    assert any(said in w for w in planned(local_job(usual | changes), mirror)["warnings"])
+
+
+def test_memory_follows_what_it_depends_on(local_job, mirror):
+    gpu = Hardware("cuda", 1 << 30, 1e14, price_per_hour=4.0)
+    full = planned(local_job({"model_details.quantization": None}), mirror, gpu)
+    four_bit = planned(local_job(), mirror, gpu)["memory"]
+    kept = planned(local_job({f"{HP}.gradient_checkpointing": False}), mirror, gpu)["memory"]
+    assert four_bit["weights_bytes"] < full["memory"]["weights_bytes"]
+    assert kept["activations_bytes"] > four_bit["activations_bytes"]
+    parts = [v for k, v in four_bit.items() if k.endswith("_bytes") and k not in ("total_bytes", "available_bytes")]
+    assert four_bit["total_bytes"] == sum(parts)
+    assert full["price"] == pytest.approx(full["gpu_hours"] * 4.0, abs=0.01)
+    poor = planned(local_job(), mirror, Hardware("cuda", 1 << 20, 1e14))
+    assert any("a worker needs about" in w for w in poor["warnings"])
+
+
+def test_a_dataset_without_a_usable_row_has_no_plan(local_job, mirror, tmp_path):
+    job = local_job()
+    (tmp_path / "rows.jsonl").write_text('{"text": "no turns"}\n')
+    with pytest.raises(DatasetError, match="none of the 1 rows"):
+        planned(job, mirror)

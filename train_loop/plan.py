@@ -1,0 +1,349 @@
+"""What a job will take, before anything runs: rows and tokens from a sample, steps, memory of one worker by part, time, warnings.
+
+Nothing is created, and of a large dataset only its head and a few random ranges are read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from train_loop.data.formats import Conversation, RowRejected, to_conversation
+from train_loop.data.jsonl import ByteRange, read_lines
+from train_loop.data.packing import pack
+from train_loop.data.prepare import decode_row
+from train_loop.data.sampler import BatchPlan
+from train_loop.data.sources import SourceFile, explain, filesystem_for, find_files
+from train_loop.data.tokenize import IGNORE_INDEX, ChatTokenizer, Sample
+from train_loop.errors import DatasetError
+from train_loop.loss import CHUNK_TOKENS
+from train_loop.model.load import DTYPES, compute_dtype, load_tokenizer, model_folder
+from train_loop.spec import JobSpec, RandomSplit
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+SAMPLE_RANGES = 9  # the head and eight places drawn at random
+RANGE_BYTES = 64 << 10
+ROWS_PER_RANGE = 32
+SHOWN_SAMPLES = 3
+NUM_BATCHES = 64  # micro-batches drawn from the sample to find a large one
+START_S = 45.0  # placing workers, importing, loading, saving: measured on one machine, small model
+GPU_MFU = 0.35  # share of a GPU's peak that LoRA training sustains
+CPU_FLOPS_PER_CORE = 4e10  # sustained by a core without bf16 units
+RUNTIME_BYTES = {"cpu": 580 << 20, "cuda": 900 << 20}  # interpreter and libraries; CUDA context and workspaces
+# How many blocks' activations stay allocated while blocks are recomputed one by one; on the CPU malloc keeps freed pages between
+# tensors that live on. Measured by benchmarks/memory.py.
+RECOMPUTE_BLOCKS = {"cpu": 6.5, "cuda": 1.5}
+USUAL_LEARNING_RATE = (1e-5, 1e-3)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One worker's machine: `device` cpu or cuda, memory in bytes if known, sustained FLOP/s, price of a worker's hour."""
+
+    device: str
+    memory_bytes: int | None
+    flops: float
+    price_per_hour: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Counts of a base model's parameters and the sizes that activations depend on."""
+
+    linear_params: int  # of the blocks' linear layers, which quantisation and adapters are about
+    other_params: int  # embeddings, norms, head
+    num_layers: int
+    hidden: int
+    intermediate: int
+    vocab: int
+    context: int | None
+    adapted: list[tuple[int, int]]  # (in, out) features of each adapted layer
+
+
+@dataclass(frozen=True)
+class DatasetSample:
+    """What a look at the dataset found. Lengths are in tokens, before truncation."""
+
+    num_rows: int  # of the whole dataset, estimated unless `exact`
+    exact: bool
+    lengths: list[int]
+    supervised: list[int]
+    num_rejected: int
+    num_read: int
+    shown: list[dict[str, Any]]
+
+
+def this_machine() -> Hardware:
+    """The CPUs of this machine as one worker."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Hardware("cpu", memory, CPU_FLOPS_PER_CORE * len(os.sched_getaffinity(0)))
+
+
+def make_plan(spec: JobSpec, mirror: Path, hardware: Hardware, source: tuple[FileSystem, str] | None = None) -> dict[str, Any]:
+    """The plan of a job, as JSON. `source` is the dataset's file system and path; None opens it without keys.
+
+    Raises UserError, as the job would, where model or dataset can't be read.
+    """
+    folder = model_folder(spec.model_details, mirror, weights=False)
+    shape = model_shape(spec, folder)
+    tokenizer = load_tokenizer(folder)
+    filesystem, path = source or filesystem_for(spec.dataset_details.dataset_path, None, anonymous=True)
+    sample = look(spec, filesystem, find_files(spec.dataset_details, filesystem, path), ChatTokenizer.of(spec, tokenizer))
+    hp, pre, workers = spec.train_config.hyperparameters, spec.dataset_config.preprocessing, spec.infra_config.num_workers
+
+    split = spec.dataset_config.split
+    ratios = split.ratios if isinstance(split, RandomSplit) else [1.0]
+    train_rows = max(1, round(sample.num_rows * ratios[0]))
+    eval_rows = round(sample.num_rows * ratios[1]) if len(ratios) > 1 else 0
+    limit = pre.prompt.max_length
+    kept = [min(n, limit) for n in sample.lengths]
+    batches = BatchPlan(
+        num_samples=train_rows,
+        per_device_batch_size=hp.per_device_train_batch_size,
+        world_size=workers,
+        accumulation_steps=hp.gradient_accumulation_steps,
+        num_epochs=hp.num_epochs,
+        max_steps=hp.max_steps,
+        seed=hp.seed,
+    )
+    steps = batches.total_steps
+    epochs, rest = divmod(steps, batches.steps_per_epoch)
+    samples_seen = epochs * train_rows + min(rest * batches.samples_per_step, train_rows)
+    tokens_seen = round(samples_seen * statistics.fmean(kept))
+    memory = memory_of_a_worker(spec, shape, largest_batch(kept, hp.per_device_train_batch_size, limit, pre.packing), hardware)
+    train_s = tokens_seen * flops_per_token(spec, shape) / (hardware.flops * workers)
+    hours = (train_s + START_S) * workers / 3600
+    plan = {
+        "workers": workers,
+        "rows": {
+            "total": sample.num_rows,
+            "exact": sample.exact,
+            "train": train_rows,
+            "eval": eval_rows,
+            "read": sample.num_read,
+        },
+        "tokens": {
+            "per_row_mean": round(statistics.fmean(sample.lengths), 1),
+            "per_row_max": max(sample.lengths),
+            "supervised_share": round(sum(sample.supervised) / max(1, sum(kept)), 4),
+            "truncated_share": round(sum(n > limit for n in sample.lengths) / len(sample.lengths), 4),
+            "trained_on": tokens_seen,
+        },
+        "steps": steps,
+        "samples_per_step": min(batches.samples_per_step, train_rows),
+        "trainable_params": sum(spec.train_config.adapter_config.r * (i + o) for i, o in shape.adapted),
+        "memory": memory,
+        "time_s": round(train_s + START_S),
+        "gpu_hours": round(hours, 4),
+        "price": None if hardware.price_per_hour is None else round(hours * hardware.price_per_hour, 2),
+        "samples": sample.shown,
+    }
+    return plan | {"warnings": warnings_of(spec, shape, sample, plan)}
+
+
+def model_shape(spec: JobSpec, folder: Path) -> ModelShape:
+    """The base model's shape, from its config alone: the model is built without memory. Raises ModelError."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    targets = spec.train_config.adapter_config.targets
+    adapted = [m for n, m in linear.items() if targets == ["all-linear"] or any(n == t or n.endswith(f".{t}") for t in targets)]
+    linear_params = sum(m.weight.numel() for m in linear.values())
+    return ModelShape(
+        linear_params=linear_params,
+        other_params=sum(p.numel() for p in model.parameters()) - linear_params,  # a tied head counts once
+        num_layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        vocab=config.vocab_size,
+        context=getattr(config, "max_position_embeddings", None),
+        adapted=[(m.in_features, m.out_features) for m in adapted],
+    )
+
+
+def look(spec: JobSpec, filesystem: FileSystem, files: Sequence[SourceFile], chat: ChatTokenizer) -> DatasetSample:
+    """Read the head and some random ranges of the first file. Raises DatasetError when nothing in them is usable."""
+    file = files[0]
+    whole = file.size_bytes <= SAMPLE_RANGES * RANGE_BYTES
+    picked = random.Random(file.size_bytes)  # the same job gives the same plan
+    starts = [0, *sorted(picked.randrange(file.size_bytes) for _ in range(SAMPLE_RANGES - 1))]
+    ranges = [(0, file.size_bytes)] if whole else [(s, min(s + RANGE_BYTES, file.size_bytes)) for s in starts]
+    untruncated = replace(chat, prompt=chat.prompt.model_copy(update={"max_length": 1 << 20}), truncation="right")
+    lengths: list[int] = []
+    supervised: list[int] = []
+    shown: list[dict[str, Any]] = []
+    rejects: list[str] = []
+    read = read_bytes = 0
+    for start, end in ranges:
+        lines = read_lines(filesystem, ByteRange(0, 0, file, start, end))
+        for at, line in enumerate(_reading(lines, file.uri)):
+            if at >= ROWS_PER_RANGE and not whole:
+                break
+            if line.data is not None and not line.data.strip():
+                continue
+            read, read_bytes = read + 1, read_bytes + len(line.data or b"") + 1
+            if whole and read > SAMPLE_RANGES * ROWS_PER_RANGE:
+                continue  # only counted
+            try:
+                conversation = to_conversation(decode_row(line.data), spec.dataset_details.dataset_format)
+                length = len(untruncated.encode(conversation).input_ids)
+                sample = chat.encode(conversation)
+            except RowRejected as error:
+                rejects.append(error.reason)
+                continue
+            lengths.append(length)
+            supervised.append(int((sample.labels != IGNORE_INDEX).sum()))
+            if len(shown) < SHOWN_SAMPLES:
+                shown.append(show(conversation, sample, chat))
+    if not lengths:
+        raise DatasetError(
+            f"none of the {read} rows looked at in {file.uri} can be used (dataset_format "
+            f"{spec.dataset_details.dataset_format}): {rejects[0] if rejects else 'only blank lines'}.",
+            field="dataset_details.dataset_format",
+            code="no_usable_rows" if rejects else "dataset_empty",
+        )
+    rows = read if whole else round(file.size_bytes / (read_bytes / read))
+    usable = len(lengths) / (len(lengths) + len(rejects))
+    return DatasetSample(round(rows * usable), whole, lengths, supervised, len(rejects), read, shown)
+
+
+def _reading(lines: Any, uri: str) -> Any:
+    try:
+        yield from lines
+    except OSError as error:
+        raise explain(error, uri) from None
+
+
+def show(conversation: Conversation, sample: Sample, chat: ChatTokenizer) -> dict[str, Any]:
+    """A rendered sample, cut into runs of tokens that are trained on and that aren't."""
+    trained = sample.labels != IGNORE_INDEX
+    edges = [0, *(i for i in range(1, len(trained)) if trained[i] != trained[i - 1]), len(trained)]
+    segments = [
+        {"text": chat.tokenizer.decode(sample.input_ids[a:b]), "trained": bool(trained[a])}
+        for a, b in itertools.pairwise(edges)
+        if b > a
+    ]
+    return {
+        "tokens": len(trained),
+        "trained_tokens": int(trained.sum()),
+        "turns": len(conversation["messages"]),
+        "segments": segments,
+    }
+
+
+def largest_batch(lengths: Sequence[int], batch_size: int, max_length: int, packing: bool) -> int:
+    """Tokens, padding included, that a large micro-batch of rows like these takes."""
+    drawn = random.Random(0)
+    largest = 0
+    for _ in range(NUM_BATCHES):
+        batch = drawn.choices(lengths, k=batch_size)
+        rows = pack(batch, max_length) if packing else [[i] for i in range(batch_size)]
+        largest = max(largest, len(rows) * max(sum(batch[i] for i in row) for row in rows))
+    return largest
+
+
+def memory_of_a_worker(spec: JobSpec, shape: ModelShape, batch_tokens: int, hardware: Hardware) -> dict[str, Any]:
+    """Peak bytes of one worker by part, for micro-batches of `batch_tokens`.
+
+    Activations are those of one transformer block with adapters under autocast, summed over what is kept.
+    """
+    hp, workers = spec.train_config.hyperparameters, spec.infra_config.num_workers
+    quantization = spec.model_details.quantization
+    on_cpu = hardware.device == "cpu"
+    asked = spec.train_config.torch_dtype
+    width = (compute_dtype(asked, torch.device("cpu"))[0] if on_cpu else DTYPES[asked]).itemsize
+    # 4 bits, and per 64 weights one absmax: 8 bits (and 32 per 256 of those) when quantised twice, else 32.
+    absmax = (1 + 4 / 256) / 64 if quantization and quantization.double_quant else 4 / 64
+    linear = shape.linear_params * (0.5 + absmax if quantization else width)
+    adapter = 4 * sum(spec.train_config.adapter_config.r * (i + o) for i, o in shape.adapted)
+    inputs = sum(i for i, _ in shape.adapted) / shape.num_layers
+    # LoRA's inputs with their dropout masks; the MLP's four widths; float32 copies in the norms; attention and residuals.
+    block = inputs * (4 + width) + 4 * shape.intermediate * width + 24 * shape.hidden + 16 * shape.hidden * width
+    if hp.gradient_checkpointing:
+        activations = batch_tokens * (shape.num_layers * shape.hidden * width + RECOMPUTE_BLOCKS[hardware.device] * block)
+    else:
+        activations = batch_tokens * shape.num_layers * block
+    parts = {
+        "weights": linear + shape.other_params * width,
+        "adapter": adapter,
+        "gradients": adapter * (2 if workers > 1 else 1),  # with a flat copy to sum over workers
+        "optimizer": 2 * adapter,
+        "activations": activations,
+        "logits": min(batch_tokens, CHUNK_TOKENS) * shape.vocab * (width + 12),
+        "runtime": RUNTIME_BYTES[hardware.device],
+    }
+    # Evaluation on a CPU widens what isn't quantised to float32, and keeps no activations.
+    widened = linear * (1 if quantization else 4 / width) + shape.other_params * 4
+    evaluating = sum(parts.values()) - parts["weights"] - parts["activations"] + widened if on_cpu else 0.0
+    total = max(sum(parts.values()), evaluating)
+    return {f"{name}_bytes": round(size) for name, size in parts.items()} | {
+        "total_bytes": round(total),
+        "available_bytes": hardware.memory_bytes,
+        "batch_tokens": batch_tokens,
+    }
+
+
+def flops_per_token(spec: JobSpec, shape: ModelShape) -> float:
+    """FLOPs of one trained token: forward and input gradients (frozen weights need none of their own), and the recomputation."""
+    passes = 3 if spec.train_config.hyperparameters.gradient_checkpointing else 2
+    return 2.0 * passes * (shape.linear_params + shape.hidden * shape.vocab)
+
+
+def warnings_of(spec: JobSpec, shape: ModelShape, sample: DatasetSample, plan: dict[str, Any]) -> list[str]:
+    """What a person should know before paying for it."""
+    hp, adapter = spec.train_config.hyperparameters, spec.train_config.adapter_config
+    found = []
+    truncated, limit = plan["tokens"]["truncated_share"], spec.dataset_config.preprocessing.prompt.max_length
+    if truncated > 0:
+        verb = "rejected" if spec.dataset_config.preprocessing.truncation == "reject" else "truncated"
+        longest = plan["tokens"]["per_row_max"]
+        found.append(
+            f"{truncated:.0%} of the rows are longer than max_length {limit} (up to {longest} tokens) and will be {verb}"
+        )
+    looked_at = len(sample.lengths) + sample.num_rejected
+    if sample.num_rejected > spec.dataset_config.preprocessing.max_reject_ratio * looked_at:
+        found.append(
+            f"{sample.num_rejected} of {looked_at} rows looked at can't be used, more than max_reject_ratio allows: it will fail"
+        )
+    if not shape.adapted:
+        found.append("adapter_config.targets names no layer of this model: the job will fail")
+    elif adapter.r > shape.hidden:
+        found.append(
+            f"adapter_config.r {adapter.r} is more than the model's hidden size {shape.hidden}: full fine-tuning would be smaller"
+        )
+    if (
+        isinstance(spec.dataset_config.split, RandomSplit)
+        and spec.dataset_config.split.ratios[1] > 0
+        and plan["rows"]["eval"] == 0
+    ):
+        found.append("the eval split is empty: there are too few rows for its share")
+    asked = hp.per_device_train_batch_size * hp.gradient_accumulation_steps * spec.infra_config.num_workers
+    if asked > plan["rows"]["train"]:
+        found.append(f"a step asks for {asked} samples and there are {plan['rows']['train']}: every step is the whole dataset")
+    low, high = USUAL_LEARNING_RATE
+    if not low <= hp.learning_rate <= high:
+        found.append(f"learning_rate {hp.learning_rate:g} is outside what LoRA usually wants, {low:g} to {high:g}")
+    memory, available = plan["memory"]["total_bytes"], plan["memory"]["available_bytes"]
+    if available is not None and memory > 0.95 * available:
+        found.append(
+            f"a worker needs about {memory / 2**30:.1f} GiB and has {available / 2**30:.1f}: lower "
+            "per_device_train_batch_size or max_length, or quantise the base"
+        )
+    if hp.max_steps is None and plan["steps"] < math.ceil(1 / max(hp.warmup_ratio, 1e-9)) and plan["steps"] < 10:
+        found.append(f"only {plan['steps']} steps: raise num_epochs, or lower the batch size")
+    return found
