@@ -14,6 +14,7 @@ from ray import serve
 from ray.exceptions import GetTimeoutError, RayError
 
 from serve_app import errors, logs
+from serve_app.auth import Verifier
 from serve_app.dispatcher import NAME, Dispatcher
 from serve_app.job_actor import actor_name
 from serve_app.planner import TIMEOUT_S, plan_in_worker
@@ -78,9 +79,8 @@ def build_app(settings: Settings, store: JobStore, runtime: Runtime) -> FastAPI:
     """The whole HTTP interface over these parts."""
     logs.configure()
     app = FastAPI(title="Tuneyard", version=version("tuneyard"), redirect_slashes=False)
-    app.state.service = Service(
-        store, settings, SecretVault.from_settings(store, settings), runtime, RateLimit(settings.rate_limit)
-    )
+    vault, verifier = SecretVault.from_settings(store, settings), Verifier.from_settings(settings)
+    app.state.service = Service(store, settings, vault, runtime, verifier, RateLimit(settings.rate_limit))
     for room in (health, journal, jobs, secrets):
         app.include_router(room.router)
     errors.install(app)

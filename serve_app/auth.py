@@ -1,20 +1,36 @@
-"""Bearer tokens: JWT in, Principal out."""
+"""Bearer tokens: JWT in, Principal out.
+
+Which algorithms count is decided by the configured key alone, never by a token's header; `kid` is only ever looked up among the
+keys of the JWKS, and `jku`, `x5u` and `jwk` are ignored (RFC 8725).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import jwt
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from serve_app.errors import ApiError
 from serve_app.settings import Settings
 
-ALGORITHM = "HS256"
 MIN_KEY_BYTES = 32
+MIN_RSA_BITS = 2048
+JWKS_TIMEOUT_S = 5.0
 DEFAULT_SCOPES = frozenset({"jobs:read", "jobs:write", "secrets:write"})
+CURVES = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
+JWKS_ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "ES512", "EdDSA"]
+
+FindKey = Callable[[str], tuple[Any, list[str]]]
 
 
 @dataclass(frozen=True)
@@ -36,43 +52,157 @@ class Principal:
             raise ApiError(403, f"this token lacks the scope {scope}")
 
 
-def _unauthorized(reason: str) -> ApiError:
-    headers = {"WWW-Authenticate": f'Bearer error="invalid_token", error_description="{reason}"'}
-    return ApiError(401, f"{reason}: send Authorization: Bearer <JWT>", headers=headers)
+class Verifier:
+    """Checks tokens against the operator's key. Thread-safe."""
+
+    def __init__(self, settings: Settings, find_key: FindKey) -> None:
+        self._settings, self._find_key = settings, find_key
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Verifier:
+        """The verifier of this service. Raises RuntimeError for a missing, weak or ambiguous key."""
+        ways = {
+            "TUNEYARD_JWT_JWKS_URL": settings.jwt_jwks_url,
+            "TUNEYARD_JWT_PUBLIC_KEY": settings.jwt_public_key,
+            "TUNEYARD_JWT_SECRET": settings.jwt_secret if "jwt_secret" in settings.model_fields_set else None,
+        }
+        given = [name for name, value in ways.items() if value]
+        if len(given) > 1:
+            raise RuntimeError(f"{' and '.join(given)} are both set: tokens are checked against one kind of key")
+        if settings.jwt_jwks_url:
+            return cls(settings, _Jwks(settings.jwt_jwks_url, settings.jwt_jwks_refresh_s).find)
+        if settings.jwt_public_key:
+            public, algorithm = _public_key(settings.jwt_public_key)
+            return cls(settings, lambda _: (public, [algorithm]))
+        if settings.jwt_secret is None:
+            raise RuntimeError(f"no key to check tokens with: set one of {', '.join(ways)}")
+        secret = hmac_key(settings)
+        return cls(settings, lambda _: (secret, ["HS256"]))
+
+    def authenticate(self, header: str | None) -> Principal:
+        """The principal of an Authorization header. Raises 401 (RFC 6750) for anything but a valid token, 503 without keys."""
+        scheme, _, token = (header or "").partition(" ")
+        token = token.strip()
+        if scheme.lower() != "bearer" or not token:
+            headers = {"WWW-Authenticate": "Bearer"}
+            raise ApiError(401, "no bearer token: send Authorization: Bearer <JWT>", headers=headers)
+        settings = self._settings
+        try:
+            key, algorithms = self._find_key(token)
+            claims = jwt.decode(
+                token,
+                key,
+                algorithms=algorithms,
+                issuer=settings.jwt_issuer,
+                audience=settings.jwt_audience,
+                leeway=settings.jwt_leeway_s,
+                options={"require": ["exp", "sub"], "verify_aud": settings.jwt_audience is not None},
+            )
+        except jwt.ExpiredSignatureError:
+            raise _unauthorized("the token has expired") from None
+        except (jwt.PyJWTError, ValueError) as error:
+            raise _unauthorized(f"the token isn't valid ({type(error).__name__})") from None
+        return Principal(str(claims["sub"]), _orgs(claims), _scopes(claims))
 
 
-def _key(settings: Settings) -> str:
+class _Jwks:
+    """An issuer's keys: fetched when they are needed, and again for an unknown kid, but never more often than `refresh_s`.
+
+    When the issuer is away, the keys that are known go on working.
+    """
+
+    def __init__(self, url: str, refresh_s: float) -> None:
+        parts = urlsplit(url)
+        if parts.scheme != "https" and parts.hostname not in ("127.0.0.1", "localhost", "::1"):
+            raise RuntimeError("TUNEYARD_JWT_JWKS_URL must be https: whoever can change it on the way makes tokens")
+        self._client = jwt.PyJWKClient(url, cache_jwk_set=False, timeout=JWKS_TIMEOUT_S)
+        self._refresh_s = refresh_s
+        self._lock = threading.Lock()
+        self._keys: dict[str | None, jwt.PyJWK] = {}
+        self._fetched_at: float | None = None
+
+    def find(self, token: str) -> tuple[Any, list[str]]:
+        """The key that the token's kid names, and the algorithm that the key is for."""
+        kid = jwt.get_unverified_header(token).get("kid")
+        key = self._keys.get(kid)
+        if key is None:
+            self._refresh()
+            key = self._keys.get(kid)
+        if key is None and kid is None and len(self._keys) == 1:
+            key = next(iter(self._keys.values()))
+        if not self._keys:
+            message = "the keys that tokens are checked with can't be fetched; try again shortly"
+            raise ApiError(503, message, headers={"Retry-After": "5"})
+        if key is None:
+            raise jwt.InvalidKeyError("no such key")
+        return key.key, [key.algorithm_name]
+
+    def _refresh(self) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if self._fetched_at is not None and now - self._fetched_at < self._refresh_s:
+                return
+            self._fetched_at = now
+            with contextlib.suppress(jwt.PyJWTError, OSError, ValueError):
+                found = self._client.get_jwk_set().keys
+                self._keys = {k.key_id: k for k in found if k.algorithm_name in JWKS_ALGORITHMS and k.public_key_use != "enc"}
+
+
+def _public_key(text_or_path: str) -> tuple[Any, str]:
+    """A PEM public key, given as text or as a path, and the algorithm it is for. Raises RuntimeError."""
+    try:
+        pem = text_or_path.encode() if "-----BEGIN" in text_or_path else Path(text_or_path).read_bytes()
+        key = load_pem_public_key(pem)
+    except (OSError, ValueError) as error:
+        raise RuntimeError(
+            f"TUNEYARD_JWT_PUBLIC_KEY isn't a PEM public key or a file with one ({type(error).__name__})"
+        ) from None
+    match key:
+        case rsa.RSAPublicKey() if key.key_size >= MIN_RSA_BITS:
+            return key, "RS256"
+        case rsa.RSAPublicKey():
+            raise RuntimeError(f"TUNEYARD_JWT_PUBLIC_KEY has {key.key_size} bits: an RSA key needs at least {MIN_RSA_BITS}")
+        case ec.EllipticCurvePublicKey() if key.curve.name in CURVES:
+            return key, CURVES[key.curve.name]
+        case ed25519.Ed25519PublicKey() | ed448.Ed448PublicKey():
+            return key, "EdDSA"
+    raise RuntimeError(
+        "TUNEYARD_JWT_PUBLIC_KEY is of a kind that no JWT algorithm uses: give an RSA, P-256/384/521 or Ed25519 key"
+    )
+
+
+def hmac_key(settings: Settings) -> str:
+    """The HS256 key. Raises RuntimeError when it is missing or weak."""
     key = settings.jwt_secret.get_secret_value() if settings.jwt_secret else ""
     if len(key.encode()) < MIN_KEY_BYTES:
         raise RuntimeError(f"TUNEYARD_JWT_SECRET must be at least {MIN_KEY_BYTES} bytes")
     return key
 
 
-def authenticate(header: str | None, settings: Settings) -> Principal:
-    """The principal of an Authorization header. Raises 401 (RFC 6750) for anything but a valid token."""
-    scheme, _, token = (header or "").partition(" ")
-    if scheme.lower() != "bearer" or not token.strip():
-        raise ApiError(401, "no bearer token: send Authorization: Bearer <JWT>", headers={"WWW-Authenticate": "Bearer"})
-    try:
-        claims = jwt.decode(
-            token.strip(),
-            _key(settings),
-            algorithms=[ALGORITHM],
-            issuer=settings.jwt_issuer,
-            audience=settings.jwt_audience,
-            leeway=settings.jwt_leeway_s,
-            options={"require": ["exp", "sub"], "verify_aud": settings.jwt_audience is not None},
-        )
-    except jwt.ExpiredSignatureError:
-        raise _unauthorized("the token has expired") from None
-    except jwt.PyJWTError as error:
-        raise _unauthorized(f"the token isn't valid ({type(error).__name__})") from None
+def mint_token(settings: Settings, org: str, subject: str, ttl_s: int, scope: str | None = None) -> str:
+    """A token for `org`, valid for `ttl_s` seconds, signed with the service's own key. Raises RuntimeError without one."""
+    if settings.jwt_jwks_url or settings.jwt_public_key:
+        raise RuntimeError("this service checks tokens with an issuer's public key: get a token from that issuer")
+    now = int(time.time())
+    claims = {"sub": subject, "org": org, "iat": now, "exp": now + ttl_s}
+    optional = {"scope": scope, "iss": settings.jwt_issuer, "aud": settings.jwt_audience}
+    return jwt.encode(claims | {k: v for k, v in optional.items() if v}, hmac_key(settings), "HS256")
+
+
+def _unauthorized(reason: str) -> ApiError:
+    headers = {"WWW-Authenticate": f'Bearer error="invalid_token", error_description="{reason}"'}
+    return ApiError(401, f"{reason}: send Authorization: Bearer <JWT>", headers=headers)
+
+
+def _orgs(claims: dict[str, Any]) -> frozenset[str]:
     named = claims.get("orgs", [claims.get("org")])
     try:
         orgs = frozenset(str(uuid.UUID(org)) for org in named)
     except (TypeError, ValueError, AttributeError):
-        raise _unauthorized("the token names no org") from None
-    return Principal(str(claims["sub"]), orgs, _scopes(claims))
+        orgs = frozenset()
+    if not orgs or not isinstance(named, list):
+        raise _unauthorized("the token names no org")
+    return orgs
 
 
 def _scopes(claims: dict[str, Any]) -> frozenset[str]:
@@ -84,11 +214,3 @@ def _scopes(claims: dict[str, Any]) -> frozenset[str]:
     if not isinstance(named, list) or not all(isinstance(s, str) for s in named):
         raise _unauthorized("the token's scope is neither a string nor a list of strings")
     return frozenset(named)
-
-
-def mint_token(settings: Settings, org: str, subject: str, ttl_s: int, scope: str | None = None) -> str:
-    """A token for `org`, valid for `ttl_s` seconds, signed with the service's own key."""
-    now = int(time.time())
-    claims = {"sub": subject, "org": org, "iat": now, "exp": now + ttl_s}
-    optional = {"scope": scope, "iss": settings.jwt_issuer, "aud": settings.jwt_audience}
-    return jwt.encode(claims | {k: v for k, v in optional.items() if v}, _key(settings), ALGORITHM)

@@ -71,6 +71,11 @@ class Settings(BaseSettings):
     model_mirror: str = Field("", description="Folder of base models, looked up before the hub; default <home>/models.")
     hub_offline: bool = Field(False, description="Never ask the model hub.")
     jwt_secret: SecretStr | None = Field(None, description="HS256 key of bearer tokens, at least 32 bytes.")
+    jwt_public_key: str | None = Field(
+        None, description="Instead: the issuer's public key, PEM text or a file (RSA, EC, Ed25519)."
+    )
+    jwt_jwks_url: str | None = Field(None, description="Instead: https URL of the issuer's keys (JWKS), by kid.")
+    jwt_jwks_refresh_s: float = Field(30, ge=0, description="Least time between two fetches of the JWKS, in seconds.")
     jwt_issuer: str | None = Field(None, description="Required `iss` of tokens.")
     jwt_audience: str | None = Field(None, description="Required `aud` of tokens.")
     jwt_leeway_s: int = Field(30, ge=0, description="Clock difference allowed in tokens, in seconds.")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Header, Request
 
-from serve_app.auth import Principal, authenticate
+from serve_app.auth import Principal, Verifier
 from serve_app.errors import ApiError, field_error, invalid
 from serve_app.lifecycle import Status
 from serve_app.quota import RateLimit
@@ -49,6 +49,7 @@ class Service:
     settings: Settings
     vault: SecretVault
     runtime: Runtime
+    verifier: Verifier
     rate_limit: RateLimit
 
 
@@ -61,7 +62,7 @@ def service(request: Request) -> Service:
 def principal(request: Request, authorization: Annotated[str | None, Header()] = None) -> Principal:
     """Who is asking. Raises 401, 429."""
     here = service(request)
-    asking = authenticate(authorization, here.settings)
+    asking = here.verifier.authenticate(authorization)
     here.rate_limit.check(min(asking.orgs))
     return asking
 
