@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import io
 import json
 import os
@@ -22,7 +24,7 @@ import typer
 from rich.console import Console
 
 from serve_app.cli import read_spec
-from serve_app.client import ApiError, Client
+from serve_app.client import ApiError, AsyncClient, Client
 from serve_app.progress import describe, follow
 from tests.conftest import DOCUMENTED, ORG
 
@@ -297,3 +299,98 @@ def test_submit_json_prints_the_answer_alone(tmp_path: Path, server: Server) -> 
     path.write_text(json.dumps(DOCUMENTED))
     done = tuneyard(tmp_path, "submit", str(path), "--json", "--url", server.url, "--token", TOKEN)
     assert json.loads(done.stdout) == answer
+
+
+def public(kind: type) -> set[str]:
+    return {name for name in dir(kind) if not name.startswith("_")}
+
+
+def test_both_clients_have_the_same_calls() -> None:
+    assert public(Client) == public(AsyncClient)
+
+
+def test_the_async_client_asks_the_same(server: Server) -> None:
+    server.answers = [Answer(200, {"status": "QUEUED"})]
+
+    async def ask() -> None:
+        async with AsyncClient(server.url, TOKEN) as client:
+            await client.submit(DOCUMENTED)
+            await client.metrics(JOB, ORG, after_step=3)
+            assert [job async for job in client.watch(JOB, ORG)][-1]["status"] == "COMPLETED"
+
+    server.answers += [Answer(200, {"points": []}), Answer(200, {"status": "RUNNING"}), Answer(200, {"status": "COMPLETED"})]
+    asyncio.run(ask())
+    Client(server.url, TOKEN).submit(DOCUMENTED)
+    first, second = server.requests[0], server.requests[-1]
+    assert (first[0], first[1]["Authorization"]) == (second[0], second[1]["Authorization"])
+    assert "after_step=3" in server.requests[1][0]
+
+
+def sse(*entries: dict[str, Any], end: bool) -> Answer:
+    text = "".join(f"id: {e['id']}\nevent: events\ndata: {json.dumps(e)}\n\n" for e in entries)
+    return Answer(200, f"retry: 1\n\n: still here\n\n{text}" + ("event: end\ndata: {}\n\n" if end else ""))
+
+
+def test_a_followed_stream_that_breaks_is_taken_up_where_it_was(server: Server) -> None:
+    server.answers = [sse({"id": 4}, {"id": 7}, end=False), sse({"id": 9}, end=True)]
+    assert [e["id"] for e in Client(server.url, TOKEN).follow("events", JOB, ORG)] == [4, 7, 9]
+    assert [headers.get("Last-Event-ID") for _, headers, _ in server.requests] == [None, "7"]
+    server.answers = [Answer(404, {"detail": "no job"})]
+    with pytest.raises(ApiError, match="no job"):
+        list(Client(server.url, TOKEN).follow("events", JOB, ORG))
+
+
+def test_downloads_are_checked_and_stay_in_their_folder(server: Server, tmp_path: Path) -> None:
+    def download(name: str, sha256: str | None) -> list[Path]:
+        file = {"name": name, "uri": f"s3://b/{name}", "size_bytes": 4, "sha256": sha256, "url": f"{server.url}/link"}
+        server.answers = [Answer(200, {"files": [file]}), Answer(200, "data")]
+        return Client(server.url, TOKEN).download(JOB, ORG, tmp_path / "to")
+
+    (tmp_path / "to").mkdir()
+    right = hashlib.sha256(b"data").hexdigest()
+    assert [p.read_text() for p in download("adapter/weights", right)] == ["data"]
+    assert "Authorization" not in server.requests[-1][1]
+    with pytest.raises(ValueError, match="damaged"):
+        download("adapter/other", "0" * 64)
+    with pytest.raises(ValueError, match="outside"):
+        download("../escaped", right)
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["weights"]
+
+
+def test_reading_commands_print_what_the_service_says(server: Server, tmp_path: Path) -> None:
+    def said(answer: dict[str, Any], *arguments: str) -> str:
+        server.answers = [Answer(200, answer)]
+        done = tuneyard(tmp_path, *arguments, "--org", ORG, "--url", server.url, "--token", TOKEN)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    points = {"points": [{"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 2.5}, {"step": 2, "loss": 1.25, "eval_loss": 2.0}]}
+    assert "loss 1.25" in said(points, "metrics", JOB)
+    assert json.loads(said(points, "metrics", JOB, "--json")) == points
+    line = {"id": 1, "time": "2026-01-01T00:00:00.000Z", "attempt": 1, "rank": 3, "line": "step 1"}
+    assert said({"logs": [line]}, "logs", JOB) == "2026-01-01T00:00:00  [3] step 1\n"
+    assert "queued again" in said({"status": "QUEUED", "message": "queued again"}, "resume", JOB)
+
+
+def test_whoami_shows_the_token_s_claims_and_never_the_token(tmp_path: Path) -> None:
+    import jwt
+
+    token = jwt.encode({"sub": "ann", "org": ORG, "exp": 4_000_000_000}, "k" * 32, "HS256")
+    done = tuneyard(tmp_path, "whoami", "--token", token, "--json")
+    said = json.loads(done.stdout)
+    assert (said["subject"], said["orgs"], said["expired"], said["expires_at"]) == ("ann", [ORG], False, "2096-10-02T07:06:40Z")
+    assert token not in done.stdout + done.stderr
+    assert tuneyard(tmp_path, "whoami", "--token", "x.y").returncode == 1
+
+
+def test_a_service_that_is_away_is_exit_code_3(tmp_path: Path) -> None:
+    done = tuneyard(tmp_path, "cancel", JOB, "--org", ORG, "--url", "http://127.0.0.1:1", "--token", TOKEN)
+    assert done.returncode == 3
+    assert "can't be reached" in done.stderr
+
+
+def test_the_store_is_upgraded_by_a_command(tmp_path: Path) -> None:
+    from serve_app.store.jobs import JobStore
+
+    assert tuneyard(tmp_path, "db", "upgrade").returncode == 0
+    JobStore.open(f"sqlite:///{tmp_path}/tuneyard.db").require_current()

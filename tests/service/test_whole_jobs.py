@@ -20,6 +20,7 @@ REPO = Path(__file__).parent.parent.parent
 TUNEYARD = Path(sys.executable).parent / "tuneyard"
 DATASETS = "datasets"
 FINISH_S = 300
+REJECTS = "dataset_config.preprocessing.max_reject_ratio"
 
 
 class Running:
@@ -262,7 +263,7 @@ def test_the_command_line(service, tmp_path):
     assert "there is no object at" in watched.stdout
     assert json.loads(service.run("status", request_id, "--json").stdout)["status"] == "FAILED"
     assert request_id in service.run("list").stdout
-    long = service.run("submit", str(path), "--max-steps", "100000", "--json")
+    long = service.run("submit", str(path), "--max-steps", "100000", "--set", f"{REJECTS}=0.1", "--json")
     running = json.loads(long.stdout)["request_id"]
     service.wait(running, lambda job: job["step"] >= 1)
     assert "CANCELED" not in service.run("cancel", running).stdout

@@ -1,0 +1,72 @@
+"""Talk to a job's result, next to its base model."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from serve_app.cli.common import AsJson, Org, RequestId, Token, Url, app, client_for, die, org_of
+
+
+@app.command()
+def chat(
+    request_id: RequestId,
+    prompt: Annotated[str | None, typer.Option(help="Ask this once; without it, ask as long as you like.")] = None,
+    max_new_tokens: Annotated[int, typer.Option()] = 64,
+    org: Org = None,
+    url: Url = None,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the base model's answers with those of the adapter a job made."""
+    org = org_of(org)
+    job = client_for(url, token, org).get(request_id, org)
+    if job["status"] != "COMPLETED":
+        die(f"job {request_id} is {job['status']}: there is no adapter to talk to")
+    with tempfile.TemporaryDirectory(prefix="tuneyard-") as folder:
+        answers = _chat_model(job, Path(folder))
+        if prompt is not None:
+            _show(prompt, answers(prompt, max_new_tokens), as_json)
+            return
+        while True:
+            try:
+                _show(asked := typer.prompt("you"), answers(asked, max_new_tokens), as_json)
+            except (EOFError, KeyboardInterrupt, typer.Abort):
+                return
+
+
+def _chat_model(job: dict[str, Any], folder: Path) -> Any:
+    from pyarrow.fs import LocalFileSystem, copy_files
+
+    from serve_app.settings import Settings
+    from serve_app.storage import storage_credentials
+    from train_loop.chat import Comparison
+    from train_loop.data.sources import filesystem_for
+    from train_loop.model.load import model_folder
+    from train_loop.spec import ModelDetails
+
+    settings = Settings.load()
+    source, path = filesystem_for(job["output_model_path"], storage_credentials(settings))
+    try:
+        copy_files(path, str(folder), source_filesystem=source, destination_filesystem=LocalFileSystem())
+    except OSError as error:
+        die(f"the adapter at {job['output_model_path']} can't be read: {str(error).splitlines()[0]}")
+    details = ModelDetails.model_validate(job["model_details"])
+    return Comparison.load(model_folder(details, Path(settings.model_mirror)), folder, details.quantization).answer
+
+
+def _show(prompt: str, answers: tuple[str, str], as_json: bool) -> None:
+    base, tuned = answers
+    if as_json:
+        typer.echo(json.dumps({"prompt": prompt, "base": base, "tuned": tuned}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("base model", "your adapter", title=prompt, expand=True, show_lines=True)
+    table.add_row(base, tuned)
+    Console().print(table)

@@ -1,0 +1,140 @@
+"""Jobs: submitted, planned, followed, stopped, resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from serve_app.cli.common import AsJson, Org, RequestId, Token, Url, app, client_for, org_of, show
+from serve_app.cli.job_file import read_spec
+
+
+@app.command()
+def submit(
+    file: Annotated[Path, typer.Argument(help="The job: the JSON body of POST /job/, as YAML or JSON.")],
+    name: Annotated[str | None, typer.Option(help="experiment_name")] = None,
+    base_model: Annotated[str | None, typer.Option()] = None,
+    dataset: Annotated[str | None, typer.Option(help="dataset_path")] = None,
+    secret_id: Annotated[str | None, typer.Option()] = None,
+    epochs: Annotated[float | None, typer.Option()] = None,
+    max_steps: Annotated[int | None, typer.Option()] = None,
+    learning_rate: Annotated[float | None, typer.Option()] = None,
+    gpu_type: Annotated[str | None, typer.Option()] = None,
+    gpu_count: Annotated[int | None, typer.Option()] = None,
+    node_count: Annotated[int | None, typer.Option()] = None,
+    assign: Annotated[list[str] | None, typer.Option("--set", help="Any field: a.b.c=value")] = None,
+    org: Org = None,
+    url: Url = None,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a job."""
+    hp = "train_config.hyperparameters"
+    overrides = {
+        "org": org,
+        "experiment_name": name,
+        "model_details.base_model": base_model,
+        "dataset_details.dataset_path": dataset,
+        "dataset_details.secret_id": secret_id,
+        f"{hp}.num_epochs": epochs,
+        f"{hp}.max_steps": max_steps,
+        f"{hp}.learning_rate": learning_rate,
+        "infra_config.gpu_type": gpu_type,
+        "infra_config.gpu_count": gpu_count,
+        "infra_config.node_count": node_count,
+    }
+    spec = read_spec(file, overrides, assign or [])
+    spec["org"] = org_of(spec.get("org"))
+    answer = client_for(url, token, spec["org"]).submit(spec)
+    if as_json:
+        show(answer)
+    else:
+        typer.echo(
+            f"{answer['request_id']}  {answer['status']}\n{answer['message']}\nFollow it: tuneyard watch {answer['request_id']}"
+        )
+
+
+@app.command()
+def status(request_id: RequestId, org: Org = None, url: Url = None, token: Token = None, as_json: AsJson = False) -> None:
+    """Show a job."""
+    org = org_of(org)
+    job = client_for(url, token, org).get(request_id, org)
+    if as_json:
+        show(job)
+    else:
+        from serve_app.progress import describe, summary
+
+        typer.echo(f"{job['experiment_name']}  {describe(job)}")
+        typer.echo(summary(job))
+
+
+@app.command("list")
+def list_(
+    status: Annotated[str | None, typer.Option(help="Only jobs with this status.")] = None,
+    limit: Annotated[int, typer.Option()] = 20,
+    org: Org = None,
+    url: Url = None,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """List jobs, newest first."""
+    org = org_of(org)
+    page = client_for(url, token, org).list_jobs(org, status=status, limit=limit)
+    if as_json:
+        show(page)
+        return
+    for job in page["jobs"]:
+        typer.echo(f"{job['request_id']}  {job['status']:<9} {job['created_at'][:19]}  {job['experiment_name']}")
+
+
+@app.command()
+def cancel(request_id: RequestId, org: Org = None, url: Url = None, token: Token = None, as_json: AsJson = False) -> None:
+    """Stop a job; what it has trained is kept as a checkpoint."""
+    org = org_of(org)
+    job = client_for(url, token, org).cancel(request_id, org)
+    show(job) if as_json else typer.echo(f"{job['status']}: it stops at its next step")
+
+
+@app.command()
+def resume(request_id: RequestId, org: Org = None, url: Url = None, token: Token = None, as_json: AsJson = False) -> None:
+    """Queue a FAILED or CANCELED job again; it goes on from its last checkpoint."""
+    org = org_of(org)
+    job = client_for(url, token, org).resume(request_id, org)
+    show(job) if as_json else typer.echo(f"{job['status']}: {job['message']}")
+
+
+@app.command()
+def plan(
+    file: Annotated[Path, typer.Argument(help="The job, as for submit.")],
+    assign: Annotated[list[str] | None, typer.Option("--set", help="Any field: a.b.c=value")] = None,
+    org: Org = None,
+    url: Url = None,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a job would take: tokens, steps, memory, time, price; show samples with trained tokens marked."""
+    spec = read_spec(file, {"org": org}, assign or [])
+    spec["org"] = org_of(spec.get("org"))
+    made = client_for(url, token, spec["org"]).plan(spec)
+    if as_json:
+        show(made)
+    else:
+        from serve_app.progress import show_plan
+
+        show_plan(made)
+
+
+@app.command()
+def watch(request_id: RequestId, org: Org = None, url: Url = None, token: Token = None) -> None:
+    """Follow a job to its end; exit 0 only if it COMPLETED."""
+    from serve_app.progress import follow
+
+    org = org_of(org)
+    try:
+        job = follow(client_for(url, token, org).watch(request_id, org))
+    except KeyboardInterrupt:
+        typer.echo(f"\nNot watching any more; the job goes on. Stop it with: tuneyard cancel {request_id}", err=True)
+        raise typer.Exit(130) from None
+    raise typer.Exit(0 if job["status"] == "COMPLETED" else 1)
