@@ -27,6 +27,30 @@ from serve_app.store.jobs import JobStore
 from train_loop.errors import UserError
 from train_loop.spec import JobSpec
 
+PROBLEM = {
+    "type": "object",
+    "description": "RFC 9457. `detail` is one plain sentence; `errors` names every field at fault.",
+    "required": ["type", "title", "status", "detail"],
+    "properties": {
+        "type": {"type": "string"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+        "errors": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["field", "message"],
+                "properties": {"field": {"type": "string"}, "message": {"type": "string"}, "input": {}, "allowed": {}},
+            },
+        },
+    },
+}
+REFUSAL = {
+    "description": "Refused, or not possible now.",
+    "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
+}
+
 
 class RayRuntime:
     """The running jobs, reached through Ray."""
@@ -93,6 +117,10 @@ def build_app(settings: Settings, store: JobStore, runtime: Runtime) -> FastAPI:
             components.setdefault("schemas", {}).update(job.pop("$defs"), JobSpec=job)
             components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}}
             schema["security"] = [{"token": []}]
+            components["schemas"]["Problem"] = PROBLEM
+            for operation in (o for path in schema["paths"].values() for o in path.values()):
+                operation["responses"].pop("422", None)  # FastAPI's own shape, which this service never answers with
+                operation["responses"] |= {"4XX": REFUSAL, "503": REFUSAL}
             app.openapi_schema = schema
         return app.openapi_schema
 

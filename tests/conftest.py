@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from train_loop.errors import UserError
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ORG = "0bf00b43-430a-4ca3-a8b3-b13cc8dc6d4f"
@@ -94,6 +96,9 @@ class Idle:
 
     def poke(self) -> None:
         return None
+
+    def plan(self, spec: Any) -> dict[str, Any]:
+        raise UserError("nothing can be planned without a cluster", field="infra_config")
 
     def not_ready(self) -> str | None:
         return None

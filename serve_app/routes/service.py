@@ -59,7 +59,7 @@ def service(request: Request) -> Service:
     return found
 
 
-def principal(request: Request, authorization: Annotated[str | None, Header()] = None) -> Principal:
+def principal(request: Request, authorization: Annotated[str | None, Header(include_in_schema=False)] = None) -> Principal:
     """Who is asking. Raises 401, 429."""
     here = service(request)
     asking = here.verifier.authenticate(authorization)

@@ -1,0 +1,125 @@
+"""docs/api.md, made from the OpenAPI document: `make docs` writes it, a test compares it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+INTRO = """# HTTP reference
+
+Made from the service's own OpenAPI document (`/openapi.json`, shown at `/docs`) by `make docs`. Every path works with and without
+its trailing slash. Every call but `/healthz`, `/readyz`, `/openapi.json` and `/docs` needs `Authorization: Bearer <JWT>`; claims:
+`sub`, `org` (UUID, or `orgs`, a list), `exp`, optional `scope` (`jobs:read jobs:write secrets:write admin`). Jobs can also be named
+in the path: `/job/{request_id}` with `/events`, `/logs`, `/metrics`, `/artifacts`, `/cancel`, `/resume`.
+
+Refusals are `application/problem+json` (RFC 9457): `detail` is one sentence, `errors` names every field at fault with `field`,
+`message` and, where there is one, `input` and `allowed`. 400 not a form or JSON, 401, 403 another org, 404, 409, 413 over 1 MiB, 415,
+422 fields, 429 and 503 with `Retry-After`.
+"""
+
+
+def markdown(schema: dict[str, Any]) -> str:
+    """The reference as Markdown."""
+    components = schema["components"]["schemas"]
+    lines = [INTRO, "## Calls", ""]
+    for path, operations in schema["paths"].items():
+        for method, operation in operations.items():
+            lines += [f"### {method.upper()} {path}", "", operation["description"], ""]
+            rows = [_parameter(p) for p in operation.get("parameters", ())]
+            if rows:
+                lines += ["| parameter | where | type | |", "|---|---|---|---|", *rows, ""]
+            lines += _body(operation)
+    lines += ["## Fields of a job", ""]
+    for name in _reachable("JobSpec", components):
+        section = components[name]
+        if "properties" in section:
+            lines += [f"### {name}", "", *([section["description"], ""] if section.get("description") else [])]
+            required = section.get("required", ())
+            lines += ["| field | type | default | |", "|---|---|---|---|"]
+            lines += [_field(field, value, field in required) for field, value in section["properties"].items()]
+            lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _reachable(name: str, components: dict[str, Any]) -> Iterator[str]:
+    seen, ahead = set(), [name]
+    while ahead:
+        name = ahead.pop(0)
+        if name not in seen:
+            seen.add(name)
+            yield name
+            ahead += [r.rpartition("/")[2] for r in _references(components[name])]
+
+
+def _references(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        if isinstance(value.get("$ref"), str):
+            yield value["$ref"]
+        value = [v for k, v in value.items() if k != "discriminator"]
+    if isinstance(value, list):
+        for item in value:
+            yield from _references(item)
+
+
+def _type(schema: dict[str, Any]) -> str:
+    if "$ref" in schema:
+        return str(schema["$ref"].rpartition("/")[2])
+    for key in ("anyOf", "oneOf"):
+        if key in schema:
+            return " or ".join(_type(s) for s in schema[key])
+    if "enum" in schema:
+        return ", ".join(f"`{v}`" for v in schema["enum"])
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    kind = str(schema.get("format") or schema.get("type", "any"))
+    if kind == "array":
+        return f"list of {_type(schema['items'])}"
+    names = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<", "maxLength": "length ≤"}
+    bounds = [f"{sign} {schema[k]}" for k, sign in names.items() if k in schema]
+    return " ".join([kind, *([", ".join(bounds)] if bounds else [])])
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _field(name: str, schema: dict[str, Any], required: bool) -> str:
+    default = "required" if required else f"`{json.dumps(schema['default'])}`" if "default" in schema else ""
+    return f"| {name} | {_cell(_type(schema))} | {default} | {_cell(schema.get('description', ''))} |"
+
+
+def _parameter(parameter: dict[str, Any]) -> str:
+    needed = "" if parameter.get("required") else ", optional"
+    said = _cell(parameter.get("description", ""))
+    return f"| {parameter['name']} | {parameter['in']}{needed} | {_cell(_type(parameter['schema']))} | {said} |"
+
+
+def _body(operation: dict[str, Any]) -> list[str]:
+    content = operation.get("requestBody", {}).get("content", {})
+    if not content:
+        return []
+    schema = content["application/json"]["schema"]
+    what = _type(schema) if "$ref" in schema else ", ".join(f"`{name}` ({_type(p)})" for name, p in schema["properties"].items())
+    return [f"Body ({', '.join(content)}): {what}.", ""]
+
+
+def main() -> None:
+    """Write docs/api.md."""
+    from serve_app.app import build_app
+    from serve_app.settings import Settings
+    from serve_app.store.jobs import JobStore
+
+    with tempfile.TemporaryDirectory() as home:
+        settings = Settings(home=Path(home), embedded=True)
+        settings.prepare_embedded_keys()
+        settings = Settings(home=Path(home), embedded=True)
+        runtime: Any = None
+        schema = build_app(settings, JobStore.open(settings.database_url), runtime).openapi()
+    Path(__file__).parent.parent.joinpath("docs", "api.md").write_text(markdown(schema))
+
+
+if __name__ == "__main__":
+    main()

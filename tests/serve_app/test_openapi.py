@@ -1,0 +1,107 @@
+"""Requests made from the OpenAPI document itself: none is a server error, and every answer is one that the document knows."""
+
+import json
+from pathlib import Path
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given
+from hypothesis import settings as limits
+from hypothesis import strategies as st
+
+from serve_app.app import build_app
+from serve_app.auth import mint_token
+from serve_app.reference import markdown
+from serve_app.settings import Settings
+from tests.conftest import DOCUMENTED, ORG, Idle
+from train_loop.spec import JobSpec
+
+EXAMPLES = 30
+CHECKS = (
+    schemathesis.checks.not_a_server_error,
+    schemathesis.checks.status_code_conformance,
+    schemathesis.checks.content_type_conformance,
+    schemathesis.checks.response_schema_conformance,
+)
+
+
+@pytest.fixture
+def api(settings, store, monkeypatch):
+    monkeypatch.setenv("TUNEYARD_RATE_LIMIT", "1000000/second")
+    return schemathesis.openapi.from_asgi("/openapi.json", build_app(Settings.load(), store, Idle()))
+
+
+def test_no_request_made_from_the_document_is_a_server_error(api, settings, store):
+    job = store.insert(JobSpec.model_validate(DOCUMENTED), "queued")[0]
+    known = {"org": ORG, "org_id": ORG, "request_id": job.request_id}
+    token = mint_token(settings, ORG, "x", 3600)
+    operations = [found.ok() for found in api.get_all_operations()]
+    assert len(operations) >= 18
+    statuses = set()
+    for operation in operations:
+
+        @limits(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+        @given(case=operation.as_strategy(), ours=st.booleans())
+        def ask(case, ours):
+            if ours:  # random ids come no further than the check of the org
+                for place in (case.path_parameters, case.query, case.body):
+                    if isinstance(place, dict):
+                        place |= {name: known[name] for name in place.keys() & known.keys()}
+            answer = case.call(headers={"Authorization": f"Bearer {token}"})
+            statuses.add(answer.status_code)
+            case.validate_response(answer, checks=CHECKS)
+
+        ask()
+    assert {200, 403, 409, 422} <= statuses
+
+
+def test_every_operation_is_described(api):
+    for found in api.get_all_operations():
+        operation = found.ok()
+        assert operation.definition.raw.get("description"), operation.label
+        assert {"200", "4XX"} <= set(operation.definition.raw["responses"]), operation.label
+
+
+NUMBERS = st.integers() | st.floats() | st.just(10**400)
+JSON = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(st.characters()),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=12,
+)
+KINDS = [
+    "application/json",
+    "application/x-www-form-urlencoded",
+    "multipart/form-data",
+    "multipart/form-data; boundary=b",
+    "text/plain",
+]
+PARTS = ["org", "experiment_name", "dataset_config", "model_details", "train_config", "dataset_details", "infra_config", "other"]
+
+
+@st.composite
+def multipart(draw):
+    """A form with parts that are missing, doubled, files, or hold anything."""
+    body = b""
+    for name in draw(st.lists(st.sampled_from(PARTS), max_size=9)):
+        file = draw(st.sampled_from(["", '; filename="f"']))
+        value = draw(st.binary(max_size=30)) if draw(st.booleans()) else json.dumps(draw(JSON)).encode()
+        body += f'--b\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode() + value + b"\r\n"
+    return body + draw(st.sampled_from([b"--b--\r\n", b"", b"--b"]))
+
+
+@pytest.mark.parametrize("path", ["/job/", "/job/plan/", "/job/cancel/", "/job/resume/", "/secret/"])
+def test_no_body_is_a_server_error(http, path):
+    @limits(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(
+        kind=st.sampled_from(KINDS),
+        body=st.binary(max_size=200) | multipart() | JSON.map(lambda v: json.dumps(v).encode()) | st.just(b"[" * 100_000),
+    )
+    def ask(kind, body):
+        assert http.post(path, content=body, headers={"content-type": kind}).status_code < 500
+
+    ask()
+
+
+def test_the_reference_in_the_docs_is_what_the_service_has(settings, store):
+    written = (Path(__file__).parent.parent.parent / "docs" / "api.md").read_text()
+    assert written == markdown(build_app(settings, store, Idle()).openapi()), "run make docs"
