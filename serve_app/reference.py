@@ -12,12 +12,12 @@ INTRO = """# HTTP reference
 
 Made from the service's own OpenAPI document (`/openapi.json`, shown at `/docs`) by `make docs`. Every path works with and without
 its trailing slash. Every call but `/healthz`, `/readyz`, `/openapi.json` and `/docs` needs `Authorization: Bearer <JWT>`; claims:
-`sub`, `org` (UUID, or `orgs`, a list), `exp`, optional `scope` (`jobs:read jobs:write secrets:write admin`). Jobs can also be named
-in the path: `/job/{request_id}` with `/events`, `/logs`, `/metrics`, `/artifacts`, `/cancel`, `/resume`.
+`sub`, `org` (UUID, or `orgs`, a list), `exp`, optional `scope` (`jobs:read jobs:write secrets:write admin`). Jobs can also be
+named in the path: `/job/{request_id}` with `/events`, `/logs`, `/metrics`, `/artifacts`, `/cancel`, `/resume`.
 
 Refusals are `application/problem+json` (RFC 9457): `detail` is one sentence, `errors` names every field at fault with `field`,
-`message` and, where there is one, `input` and `allowed`. 400 not a form or JSON, 401, 403 another org, 404, 409, 413 over 1 MiB, 415,
-422 fields, 429 and 503 with `Retry-After`.
+`message` and, where there is one, `input` and `allowed`. 400 not a form or JSON, 401, 403 another org, 404, 409, 413 over 1 MiB,
+415, 422 fields, 429 and 503 with `Retry-After`.
 """
 
 
