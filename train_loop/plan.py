@@ -104,8 +104,10 @@ def make_plan(spec: JobSpec, mirror: Path, hardware: Hardware, source: tuple[Fil
 
     split = spec.dataset_config.split
     ratios = split.ratios if isinstance(split, RandomSplit) else [1.0]
-    train_rows = max(1, round(sample.num_rows * ratios[0]))
-    eval_rows = round(sample.num_rows * ratios[1]) if len(ratios) > 1 else 0
+    # As split_bounds has it: a split with a share gets a row at least, unless there are too few for all.
+    enough = sample.num_rows >= sum(r > 0 for r in ratios)
+    eval_rows = max(1, round(sample.num_rows * ratios[1])) if enough and len(ratios) > 1 and ratios[1] > 0 else 0
+    train_rows = max(1, min(round(sample.num_rows * ratios[0]), sample.num_rows - eval_rows)) if enough else sample.num_rows
     limit = pre.prompt.max_length
     kept = [min(n, limit) for n in sample.lengths]
     batches = BatchPlan(

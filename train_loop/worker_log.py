@@ -42,14 +42,15 @@ class _Lines:
 
 
 class _Handler(logging.Handler):
-    def __init__(self, lines: _Lines) -> None:
+    def __init__(self, lines: _Lines, stream: TextIO) -> None:
         super().__init__(logging.INFO)
-        self._lines = lines
+        self._lines, self._stream = lines, stream
         self.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
         for line in self.format(record).splitlines():
             self._lines.add(line)
+            self._stream.write(line + "\n")  # the worker's own file on its machine
 
 
 class _Tee:
@@ -71,12 +72,14 @@ class _Tee:
 
 @contextlib.contextmanager
 def shipped(send: Callable[[list[Line]], None]) -> Iterator[None]:
-    """Inside, what this process logs (train_loop from INFO, others from WARNING) or prints goes to `send`, about once a second.
+    """Inside, what train_loop logs (from INFO) and what this process prints goes to `send`, about once a second.
+
+    Other libraries' loggers print where they see fit, which counts as printing.
 
     What is left goes when the block ends, however it ends.
     """
     lines, done = _Lines(), threading.Event()
-    handler, ours = _Handler(lines), logging.getLogger("train_loop")
+    handler, ours = _Handler(lines, sys.stderr), logging.getLogger("train_loop")
     level, streams = ours.level, (sys.stdout, sys.stderr)
 
     def flush() -> None:
@@ -88,8 +91,9 @@ def shipped(send: Callable[[list[Line]], None]) -> Iterator[None]:
             flush()
 
     thread = threading.Thread(target=loop, name="worker-log", daemon=True)
-    logging.getLogger().addHandler(handler)
+    ours.addHandler(handler)
     ours.setLevel(logging.INFO)
+    ours.propagate = False  # or a handler of Ray's prints each line once more
     sys.stdout, sys.stderr = _Tee(sys.stdout, lines), _Tee(sys.stderr, lines)  # type: ignore[assignment]
     thread.start()
     try:
@@ -99,8 +103,9 @@ def shipped(send: Callable[[list[Line]], None]) -> Iterator[None]:
         raise
     finally:
         sys.stdout, sys.stderr = streams
-        logging.getLogger().removeHandler(handler)
+        ours.removeHandler(handler)
         ours.setLevel(level)
+        ours.propagate = True
         done.set()
         thread.join()
         flush()

@@ -61,7 +61,6 @@ def test_samples_are_rendered_with_their_trained_tokens_marked(local_job, mirror
         ({"train_config.adapter_config.r": 100}, "more than the model's hidden size 64"),
         ({f"{HP}.per_device_train_batch_size": 500}, "every step is the whole dataset"),
         ({f"{HP}.learning_rate": 0.5}, "learning_rate 0.5 is outside"),
-        ({"dataset_config.split.ratios": [0.999, 0.001]}, "the eval split is empty"),
         ({"train_config.adapter_config.targets": ["no_such_layer"]}, "names no layer"),
     ],
 )
@@ -69,6 +68,17 @@ def test_warnings(local_job, mirror, changes, said):
     usual = {f"{HP}.learning_rate": 0.0001}
     assert not any(said in w for w in planned(local_job(usual), mirror)["warnings"])
     assert any(said in w for w in planned(local_job(usual | changes), mirror)["warnings"])
+
+
+def test_a_split_is_empty_only_where_the_run_leaves_it_empty(local_job, mirror):
+    def split(ratios, num_rows):
+        job = local_job({"dataset_config.split.ratios": ratios}, num_rows)
+        plan = planned(job, mirror)
+        return plan["rows"]["train"], plan["rows"]["eval"], any("eval split is empty" in w for w in plan["warnings"])
+
+    assert split([0.999, 0.001], 40) == (39, 1, False)
+    assert split([0.9, 0.1], 2) == (1, 1, False)
+    assert split([0.9, 0.1], 1) == (1, 0, True)
 
 
 def test_memory_follows_what_it_depends_on(local_job, mirror):
