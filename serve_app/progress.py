@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.text import Text
 
 
 def _eta(seconds: float | None) -> str:
@@ -49,7 +48,7 @@ def follow(jobs: Iterator[dict[str, Any]], console: Console | None = None) -> di
     job: dict[str, Any] = {}
     if console.is_terminal:
         with Progress(
-            BarColumn(30), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}"), console=console
+            BarColumn(30), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}", markup=False), console=console
         ) as bar:
             task = bar.add_task("", total=1.0)
             for job in jobs:
@@ -59,45 +58,7 @@ def follow(jobs: Iterator[dict[str, Any]], console: Console | None = None) -> di
         for job in jobs:
             line = f"{job.get('progress') or 0:>4.0%}  {describe(job)}"
             if line != shown:
-                console.print(line, highlight=False, soft_wrap=True)
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
                 shown = line
-    console.print(summary(job), highlight=False, soft_wrap=True)
+    console.print(summary(job), highlight=False, markup=False, soft_wrap=True)
     return job
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB"
-
-
-def show_plan(plan: dict[str, Any], console: Console | None = None) -> None:
-    """Print a plan; of the samples, what is trained on is bold."""
-    console = console or Console()
-    rows, tokens, memory = plan["rows"], plan["tokens"], plan["memory"]
-    about = "" if rows["exact"] else "about "
-    console.print(plan["message"], highlight=False, soft_wrap=True)
-    facts = {
-        "rows": f"{about}{rows['total']:,} ({rows['train']:,} train, {rows['eval']:,} eval)",
-        "tokens": f"{tokens['per_row_mean']:,} a row (up to {tokens['per_row_max']:,}), "
-        f"{tokens['supervised_share']:.0%} trained on",
-        "steps": f"{plan['steps']:,} of {plan['samples_per_step']} samples; {tokens['trained_on']:,} tokens in all",
-        "parameters": f"{plan['trainable_params']:,} trainable",
-        "time": f"about {plan['time_s'] // 60} min {plan['time_s'] % 60} s, {plan['gpu_hours']:g} worker hours",
-        "price": "no price set" if plan["price"] is None else f"{plan['price']:,.2f}",
-        "memory": f"{_mib(memory['total_bytes'])} a worker"
-        + (f" of {_mib(memory['available_bytes'])}" if memory["available_bytes"] else ""),
-    }
-    parts = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "runtime")
-    for name, value in facts.items():
-        console.print(f"{name:<11} {value}", highlight=False, soft_wrap=True)
-    console.print(" " * 12 + ", ".join(f"{p} {_mib(memory[f'{p}_bytes'])}" for p in parts), highlight=False, soft_wrap=True)
-    for warning in plan["warnings"]:
-        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
-    for number, sample in enumerate(plan["samples"], 1):
-        console.print(f"sample {number}: {sample['trained_tokens']} of {sample['tokens']} tokens trained on", highlight=False)
-        text = Text()
-        for part in sample["segments"]:
-            text.append(
-                part["text"] if console.is_terminal or not part["trained"] else f"[[{part['text']}]]",
-                "bold" if part["trained"] else "dim",
-            )
-        console.print(text)

@@ -1,36 +1,24 @@
-"""`tuneyard …`: one module a theme. Heavy imports wait until a command needs them."""
+"""`tuneyard …`: one module a theme. Heavy imports wait until a command needs them, so that `--help` is quick."""
 
 from __future__ import annotations
 
 import sys
 
-from serve_app.cli import chat, here, jobs, reads, secret
-from serve_app.cli.common import app
+from serve_app.cli import chat, here, identity, jobs, plan, reads, secret
+from serve_app.cli.common import app, plain
+from serve_app.cli.failures import in_words
 from serve_app.cli.job_file import read_spec
 
-__all__ = ["app", "chat", "here", "jobs", "main", "read_spec", "reads", "secret"]
-UNREACHABLE = 3
+__all__ = ["app", "chat", "here", "identity", "jobs", "main", "plan", "read_spec", "reads", "secret"]
 
 
 def main() -> None:
-    """Entry point; expected failures are one sentence on stderr and exit code 1."""
-    import httpx
-    from pydantic import ValidationError
-
-    from serve_app.client import ApiError
-    from train_loop.errors import UserError
-
+    """Entry point; a failure is a sentence on stderr and an exit code."""
     try:
         app()
-    except ApiError as error:
-        sys.exit(str(error))
-    except httpx.TransportError as error:
-        sys.stderr.write(f"the service can't be reached: {error}\n")
-        sys.exit(UNREACHABLE)
-    except UserError as error:
-        sys.exit(error.message)
-    except ValidationError as error:
-        if error.title != "Settings":
+    except Exception as error:
+        if sys.flags.dev_mode:
             raise
-        # Without the values: a setting may be a secret.
-        sys.exit("\n".join(f"TUNEYARD_{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()))
+        said, code = in_words(error)
+        sys.stderr.writelines(f"{plain(line)}\n" for line in said.splitlines())
+        sys.exit(code)

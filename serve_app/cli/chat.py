@@ -66,7 +66,9 @@ def _show(prompt: str, answers: tuple[str, str], as_json: bool) -> None:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("base model", "your adapter", title=prompt, expand=True, show_lines=True)
-    table.add_row(base, tuned)
+    # Text, or rich would take [brackets] for its markup.
+    table = Table("base model", "your adapter", title=Text(prompt), expand=True, show_lines=True)
+    table.add_row(Text(base), Text(tuned))
     Console().print(table)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from serve_app.cli.failures import EXIT_CODES, FAILED, INTERRUPTED
+
 if TYPE_CHECKING:
     from serve_app.client import Client
 
-EXIT_CODES = "Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 the service can't be reached, 130 interrupted."
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     help="Start the service on this machine, submit jobs to any, follow them, talk to the result.",
-    epilog=EXIT_CODES,
+    epilog=f"Exit codes: {', '.join(f'{code} {what}' for code, what in EXIT_CODES.items())}.",
 )
 
 Org = Annotated[str | None, typer.Option(help="Organisation (UUID); default TUNEYARD_ORG, then the last one used.")]
@@ -28,7 +32,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
 RequestId = Annotated[str, typer.Argument(help="The job's request_id.")]
 
 
-def die(message: str, code: int = 1) -> NoReturn:
+CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")  # all but the tab
+
+
+def die(message: str, code: int = FAILED) -> NoReturn:
+    """Say it on stderr and exit."""
     typer.echo(message, err=True)
     raise typer.Exit(code)
 
@@ -72,29 +80,49 @@ def home_url() -> str | None:
     return state["url"] if state.get("ready") else None
 
 
-def client_for(url: str | None, token: str | None, org: str) -> Client:
-    """The client of the service that is meant, with the token that is meant."""
-    from serve_app.auth import mint_token
-    from serve_app.client import Client
-    from serve_app.settings import Settings
-
-    settings = Settings.load()
+def credentials(url: str | None, token: str | None, org: str) -> tuple[str, str]:
+    """The URL of the service that is meant, and the token for it: the one given, or one minted for this home's own service."""
     here = home_url()
     url = url or here
     if url is None:
         die("Tuneyard isn't running here; start it with: tuneyard up --detach (or give --url and --token)")
-    if token is None:
-        # A token signed with this home's key opens this home's service, so nobody else gets to see one.
-        if url.rstrip("/") != here:
-            die(f"no token for {url}: give --token or set TUNEYARD_TOKEN")
-        try:
-            token = mint_token(settings, org, "cli", 3600)
-        except RuntimeError:
-            die("this home has no token key: give --token or set TUNEYARD_TOKEN")
+    if token is not None:
+        return url, token
+    # A token signed with this home's key opens this home's service, so nobody else gets to see one.
+    if url.rstrip("/") != here:
+        die(f"no token for {url}: give --token or set TUNEYARD_TOKEN")
+    from serve_app.auth import mint_token
+    from serve_app.settings import Settings
+
     try:
-        return Client(url, token)
+        return url, mint_token(Settings.load(), org, "cli", 3600)
+    except RuntimeError:
+        die("this home has no token key: give --token or set TUNEYARD_TOKEN")
+
+
+def client_for(url: str | None, token: str | None, org: str) -> Client:
+    """The client of the service that is meant, with the token that is meant."""
+    from serve_app.client import Client
+
+    try:
+        return Client(*credentials(url, token, org))
     except ValueError as error:
         die(str(error), 2)
+
+
+@contextlib.contextmanager
+def while_it_goes_on(request_id: str) -> Iterator[None]:
+    """Let Ctrl-C end the looking at a job, and say that it doesn't end the job."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        said = f"\nNot looking any more; the job goes on. Stop it with: tuneyard cancel {request_id}"
+        die(said, INTERRUPTED)
+
+
+def plain(text: object) -> str:
+    """Text for a terminal, without the control characters by which what was logged could steer it."""
+    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(text))
 
 
 def show(value: dict[str, Any]) -> None:

@@ -1,13 +1,13 @@
-"""Jobs: submitted, planned, followed, stopped, resumed."""
+"""Jobs: submitted, looked at, stopped, resumed."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from serve_app.cli.common import AsJson, Org, RequestId, Token, Url, app, client_for, org_of, show
+from serve_app.cli.common import AsJson, Org, RequestId, Token, Url, app, client_for, org_of, plain, show, while_it_goes_on
 from serve_app.cli.job_file import read_spec
 
 
@@ -67,7 +67,7 @@ def status(request_id: RequestId, org: Org = None, url: Url = None, token: Token
         from serve_app.progress import describe, summary
 
         typer.echo(f"{job['experiment_name']}  {describe(job)}")
-        typer.echo(summary(job))
+        typer.echo("\n".join(map(plain, summary(job).splitlines())))
 
 
 @app.command("list")
@@ -106,35 +106,18 @@ def resume(request_id: RequestId, org: Org = None, url: Url = None, token: Token
 
 
 @app.command()
-def plan(
-    file: Annotated[Path, typer.Argument(help="The job, as for submit.")],
-    assign: Annotated[list[str] | None, typer.Option("--set", help="Any field: a.b.c=value")] = None,
-    org: Org = None,
-    url: Url = None,
-    token: Token = None,
-    as_json: AsJson = False,
-) -> None:
-    """Say what a job would take: tokens, steps, memory, time, price; show samples with trained tokens marked."""
-    spec = read_spec(file, {"org": org}, assign or [])
-    spec["org"] = org_of(spec.get("org"))
-    made = client_for(url, token, spec["org"]).plan(spec)
-    if as_json:
-        show(made)
-    else:
-        from serve_app.progress import show_plan
-
-        show_plan(made)
-
-
-@app.command()
-def watch(request_id: RequestId, org: Org = None, url: Url = None, token: Token = None) -> None:
-    """Follow a job to its end; exit 0 only if it COMPLETED."""
-    from serve_app.progress import follow
-
+def watch(request_id: RequestId, org: Org = None, url: Url = None, token: Token = None, as_json: AsJson = False) -> None:
+    """Follow a job to its end; exit 0 only if it COMPLETED. JSON is one line for each change."""
     org = org_of(org)
-    try:
-        job = follow(client_for(url, token, org).watch(request_id, org))
-    except KeyboardInterrupt:
-        typer.echo(f"\nNot watching any more; the job goes on. Stop it with: tuneyard cancel {request_id}", err=True)
-        raise typer.Exit(130) from None
+    states = client_for(url, token, org).watch(request_id, org)
+    with while_it_goes_on(request_id):
+        if as_json:
+            job: dict[str, Any] = {}
+            for state in states:
+                if state != job:
+                    show(job := state)
+        else:
+            from serve_app.progress import follow
+
+            job = follow(states)
     raise typer.Exit(0 if job["status"] == "COMPLETED" else 1)

@@ -3,51 +3,74 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import math
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from serve_app.cli.common import AsJson, Org, RequestId, Token, Url, app, client_for, die, org_of, show
+from serve_app.cli.common import AsJson, Org, RequestId, Token, Url, app, client_for, org_of, plain, show, while_it_goes_on
+
+if TYPE_CHECKING:
+    from serve_app.client import Client
 
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")]
 
 
+def _pages(fetch: Callable[[int | None], list[dict[str, Any]]], key: str) -> list[dict[str, Any]]:
+    """All entries of what the service gives in pages, each asked for after the last one's `key`."""
+    found: list[dict[str, Any]] = []
+    while page := [e for e in fetch(found[-1][key] if found else None) if not found or e[key] > found[-1][key]]:
+        found += page
+    return found
+
+
 @app.command()
-def metrics(request_id: RequestId, org: Org = None, url: Url = None, token: Token = None, as_json: AsJson = False) -> None:
+def metrics(
+    request_id: RequestId,
+    after_step: Annotated[int | None, typer.Option(help="Only later steps.")] = None,
+    org: Org = None,
+    url: Url = None,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
     """Plot a job's loss."""
     org = org_of(org)
-    answer = client_for(url, token, org).metrics(request_id, org)
-    if as_json:
-        show(answer)
-        return
-    points = answer["points"]
-    curves = {name: [(p["step"], p[name]) for p in points if name in p] for name in ("loss", "eval_loss")}
+    client = client_for(url, token, org)
+    points = _pages(lambda last: client.metrics(request_id, org, after_step if last is None else last)["points"], "step")
+    show({"points": points}) if as_json else typer.echo(plot(points))
+
+
+def plot(points: Sequence[dict[str, Any]]) -> str:
+    """Training and evaluation loss over steps as a picture in characters, and the last point's numbers."""
+    curves = {name: [(p["step"], p[name]) for p in points if _is_number(p.get(name))] for name in ("loss", "eval_loss")}
     if not any(curves.values()):
-        typer.echo("no metrics yet")
-        return
+        return "no metrics yet"
     import plotext
 
+    plotext.clear_figure()
     plotext.theme("clear")
-    plotext.plot_size(min(100, plotext.terminal_width() or 100), 20)
+    plotext.plot_size(min(100, shutil.get_terminal_size((100, 24)).columns), 20)
     for name, curve in curves.items():
         if curve:
             steps, values = zip(*curve, strict=True)
             plotext.plot(steps, values, label=name, marker="braille" if name == "loss" else "x")
     plotext.xlabel("step")
-    typer.echo(plotext.build())
-    last = points[-1]
-    typer.echo("  ".join(f"{k} {v:g}" for k, v in last.items() if isinstance(v, int | float) and k != "time"))
+    picture = plotext.uncolorize(plotext.build())
+    numbers = "  ".join(f"{k} {v:g}" for k, v in points[-1].items() if _is_number(v) and k != "time")
+    return f"{picture}\n{numbers}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _tell(entries: Iterable[dict[str, Any]], as_json: bool, text: Callable[[dict[str, Any]], str], request_id: str) -> None:
-    try:
+    with while_it_goes_on(request_id):
         for entry in entries:
-            typer.echo(json.dumps(entry) if as_json else text(entry))
-    except KeyboardInterrupt:
-        typer.echo(f"\nNot following any more; the job goes on. Stop it with: tuneyard cancel {request_id}", err=True)
-        raise typer.Exit(130) from None
+            typer.echo(json.dumps(entry) if as_json else plain(text(entry)))
 
 
 @app.command()
@@ -57,8 +80,12 @@ def events(
     """Show what happened to a job; JSON is one object a line."""
     org = org_of(org)
     client = client_for(url, token, org)
-    entries = client.follow("events", request_id, org) if follow else client.events(request_id, org)["events"]
+    entries = client.follow_events(request_id, org) if follow else _events(client, request_id, org)
     _tell(entries, as_json, lambda e: f"{e['time'][:19]}  {e['kind']:<18} {e['message']}", request_id)
+
+
+def _events(client: Client, request_id: str, org: str) -> list[dict[str, Any]]:
+    return _pages(lambda last: client.events(request_id, org, last)["events"], "id")
 
 
 @app.command()
@@ -76,7 +103,7 @@ def logs(
     org = org_of(org)
     client = client_for(url, token, org)
     if follow:
-        entries: Iterable[dict[str, Any]] = client.follow("logs", request_id, org, rank=rank, tail=tail)
+        entries: Iterable[dict[str, Any]] = client.follow_logs(request_id, org, rank=rank, tail=tail)
     else:
         entries = client.logs(request_id, org, rank, tail)["logs"]
     _tell(entries, as_json, lambda e: f"{e['time'][:19]}  [{e['rank']}] {e['line']}", request_id)
@@ -91,7 +118,7 @@ def artifacts(request_id: RequestId, org: Org = None, url: Url = None, token: To
         show(answer)
         return
     for file in answer["files"]:
-        typer.echo(f"{file['size_bytes']:>12,}  {(file['sha256'] or '')[:12]:<12}  {file['name']}")
+        typer.echo(f"{file['size_bytes']:>12,}  {(file['sha256'] or '')[:12]:<12}  {plain(file['name'])}")
 
 
 @app.command()
@@ -106,11 +133,7 @@ def download(
     """Fetch a job's files, each checked against its sha256."""
     org = org_of(org)
     target = folder or Path(request_id)
-    target.mkdir(parents=True, exist_ok=True)
-    try:
-        saved = client_for(url, token, org).download(request_id, org, target)
-    except ValueError as error:
-        die(str(error))
+    saved = client_for(url, token, org).download(request_id, org, target)
     if as_json:
         show({"files": [str(path) for path in saved]})
     else:

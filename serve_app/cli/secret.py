@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from serve_app.cli.common import AsJson, Org, Token, Url, app, client_for, org_of, show
+from serve_app.cli.common import AsJson, Org, Token, Url, app, client_for, org_of, plain, show
 
 secret_app = typer.Typer(no_args_is_help=True, help="Keys to buckets, stored encrypted in the service.")
 app.add_typer(secret_app, name="secret")
@@ -45,7 +45,7 @@ def secret_list(org: Org = None, url: Url = None, token: Token = None, as_json: 
         show(found)
         return
     for s in found["secrets"]:
-        typer.echo(f"{s['secret_id']}  {s['type']:<4} {s['name']}")
+        typer.echo(f"{s['secret_id']}  {s['type']:<4} {plain(s['name'])}")
 
 
 @secret_app.command("remove")

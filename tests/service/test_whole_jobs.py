@@ -134,16 +134,16 @@ def test_the_documented_job_on_four_workers(service):
     }
     secret = service.keys["secret_access_key"].encode()
     assert not [name for name, data in read.items() if secret in data]
-    query = {"org_id": ORG, "request_id": done["request_id"]}
-    files = {f["name"]: f for f in service.client._call("GET", "/job/artifacts/", params=query)["files"]}
+    query = {"org": ORG, "request_id": done["request_id"]}
+    files = {f["name"]: f for f in service.client.artifacts(**query)["files"]}
     assert {f"adapter/{f['name']}": f["sha256"] for f in manifest["adapter_files"]} == {
         n: f["sha256"] for n, f in files.items() if n.startswith("adapter/")
     }
     linked = httpx.get(files["adapter/adapter_model.safetensors"]["url"]).content
     assert hashlib.sha256(linked).hexdigest() == files["adapter/adapter_model.safetensors"]["sha256"]
-    points = service.client._call("GET", "/job/metrics/", params=query)["points"]
+    points = service.client.metrics(**query)["points"]
     assert points == [json.loads(line) for line in read["metrics.jsonl"].splitlines()]
-    logged = service.client._call("GET", "/job/logs/", params=query)["logs"]
+    logged = service.client.logs(**query)["logs"]
     assert {entry["rank"] for entry in logged} == {0, 1, 2, 3}
     assert any("step 6/6 loss" in entry["line"] for entry in logged)
     answers = json.loads(service.run("chat", accepted["request_id"], "--prompt", "Hi", "--max-new-tokens", "4", "--json").stdout)
@@ -187,13 +187,11 @@ def test_secrets_are_nowhere_but_where_they_belong(service):
 def test_a_plan_creates_nothing_and_refuses_what_would_fail(service):
     before = service.client.list_jobs(ORG)
     job = service.job("planned", {"infra_config": DOCUMENTED["infra_config"]})
-    plan = service.client._call("POST", "/job/plan/", json=job)
+    plan = service.client.plan(job)
     assert (plan["workers"], len(plan["samples"])) == (4, 3)
     assert plan["memory"]["total_bytes"] > 0
     with pytest.raises(ApiError) as caught:
-        service.client._call(
-            "POST", "/job/plan/", json=job | {"dataset_details": job["dataset_details"] | {"dataset_path": "s3://no/x"}}
-        )
+        service.client.plan(job | {"dataset_details": job["dataset_details"] | {"dataset_path": "s3://no/x"}})
     assert caught.value.status == 422
     assert service.client.list_jobs(ORG) == before
 
@@ -232,13 +230,13 @@ def test_a_running_job_can_be_canceled_and_resumed_from_its_checkpoint(service):
     found = service.s3().list_objects_v2(Bucket="tuneyard", Prefix=prefix)["Contents"]
     assert any(e["Key"].endswith("adapter_model.safetensors") for e in found)
     stopped_at = job["step"]
-    service.client._call("POST", "/job/resume/", json={"org_id": ORG, "request_id": request_id})
+    service.client.resume(request_id, ORG)
     job = service.wait(request_id)
     assert (job["status"], job["attempt"], job["step"]) == ("COMPLETED", 2, 400)
-    query = {"org_id": ORG, "request_id": request_id}
-    resumed = [e for e in service.client._call("GET", "/job/events/", params=query)["events"] if e["kind"] == "resumed"]
+    query = {"org": ORG, "request_id": request_id}
+    resumed = [e for e in service.client.events(**query)["events"] if e["kind"] == "resumed"]
     assert [e["message"] for e in resumed] == [f"resumed from the checkpoint of step {stopped_at}"]
-    steps = [p["step"] for p in service.client._call("GET", "/job/metrics/", params=query)["points"]]
+    steps = [p["step"] for p in service.client.metrics(**query)["points"]]
     assert steps == sorted(set(steps))
 
 
@@ -255,7 +253,7 @@ def test_a_run_whose_processes_are_killed_goes_on_from_its_checkpoint(service):
     assert killed == 1
     job = service.wait(request_id)
     assert (job["status"], job["attempt"], job["step"]) == ("COMPLETED", 2, 400)
-    answer = service.client._call("GET", "/job/events/", params={"org_id": ORG, "request_id": request_id})
+    answer = service.client.events(request_id, ORG)
     assert any(e["kind"] == "resumed" for e in answer["events"])
 
 
