@@ -23,8 +23,9 @@ from train_loop.context import LocalContext, Monitor, RayContext, write_json
 from train_loop.data.prepare import prepare_local
 from train_loop.data.shards import PreparedDataset
 from train_loop.data.sources import Credentials, SourceFile, filesystem_for, find_files, make_folder
-from train_loop.errors import Stopped, UserError
+from train_loop.errors import RunFault, Stopped, UserError
 from train_loop.export import digest
+from train_loop.faults import classified
 from train_loop.spec import JobSpec
 from train_loop.worker_log import shipped
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
     from train_loop.data.tokenize import ChatTokenizer
+
+
+ROOM_WAITS = 10  # times that Ray Train waits for room for the workers, a minute each
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Placement:
     use_gpu: bool = False
     accelerator_type: str | None = None
     data_cpus: float = 0.5  # CPU of one Ray Data task
+    num_workers: int | None = None  # of this attempt, when fewer than the job's fit; None is the job's
 
 
 @dataclass(frozen=True)
@@ -110,11 +115,16 @@ def _chat_tokenizer(spec: JobSpec, mirror: str) -> ChatTokenizer:
 
 
 def launch(spec: JobSpec, request_id: str, files: RunFiles, placement: Placement, monitor: ActorMonitor) -> dict[str, Any]:
-    """Run the job on Ray; block until it ends. Returns the manifest, which is in the run's folder by then.
+    """Make one attempt at the job on Ray; block until it ends. Returns the manifest, which is in the run's folder by then.
 
-    Called again with the same `request_id` and folder it goes on from the last complete checkpoint.
-    Raises UserError for the user's input, Stopped when the monitor asked for it, anything else for faults of ours.
+    Called again with the same `request_id` and folder it goes on from the last complete checkpoint; when that is worth it is the
+    caller's business. Raises UserError for the user's input, Stopped when the monitor asked for it, RunFault for all else.
     """
+    with classified(spec):
+        return _attempt(spec, request_id, files, placement, monitor)
+
+
+def _attempt(spec: JobSpec, request_id: str, files: RunFiles, placement: Placement, monitor: ActorMonitor) -> dict[str, Any]:
     import ray
 
     tell: Any = monitor.handle
@@ -136,6 +146,11 @@ def launch(spec: JobSpec, request_id: str, files: RunFiles, placement: Placement
 
 def launch_local(spec: JobSpec, request_id: str, files: RunFiles, monitor: Monitor) -> dict[str, Any]:
     """Run the job in this process, without Ray, as a world of one. Same result and errors as `launch`."""
+    with classified(spec):
+        return _attempt_local(spec, request_id, files, monitor)
+
+
+def _attempt_local(spec: JobSpec, request_id: str, files: RunFiles, monitor: Monitor) -> dict[str, Any]:
     from train_loop.loop import run
     from train_loop.model.load import model_folder
 
@@ -194,7 +209,7 @@ def _train(
     prepared: PreparedDataset,
 ) -> dict[str, Any]:
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     storage, run_path = files.storage()
@@ -209,7 +224,7 @@ def _train(
         },
         torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=spec.infra_config.num_workers,
+            num_workers=placement.num_workers or spec.infra_config.num_workers,
             use_gpu=placement.use_gpu,
             resources_per_worker=dict(placement.resources),
             accelerator_type=placement.accelerator_type,
@@ -218,27 +233,26 @@ def _train(
             name=request_id,
             storage_path=f"{run_path}/checkpoints",
             storage_filesystem=storage if s3 else None,
-            failure_config=FailureConfig(max_failures=spec.infra_config.max_retries),
+            # An attempt ends with the first fault. Only room for the workers is waited for: nodes may be on their way.
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=ROOM_WAITS),
             checkpoint_config=CheckpointConfig(num_to_keep=spec.train_config.hyperparameters.save_total_limit),
         ),
     )
     try:
         trainer.fit()
-    except Exception:
-        failure: UserError | None = ray.get(monitor.handle.failure.remote())
-        if failure is not None:
-            raise failure from None
+    except TrainingFailedError:
+        # A worker that ends itself says why before it goes; Ray only sees it gone.
+        told: UserError | RunFault | None = ray.get(monitor.handle.failure.remote())
+        if told is not None:
+            raise told from None
         raise
-    failure = ray.get(monitor.handle.failure.remote())
-    if failure is not None:
-        raise failure
     with storage.open_input_stream(f"{run_path}/outcome.json") as stream:
         outcome: dict[str, Any] = json.loads(stream.read())
     return outcome
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """One Ray Train worker. The user's errors go to the monitor and end the run without a retry."""
+    """One Ray Train worker. Raises UserError or RunFault: torch's own errors would have to be known where `launch` runs."""
     import ray.train
     from ray.exceptions import RayError
 
@@ -247,8 +261,6 @@ def _worker(config: dict[str, Any]) -> None:
 
     monitor: ActorMonitor = config["monitor"]
     files: RunFiles = config["files"]
-    if ray.get(monitor.handle.failure.remote()) is not None:
-        return
     spec = JobSpec.model_validate_json(config["spec"])
     storage, run_path = files.storage()
     scratch = Path(tempfile.mkdtemp(prefix="tuneyard-"))
@@ -260,7 +272,7 @@ def _worker(config: dict[str, Any]) -> None:
             ray.get(monitor.handle.on_log.remote(rank, lines))
 
     try:
-        with shipped(send):
+        with shipped(send), classified(spec):
             ctx = RayContext(
                 model_folder=model_folder(spec.model_details, Path(files.model_mirror)),
                 storage=storage,
@@ -269,10 +281,8 @@ def _worker(config: dict[str, Any]) -> None:
                 monitor=monitor.handle,
             )
             outcome = run(spec, PreparedDataset.from_json(config["prepared"]), ctx)
-        if rank == 0:
-            write_json(storage, f"{run_path}/outcome.json", asdict(outcome))
-    except UserError as error:
-        ray.get(monitor.handle.on_failure.remote(error))
+            if rank == 0:
+                write_json(storage, f"{run_path}/outcome.json", asdict(outcome))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -306,6 +316,7 @@ def _finish(
         },
         "seed": spec.train_config.hyperparameters.seed,
         "world_size": spec.infra_config.num_workers,
+        "worlds": outcome["worlds"],
         "steps": outcome["step"],
         "compute_dtype": outcome["compute_dtype"],
         "metrics": outcome["metrics"],

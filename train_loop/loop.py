@@ -46,15 +46,16 @@ class Outcome:
     total_steps: int
     compute_dtype: str
     metrics: dict[str, Any]
+    worlds: list[dict[str, int]]  # the workers that the steps ran on: from_step, world_size
 
 
-def batch_plan(spec: JobSpec, num_samples: int, world_size: int) -> BatchPlan:
-    """The arithmetic of the run's batches."""
+def batch_plan(spec: JobSpec, num_samples: int) -> BatchPlan:
+    """The arithmetic of the run's batches: the job's, however many workers this attempt has."""
     hp = spec.train_config.hyperparameters
     return BatchPlan(
         num_samples=num_samples,
         per_device_batch_size=hp.per_device_train_batch_size,
-        world_size=world_size,
+        world_size=spec.infra_config.num_workers,
         accumulation_steps=hp.gradient_accumulation_steps,
         num_epochs=hp.num_epochs,
         max_steps=hp.max_steps,
@@ -72,7 +73,7 @@ def run(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext) -> Outcome:
     tokenizer = load_tokenizer(ctx.model_folder)
     chat = None if prepared.eager else ChatTokenizer.of(spec, tokenizer)
     shards = ShardSet.open(prepared, ctx.storage, f"{ctx.run_path}/data", ctx.scratch / f"data-{ctx.rank}")
-    plan = batch_plan(spec, len(shards.ids("train")), ctx.world_size)
+    plan = batch_plan(spec, len(shards.ids("train")))
     layout = Layout(chat, pre.prompt.max_length, pre.packing, tokenizer.pad_token_id)
 
     base = load_base(spec, ctx.model_folder, ctx.device)
@@ -89,6 +90,7 @@ def run(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext) -> Outcome:
     if (saved := ctx.resume()) is not None:
         step, log = checkpoint.read(saved, ctx, model, optimizer)
         ctx.event("resumed", f"resumed from the checkpoint of step {step}")
+    log.runs_on(step + 1, ctx.world_size)
     ctx.event(
         "plan",
         f"{plan.num_samples} samples, {plan.samples_per_step} a step over {ctx.world_size} workers, "
@@ -140,7 +142,7 @@ def run(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext) -> Outcome:
 
     def outcome(stopped: bool) -> Outcome:
         dtype = str(base.compute_dtype).removeprefix("torch.")
-        return Outcome(stopped, step, plan.total_steps, dtype, log.summary())
+        return Outcome(stopped, step, plan.total_steps, dtype, log.summary(), log.worlds)
 
     model.train()
     if step == 0:
@@ -152,7 +154,16 @@ def run(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext) -> Outcome:
     logged_at = step
     log.restart_clock()
     train_ids = shards.ids("train")
-    batches = step_batches(shards, train_ids, plan, ctx.rank, layout, num_workers=hp.dataloader_num_workers, start_step=step + 1)
+    batches = step_batches(
+        shards,
+        train_ids,
+        plan,
+        ctx.rank,
+        ctx.world_size,
+        layout,
+        num_workers=hp.dataloader_num_workers,
+        start_step=step + 1,
+    )
     for step, micro_batches in batches:
         supervised, tokens, stop = _agree(micro_batches, ctx)
         if stop:

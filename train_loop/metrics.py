@@ -17,10 +17,17 @@ class MetricLog:
     eval_before: float | None = None
     eval_after: float | None = None
     best: dict[str, Any] | None = None
+    worlds: list[dict[str, int]] = field(default_factory=list)
     _tokens: int = 0
     _since: float = field(default_factory=time.monotonic)
     _step_s: float | None = None
     _unsent: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def runs_on(self, step: int, world_size: int) -> None:
+        """Note that the steps from `step` run on so many workers."""
+        self.worlds = [w for w in self.worlds if w["from_step"] < step]
+        if not self.worlds or self.worlds[-1]["world_size"] != world_size:
+            self.worlds.append({"from_step": step, "world_size": world_size})
 
     def count(self, tokens: int) -> None:
         """Add the (global) tokens of one step."""

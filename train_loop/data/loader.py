@@ -50,6 +50,7 @@ class _Steps(Dataset[list[MicroBatch]]):
     ids: np.ndarray
     plan: BatchPlan
     rank: int
+    world_size: int
     layout: Layout
     start_step: int
 
@@ -57,16 +58,24 @@ class _Steps(Dataset[list[MicroBatch]]):
         return max(0, self.plan.total_steps - self.start_step + 1)
 
     def __getitem__(self, i: int) -> list[MicroBatch]:
-        stripes = self.plan.micro_batches(self.start_step + i, self.rank)
+        stripes = self.plan.micro_batches(self.start_step + i, self.rank, self.world_size)
         batches = (self.layout.micro_batch(self.shards, self.ids[stripe]) for stripe in stripes)
         return [b for b in batches if b is not None]
 
 
 def step_batches(
-    shards: ShardSet, ids: np.ndarray, plan: BatchPlan, rank: int, layout: Layout, *, num_workers: int, start_step: int
+    shards: ShardSet,
+    ids: np.ndarray,
+    plan: BatchPlan,
+    rank: int,
+    world_size: int,
+    layout: Layout,
+    *,
+    num_workers: int,
+    start_step: int,
 ) -> Iterator[tuple[int, list[MicroBatch]]]:
     """(step, micro-batches) from `start_step` to the last step; fewer micro-batches where samples have run out."""
-    steps = _Steps(shards, ids, plan, rank, layout, start_step)
+    steps = _Steps(shards, ids, plan, rank, world_size, layout, start_step)
     if len(steps) == 0:
         return
     # batch_size=None: an item is already a step. DataLoader draws a seed for its workers; give it a generator of its own so
