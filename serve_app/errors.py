@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-import types
-import typing
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -22,6 +20,7 @@ from starlette.exceptions import HTTPException
 
 from serve_app.store.jobs import Conflict, QueueFull
 from train_loop.errors import UserError
+from train_loop.section import models_in, section_of
 from train_loop.spec import JobSpec
 
 log = structlog.get_logger()
@@ -99,30 +98,19 @@ def _walk(loc: Sequence[Any], model: type[BaseModel]) -> tuple[str, type[BaseMod
     """The dotted name of an error without pydantic's union tags, and the section it is in."""
     names: list[str] = []
     section: type[BaseModel] | None = model
-    options: list[type[BaseModel]] = []
+    union: Any = None
     for i, part in enumerate(loc):
-        if len(options) > 1 and isinstance(part, str):  # the tag that picked one of a union
-            picked = [o for o in options if part in typing.get_args(_strip(o.model_fields["type"].annotation))]
-            section, options = (picked or options)[0], []
+        if union is not None and (picked := section_of(union, {"type": part})):  # the tag that picked one of a union
+            section, union = picked, None
             continue
+        union = None
         names.append(str(part))
         field = section.model_fields.get(str(part)) if section else None
         if i + 1 < len(loc):
-            options = list(_models(field.annotation)) if field else []
+            options = list(models_in(field.annotation)) if field else []
             section = options[0] if options else None
+            union = field.annotation if field and len(options) > 1 else None
     return ".".join(names), section
-
-
-def _strip(annotation: Any) -> Any:
-    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
-
-
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif isinstance(annotation, types.UnionType) or typing.get_origin(annotation) in (typing.Union, typing.Annotated):
-        for part in typing.get_args(annotation):
-            yield from _models(part)
 
 
 def problem(error: ApiError) -> JSONResponse:

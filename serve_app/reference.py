@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +31,35 @@ def markdown(schema: dict[str, Any]) -> str:
             rows = [_parameter(p) for p in operation.get("parameters", ())]
             if rows:
                 lines += ["| parameter | where | type | |", "|---|---|---|---|", *rows, ""]
-            lines += _body(operation)
-    lines += ["## Fields of a job", ""]
-    for name in _reachable("JobSpec", components):
+            lines += [*_body(operation), *_answer(operation)]
+    of_job = list(_reachable(["JobSpec"], components))
+    lines += ["## Fields of a job", "", *_tables(of_job, components, given=True)]
+    answers = [_type(_answer_schema(o)) for path in schema["paths"].values() for o in path.values()]
+    of_answers = [name for name in _reachable(answers, components) if name not in of_job]
+    return "\n".join([*lines, "## Fields of the answers", "", *_tables(of_answers, components, given=False)]).rstrip() + "\n"
+
+
+def _tables(names: Iterable[str], components: dict[str, Any], *, given: bool) -> list[str]:
+    """The fields of each; `given` by the caller, with defaults, or else answered."""
+    lines = []
+    for name in names:
         section = components[name]
+        if "enum" in section:
+            lines += [f"### {name}", "", f"{section['description']} One of {_type(section)}.", ""]
         if "properties" in section:
             lines += [f"### {name}", "", *([section["description"], ""] if section.get("description") else [])]
             required = section.get("required", ())
-            lines += ["| field | type | default | |", "|---|---|---|---|"]
-            lines += [_field(field, value, field in required) for field, value in section["properties"].items()]
+            lines += ["| field | type | default | |" if given else "| field | type | | |", "|---|---|---|---|"]
+            for field, value in section["properties"].items():
+                lines.append(
+                    _field(field, value, ("required" if given else "") if field in required else None if given else "may lack")
+                )
             lines.append("")
-    return "\n".join(lines).rstrip() + "\n"
+    return lines
 
 
-def _reachable(name: str, components: dict[str, Any]) -> Iterator[str]:
-    seen, ahead = set(), [name]
+def _reachable(names: Iterable[str], components: dict[str, Any]) -> Iterator[str]:
+    seen, ahead = set(), list(names)
     while ahead:
         name = ahead.pop(0)
         if name not in seen:
@@ -86,8 +100,8 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _field(name: str, schema: dict[str, Any], required: bool) -> str:
-    default = "required" if required else f"`{json.dumps(schema['default'])}`" if "default" in schema else ""
+def _field(name: str, schema: dict[str, Any], needed: str | None) -> str:
+    default = f"`{json.dumps(schema['default'])}`" if needed is None and "default" in schema else needed or ""
     return f"| {name} | {_cell(_type(schema))} | {default} | {_cell(schema.get('description', ''))} |"
 
 
@@ -104,6 +118,17 @@ def _body(operation: dict[str, Any]) -> list[str]:
     schema = content["application/json"]["schema"]
     what = _type(schema) if "$ref" in schema else ", ".join(f"`{name}` ({_type(p)})" for name, p in schema["properties"].items())
     return [f"Body ({', '.join(content)}): {what}.", ""]
+
+
+def _answer_schema(operation: dict[str, Any]) -> dict[str, Any]:
+    schema: dict[str, Any] = operation["responses"]["200"]["content"]["application/json"]["schema"]
+    return schema
+
+
+def _answer(operation: dict[str, Any]) -> list[str]:
+    example = operation["responses"]["200"]["content"]["application/json"].get("example")
+    shown = [] if example is None else ["```json", json.dumps(example), "```", ""]
+    return [f"Answer: {_type(_answer_schema(operation))}.", "", *shown]
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """JobSpec: the five sections of a job as pydantic models. The one source of fields, defaults, bounds and docs.
 
-Every field of the HTTP contract is declared here. A value whose behaviour isn't built yet is refused by `NotYet`,
-so that nothing a user asks for is silently ignored.
+Every field of the HTTP contract is declared here, and below them every rule over several of them. A value whose behaviour
+isn't built yet is marked `NotYet` and refused, so that nothing a user asks for is silently ignored.
 """
 
 from __future__ import annotations
@@ -9,20 +9,26 @@ from __future__ import annotations
 import math
 import re
 import uuid
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-S3_BUCKET = re.compile(r"^[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]$")
+from train_loop.section import NOT_SUPPORTED_YET, Fault, NotYet, OnlyYet, Rule, Section, held_to
+
+BUCKET = re.compile(r"[a-z0-9][a-z0-9._\-]{1,220}[a-z0-9]")  # Google's may have `_`, and dots may make them long
 # The hub's own rule; each part also becomes a folder's name in the mirror, so `..` and 300 letters must not pass.
 HUB_ID = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9_][\w.\-]{0,95}(/[A-Za-z0-9_][\w.\-]{0,95})?", re.ASCII)
 EXPERIMENT_NAME = r"^[A-Za-z0-9._-]{1,128}$"
 AWS_REGION = re.compile(r"^(us|eu|ap|sa|ca|me|af|il|mx|cn|us-gov|us-iso|us-isob)-[a-z]+-\d$")
-
-
-def _refuse(value: object) -> PydanticCustomError:
-    return PydanticCustomError("not_supported_yet", "{value} is not supported yet", {"value": repr(value)})
 
 
 def _wrong(field: str, message: str, code: str = "section", **context: Any) -> PydanticCustomError:
@@ -30,50 +36,8 @@ def _wrong(field: str, message: str, code: str = "section", **context: Any) -> P
     return PydanticCustomError(code, message, {"field": field, **context})  # type: ignore[arg-type]
 
 
-def NotYet(*values: object) -> AfterValidator:  # noqa: N802 - reads as an annotation
-    """Refuse these values as "not supported yet"."""
-
-    def check(value: Any) -> Any:
-        if any(value is v or (value == v and type(value) is type(v)) for v in values):
-            raise _refuse(value)
-        return value
-
-    return AfterValidator(check)
-
-
-def OnlyYet(*values: object) -> AfterValidator:  # noqa: N802 - reads as an annotation
-    """Refuse every value but these as "not supported yet"."""
-
-    def check(value: Any) -> Any:
-        if value not in values:
-            raise _refuse(value)
-        return value
-
-    return AfterValidator(check)
-
-
 def _lower(value: Any) -> Any:
     return value.strip().lower() if isinstance(value, str) else value
-
-
-class Section(BaseModel):
-    """Base of every section: unknown names are errors, numbers must be finite, `null` means the default."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        # Names such as model_type are the wire's, not pydantic's.
-        protected_namespaces=(),
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_default(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        fields = cls.model_fields
-        return {k: v for k, v in data.items() if v is not None or k not in fields or fields[k].is_required()}
 
 
 # --- dataset_config ---------------------------------------------------------------------------------------------
@@ -124,14 +88,6 @@ class RandomSplit(Section):
     ratios: list[Annotated[float, Field(ge=0, le=1, strict=True)]] = Field(
         min_length=2, max_length=3, description="[train, eval] or [train, eval, test]; sum 1."
     )
-
-    @model_validator(mode="after")
-    def _sum_is_one(self) -> RandomSplit:
-        if abs(math.fsum(self.ratios) - 1) > 1e-6:
-            raise _wrong("ratios", "ratios must add up to 1, these add up to {total}", total=f"{math.fsum(self.ratios):g}")
-        if self.ratios[0] == 0:
-            raise _wrong("ratios", "the first ratio is the training share and must be above 0")
-        return self
 
 
 class NoSplit(Section):
@@ -185,15 +141,11 @@ class ModelDetails(Section):
     region: Annotated[str | None, OnlyYet(None)] = Field(None, description="Cloud region of the model's bucket.")
     quantization: Quantization | None = Field(None, description="Quantise the frozen base; null keeps torch_dtype.")
 
-    @model_validator(mode="after")
-    def _hub_id(self) -> ModelDetails:
-        if self.source_type == "hf" and not HUB_ID.fullmatch(self.base_model):
-            raise _wrong("base_model", "base_model must be a hub id such as owner/name")
-        return self
-
 
 # --- train_config -----------------------------------------------------------------------------------------------
 
+LORA_LEARNING_RATE = 1e-4
+FULL_LEARNING_RATE = 1e-5
 PositiveSteps = Annotated[int, Field(ge=1, le=100_000_000, strict=True)]
 
 
@@ -210,7 +162,9 @@ class Hyperparameters(Section):
     gradient_checkpointing: bool = Field(
         True, strict=True, description="Recompute activations in backward instead of keeping them."
     )
-    learning_rate: float = Field(1e-4, gt=0, le=1, strict=True, description="Peak learning rate; 1e-5 is the default for full.")
+    learning_rate: float = Field(
+        LORA_LEARNING_RATE, gt=0, le=1, strict=True, description="Peak learning rate; 1e-5 is the default for full."
+    )
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr"] = Field(
         "cosine", description="Shape of the learning rate after warm-up; cosine_with_min_lr ends at a tenth."
     )
@@ -270,12 +224,6 @@ class AdapterConfig(Section):
         None, description="Finished job (request_id) or URI whose adapter training continues from."
     )
 
-    @model_validator(mode="after")
-    def _all_linear_alone(self) -> AdapterConfig:
-        if "all-linear" in self.targets and len(self.targets) > 1:
-            raise _wrong("targets", '"all-linear" already means every layer: give it alone, or names only')
-        return self
-
 
 class Distributed(Section):
     """How workers share the model."""
@@ -309,6 +257,16 @@ class TrainConfig(Section):
     distributed: Distributed = Field(default_factory=Distributed)
     export: Export = Field(default_factory=Export)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _full_learns_more_slowly(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("train_type") != "full":
+            return data
+        given = data.get("hyperparameters") or {}
+        if not isinstance(given, dict) or given.get("learning_rate") is not None:
+            return data
+        return data | {"hyperparameters": given | {"learning_rate": FULL_LEARNING_RATE}}
+
 
 # --- dataset_details --------------------------------------------------------------------------------------------
 
@@ -317,7 +275,9 @@ class DatasetDetails(Section):
     """Where the dataset is."""
 
     dataset_name: str = Field("", max_length=256, description="Free text.")
-    dataset_path: str = Field(min_length=1, max_length=2048, description="s3://bucket/key.")
+    dataset_path: str = Field(
+        min_length=1, max_length=2048, description="s3://bucket/key, gs://bucket/key, or the id of a dataset of the hub."
+    )
     dataset_description: str = Field("", max_length=4096, description="Free text.")
     dataset_type: Annotated[Literal["jsonl", "zip", "json", "parquet"], OnlyYet("jsonl")] = Field(
         "jsonl", description="File type."
@@ -329,7 +289,7 @@ class DatasetDetails(Section):
     source_type: Annotated[Literal["s3", "gcs", "hf", "local"], NotYet("gcs", "hf")] = Field(
         "s3", description="Where the dataset lives; local is a path, for runs without the service."
     )
-    ownership: Literal["public", "private"] = Field("private", description="private s3 needs secret_id.")
+    ownership: Literal["public", "private"] = Field("private", description="private s3 and gcs need secret_id.")
     secret_id: str | None = Field(
         None,
         min_length=1,
@@ -337,20 +297,6 @@ class DatasetDetails(Section):
         description="Secret that opens the bucket: of POST /secret/, or an ARN of AWS Secrets Manager that the operator allows.",
     )
     region: str | None = Field(None, max_length=64, description="AWS region of the bucket.")
-
-    @model_validator(mode="after")
-    def _reachable(self) -> DatasetDetails:
-        if self.source_type == "s3":
-            bucket, _, key = self.dataset_path.removeprefix("s3://").partition("/")
-            if not self.dataset_path.startswith("s3://"):
-                raise _wrong("dataset_path", "dataset_path must start with s3:// when source_type is s3")
-            if not S3_BUCKET.match(bucket) or not key:
-                raise _wrong("dataset_path", "dataset_path must be s3://bucket/key")
-            if key.endswith("/"):
-                raise _wrong("dataset_path", "a prefix is not supported yet, name one object", "not_supported_yet")
-            if self.ownership == "private" and self.secret_id is None:
-                raise _wrong("secret_id", "a private dataset needs secret_id")
-        return self
 
 
 # --- infra_config -----------------------------------------------------------------------------------------------
@@ -376,16 +322,126 @@ class InfraConfig(Section):
         3, ge=0, le=100, strict=True, description="Restarts after a fault; lost and preempted machines don't count."
     )
 
-    @model_validator(mode="after")
-    def _elastic(self) -> InfraConfig:
-        if self.min_node_count is not None and self.min_node_count > self.node_count:
-            raise _wrong("min_node_count", "min_node_count can't be above node_count, {count}", count=self.node_count)
-        return self
-
     @property
     def num_workers(self) -> int:
         """World size."""
         return self.gpu_count * self.node_count
+
+
+# --- rules over several fields ----------------------------------------------------------------------------------
+# Each is about the sections that its parameters name, and says which field to mend.
+
+
+def ratios_add_up(dataset_config: DatasetConfig) -> Iterator[Fault]:
+    if isinstance(split := dataset_config.split, RandomSplit):
+        total = math.fsum(split.ratios)
+        if abs(total - 1) > 1e-6:
+            yield Fault("dataset_config.split.ratios", f"ratios must add up to 1, these add up to {total:g}")
+        elif split.ratios[0] == 0:
+            yield Fault("dataset_config.split.ratios", "the first ratio is the training share and must be above 0")
+
+
+def eval_file_is_next_to_the_dataset(dataset_config: DatasetConfig, dataset_details: DatasetDetails) -> Iterator[Fault]:
+    split, source = dataset_config.split, dataset_details.source_type
+    scheme = SCHEMES.get(source)
+    if isinstance(split, FileSplit) and scheme is not None and not _is_object(split.eval_path, scheme):
+        yield Fault("dataset_config.split.eval_path", f"eval_path must be {scheme}bucket/key when source_type is {source}")
+
+
+def streaming_has_an_end(dataset_config: DatasetConfig, train_config: TrainConfig) -> Iterator[Fault]:
+    if dataset_config.preprocessing.streaming and train_config.hyperparameters.max_steps is None:
+        message = "a streamed dataset has no known length: streaming needs max_steps"
+        yield Fault("train_config.hyperparameters.max_steps", message)
+
+
+def model_is_where_it_is_said(model_details: ModelDetails) -> Iterator[Fault]:
+    field, name, scheme = "model_details.base_model", model_details.base_model, SCHEMES.get(model_details.source_type)
+    if scheme is None and "://" in name:
+        source = next((s for s, prefix in SCHEMES.items() if name.startswith(prefix)), "s3 or gcs")
+        yield Fault(field, f"base_model must be a hub id such as owner/name; for a bucket's folder, source_type is {source}")
+    elif scheme is None and not HUB_ID.fullmatch(name):
+        yield Fault(field, "base_model must be a hub id such as owner/name")
+    elif scheme is not None and not _is_object(name, scheme):
+        yield Fault(field, f"base_model must be a folder {scheme}bucket/folder when source_type is {model_details.source_type}")
+
+
+def private_model_has_a_secret(model_details: ModelDetails) -> Iterator[Fault]:
+    if model_details.ownership == "private" and model_details.secret_id is None:
+        yield Fault("model_details.secret_id", "a private model needs secret_id")
+
+
+def full_trains_unquantised_weights(model_details: ModelDetails, train_config: TrainConfig) -> Iterator[Fault]:
+    if train_config.train_type == "full" and model_details.quantization is not None:
+        message = "full trains the weights themselves, which can't be done on quantised ones: leave quantization out, or use lora"
+        yield Fault("model_details.quantization", message)
+
+
+def all_linear_is_alone(train_config: TrainConfig) -> Iterator[Fault]:
+    targets = train_config.adapter_config.targets
+    if "all-linear" in targets and len(targets) > 1:
+        message = '"all-linear" already means every layer: give it alone, or names only'
+        yield Fault("train_config.adapter_config.targets", message)
+
+
+def rows_suit_the_objective(train_config: TrainConfig, dataset_details: DatasetDetails) -> Iterator[Fault]:
+    if train_config.type == "sft" and dataset_details.dataset_format == "preference":
+        message = "preference rows hold a chosen and a rejected answer, and sft learns from one: name another format, or type dpo"
+        yield Fault("dataset_details.dataset_format", message)
+
+
+def images_come_in_a_zip(model_details: ModelDetails, dataset_details: DatasetDetails) -> Iterator[Fault]:
+    vision, zipped = model_details.model_type == "vlm", dataset_details.dataset_type == "zip"
+    if vision and not zipped:
+        message = f"a vlm learns from images: its dataset is a zip of them with a train.jsonl, not {dataset_details.dataset_type}"
+        yield Fault("dataset_details.dataset_type", message)
+    elif zipped and not vision:
+        yield Fault("dataset_details.dataset_type", "a zip holds images, for model_type vlm; an llm's rows come as jsonl")
+
+
+def dataset_is_where_it_is_said(dataset_details: DatasetDetails) -> Iterator[Fault]:
+    field, source, path = "dataset_details.dataset_path", dataset_details.source_type, dataset_details.dataset_path
+    scheme = SCHEMES.get(source)
+    if scheme is not None and not path.startswith(scheme):
+        yield Fault(field, f"dataset_path must start with {scheme} when source_type is {source}")
+    elif scheme is not None and not _is_object(path, scheme):
+        yield Fault(field, f"dataset_path must be {scheme}bucket/key")
+    elif source == "s3" and path.endswith("/"):
+        yield Fault(field, "a prefix is not supported yet, name one object", NOT_SUPPORTED_YET)
+    elif source == "hf" and not HUB_ID.fullmatch(path):
+        yield Fault(field, "dataset_path must be the id of a dataset of the hub, such as owner/name, when source_type is hf")
+
+
+def private_dataset_has_a_secret(dataset_details: DatasetDetails) -> Iterator[Fault]:
+    if dataset_details.source_type in SCHEMES and dataset_details.ownership == "private" and dataset_details.secret_id is None:
+        yield Fault("dataset_details.secret_id", "a private dataset needs secret_id")
+
+
+def fewest_nodes_are_not_more(infra_config: InfraConfig) -> Iterator[Fault]:
+    fewest, nodes = infra_config.min_node_count, infra_config.node_count
+    if fewest is not None and fewest > nodes:
+        yield Fault("infra_config.min_node_count", f"min_node_count must be at most node_count, which is {nodes}")
+
+
+SCHEMES = {"s3": "s3://", "gcs": "gs://"}
+RULES: tuple[Rule, ...] = (
+    ratios_add_up,
+    eval_file_is_next_to_the_dataset,
+    streaming_has_an_end,
+    model_is_where_it_is_said,
+    private_model_has_a_secret,
+    full_trains_unquantised_weights,
+    all_linear_is_alone,
+    rows_suit_the_objective,
+    images_come_in_a_zip,
+    dataset_is_where_it_is_said,
+    private_dataset_has_a_secret,
+    fewest_nodes_are_not_more,
+)
+
+
+def _is_object(uri: str, scheme: str) -> bool:
+    bucket, _, key = uri.removeprefix(scheme).partition("/")
+    return uri.startswith(scheme) and bool(BUCKET.fullmatch(bucket)) and bool(key)
 
 
 # --- the job ----------------------------------------------------------------------------------------------------
@@ -413,3 +469,8 @@ class JobSpec(Section):
     train_config: TrainConfig = Field(default_factory=TrainConfig)
     dataset_details: DatasetDetails
     infra_config: InfraConfig
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _all_errors_at_once(cls, data: Any, validate: ModelWrapValidatorHandler[JobSpec]) -> JobSpec:
+        return held_to(RULES, cls, data, validate)

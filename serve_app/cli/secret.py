@@ -2,38 +2,111 @@
 
 from __future__ import annotations
 
+import getpass
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from serve_app.cli.common import AsJson, Org, Token, Url, app, client_for, org_of, plain, show
+from serve_app.cli.common import AsJson, Org, Token, Url, app, client_for, die, org_of, plain, show
 
 secret_app = typer.Typer(no_args_is_help=True, help="Keys to buckets, stored encrypted in the service.")
 app.add_typer(secret_app, name="secret")
 
 
+class Kind(StrEnum):
+    """What opens the bucket or the repository."""
+
+    aws = "aws"
+    s3 = "s3"
+    gcs = "gcs"
+    hf = "hf"
+
+
 @secret_app.command("add")
 def secret_add(
     name: Annotated[str, typer.Argument(help="What to call it.")],
-    access_key_id: Annotated[str, typer.Option(envvar="AWS_ACCESS_KEY_ID", prompt=True)],
-    secret_access_key: Annotated[str, typer.Option(envvar="AWS_SECRET_ACCESS_KEY", prompt=True, hide_input=True)],
-    type_: Annotated[str, typer.Option("--type", help="aws, or s3 for anything S3-compatible.")] = "s3",
-    session_token: Annotated[str | None, typer.Option(envvar="AWS_SESSION_TOKEN", help="Of temporary keys.")] = None,
-    endpoint_url: Annotated[str | None, typer.Option(envvar="AWS_ENDPOINT_URL", help="Of an s3 secret.")] = None,
+    kind: Annotated[Kind, typer.Option("--type", help="s3 is anything S3-compatible; hf is the Hugging Face hub.")] = Kind.s3,
+    role_arn: Annotated[str | None, typer.Option(help="Of an aws secret: a role to assume, in place of keys.")] = None,
+    endpoint_url: Annotated[str | None, typer.Option(help="Of an s3 secret; default AWS_ENDPOINT_URL.")] = None,
+    key_file: Annotated[
+        Path | None, typer.Option(help="Of a gcs secret: the service account's key; default GOOGLE_APPLICATION_CREDENTIALS.")
+    ] = None,
     region: Annotated[str | None, typer.Option(help="Region of the buckets.")] = None,
     org: Org = None,
     url: Url = None,
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """Store keys; print the secret_id."""
-    data = {"access_key_id": access_key_id, "secret_access_key": secret_access_key}
-    data |= {k: v for k, v in (("session_token", session_token), ("endpoint_url", endpoint_url), ("region", region)) if v}
-    if type_ == "aws":
-        data.pop("endpoint_url", None)  # from the environment, perhaps; AWS has its own
+    """Store keys; print the secret_id.
+
+    The values come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN; AWS_EXTERNAL_ID of a role;
+    HF_TOKEN) or are asked for: what a command line holds, everyone on the machine can read.
+    """
+    for flag, given, kinds in (
+        ("--role-arn", role_arn, (Kind.aws,)),
+        ("--endpoint-url", endpoint_url, (Kind.s3,)),
+        ("--key-file", key_file, (Kind.gcs,)),
+        ("--region", region, (Kind.aws, Kind.s3)),
+    ):
+        if given is not None and kind not in kinds:
+            die(f"{flag} is of secrets of type {' or '.join(kinds)}, not of {kind}", 2)
+    match kind:
+        case Kind.aws:
+            data = _role(role_arn) if role_arn else _keys()
+        case Kind.s3:
+            data = _keys() | {"endpoint_url": endpoint_url or os.environ.get("AWS_ENDPOINT_URL", "")}
+        case Kind.gcs:
+            data = {"service_account_json": _key_file(key_file)}
+        case Kind.hf:
+            data = {"token": _value("HF_TOKEN", "Hub token")}
+    data |= {"region": region or ""}
     org = org_of(org)
-    made = client_for(url, token, org).create_secret(org, name, type_, data)
+    made = client_for(url, token, org).create_secret(org, name, kind, {k: v for k, v in data.items() if v})
     show(made) if as_json else typer.echo(made["secret_id"])
+
+
+def _value(variable: str, asked: str, *, needed: bool = True) -> str:
+    """The environment's, or what is typed unseen, or the next line of a pipe."""
+    if given := os.environ.get(variable):
+        return given
+    # Not typer's prompt, which writes on stdout what belongs to the terminal alone.
+    if sys.stdin.isatty():
+        given = getpass.getpass(f"{asked} ({variable} is not set): ")
+    elif needed:
+        given = sys.stdin.readline().strip()
+    if needed and not given:
+        die(f"no {asked.lower()}: set {variable}, or type it in", 2)
+    return given or ""
+
+
+def _keys() -> dict[str, str]:
+    # A session's token belongs to the keys that stand next to it, not to any that are typed in.
+    together = os.environ.get("AWS_ACCESS_KEY_ID") and os.environ.get("AWS_SECRET_ACCESS_KEY")
+    return {
+        "access_key_id": _value("AWS_ACCESS_KEY_ID", "Access key id"),
+        "secret_access_key": _value("AWS_SECRET_ACCESS_KEY", "Secret access key"),
+        "session_token": os.environ.get("AWS_SESSION_TOKEN", "") if together else "",
+    }
+
+
+def _role(role_arn: str) -> dict[str, str]:
+    return {"role_arn": role_arn, "external_id": _value("AWS_EXTERNAL_ID", "External id, empty for none", needed=False)}
+
+
+def _key_file(given: Path | None) -> str:
+    path = given or os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
+    if not path:
+        die("which key? Give --key-file FILE, or set GOOGLE_APPLICATION_CREDENTIALS.", 2)
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        die(f"{path} isn't UTF-8 text", 2)
+    except OSError as error:
+        die(f"{path} can't be read: {error.strerror}", 2)
 
 
 @secret_app.command("list")

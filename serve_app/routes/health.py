@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 
 from serve_app.errors import ApiError
+from serve_app.routes.answers import Health, documented, reply
 from serve_app.routes.service import Here
 
 router = APIRouter(tags=["health"])
 
 
-@router.get("/healthz")
+@router.get("/healthz", responses=documented(Health, "It does."))
 @router.get("/healthz/", include_in_schema=False)
-def healthz() -> dict[str, str]:
+def healthz() -> Response:
     """The process answers."""
-    return {"status": "ok"}
+    return reply({"status": "ok"})
 
 
-@router.get("/readyz")
+@router.get("/readyz", responses=documented(Health, "They do."))
 @router.get("/readyz/", include_in_schema=False)
-def readyz(here: Here) -> dict[str, str]:
+def readyz(here: Here) -> Response:
     """The store answers and the dispatcher lives; 503 says which doesn't."""
     here.store.ping()
     reason = here.runtime.not_ready()
     if reason is not None:
         raise ApiError(503, reason, headers={"Retry-After": "5"})
-    return {"status": "ready"}
+    return reply({"status": "ready"})

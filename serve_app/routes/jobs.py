@@ -6,13 +6,14 @@ import hashlib
 import json
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Header, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from serve_app.auth import Principal
 from serve_app.body import read_fields
 from serve_app.errors import field_error, invalid
 from serve_app.lifecycle import Status
+from serve_app.routes.answers import SUBMITTED, JobAnswer, JobList, Plan, Submitted, documented, reply
 from serve_app.routes.service import UUID_SCHEMA, Asking, Here, Service, find_job, is_uuid, json_body, render, render_one, uuid_of
 from serve_app.store.jobs import Job
 from serve_app.validation import PLAIN, SECTIONS, validate
@@ -44,25 +45,27 @@ BODY = {
     }
 }
 
+A_JOB = documented(JobAnswer, "The job.")
 
-@router.post("/job/", openapi_extra=BODY)
+
+@router.post("/job/", openapi_extra=BODY, responses=documented(Submitted, "The job is durable.", SUBMITTED))
 @router.post("/job", include_in_schema=False)
 async def submit(
     request: Request, asking: Asking, here: Here, idempotency_key: Annotated[str | None, Header(max_length=255)] = None
-) -> dict[str, Any]:
+) -> Response:
     """Submit a job. 200 means that it is durable."""
     asking.require_scope("jobs:write")
     payload = await read_fields(request, here.settings.max_body_bytes, PLAIN, SECTIONS)
-    return await run_in_threadpool(_submit, here, asking, payload, idempotency_key)
+    return reply(await run_in_threadpool(_submit, here, asking, payload, idempotency_key))
 
 
-@router.post("/job/plan/", openapi_extra=BODY)
+@router.post("/job/plan/", openapi_extra=BODY, responses=documented(Plan, "The plan."))
 @router.post("/job/plan", include_in_schema=False)
-async def plan(request: Request, asking: Asking, here: Here) -> dict[str, Any]:
+async def plan(request: Request, asking: Asking, here: Here) -> Response:
     """What a job would take: workers, memory, tokens, steps, time, price, warnings, rendered samples. Creates nothing."""
     asking.require_scope("jobs:read")
     payload = await read_fields(request, here.settings.max_body_bytes, PLAIN, SECTIONS)
-    return await run_in_threadpool(_plan, here, asking, payload)
+    return reply(await run_in_threadpool(_plan, here, asking, payload))
 
 
 def _plan(here: Service, asking: Principal, payload: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +80,7 @@ def _accepted(here: Service, asking: Principal, payload: dict[str, Any]) -> JobS
     return validate(payload, here.settings, here.vault, here.store.capacity())
 
 
-def _submit(here: Service, asking: Principal, payload: dict[str, Any], key: str | None) -> dict[str, Any]:
+def _submit(here: Service, asking: Principal, payload: dict[str, Any], key: str | None) -> Submitted:
     digest = hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
     # A repeated request gets the first one's answer, even if it couldn't be accepted any more.
     job = _replayed(here, asking, payload, key, digest)
@@ -88,7 +91,7 @@ def _submit(here: Service, asking: Principal, payload: dict[str, Any], key: str 
             here.runtime.poke()
     return {
         "request_id": job.request_id,
-        "status": str(job.status),
+        "status": job.status,
         "message": job.message,
         "experiment_name": job.experiment_name,
     }
@@ -118,15 +121,15 @@ def acceptance(spec: JobSpec, here: Service) -> str:
     )
 
 
-@router.get("/job/get/")
+@router.get("/job/get/", responses=A_JOB)
 @router.get("/job/get", include_in_schema=False)
-def get(asking: Asking, here: Here, org_id: str, request_id: str) -> dict[str, Any]:
+def get(asking: Asking, here: Here, org_id: str, request_id: str) -> Response:
     """One job."""
     asking.require_scope("jobs:read")
-    return render_one(here, find_job(here, asking, request_id, org_id))
+    return reply(render_one(here, find_job(here, asking, request_id, org_id)))
 
 
-@router.get("/job/list/")
+@router.get("/job/list/", responses=documented(JobList, "The page."))
 @router.get("/job/list", include_in_schema=False)
 def list_jobs(
     asking: Asking,
@@ -136,7 +139,7 @@ def list_jobs(
     experiment_name: Annotated[str | None, Query(pattern=EXPERIMENT_NAME)] = None,
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
     cursor: str | None = None,
-) -> dict[str, Any]:
+) -> Response:
     """The org's jobs, newest first."""
     asking.require_scope("jobs:read")
     org = uuid_of(org_id, "org_id")
@@ -145,37 +148,37 @@ def list_jobs(
         found, following = here.store.list_jobs(org, status=status, experiment_name=experiment_name, limit=limit, cursor=cursor)
     except ValueError:
         raise invalid([field_error("cursor", "not a cursor of this service")]) from None
-    return {"jobs": render(here, found), "next_cursor": following}
+    return reply({"jobs": render(here, found), "next_cursor": following})
 
 
-@router.post("/job/cancel/", openapi_extra=json_body(org_id=UUID_SCHEMA, request_id=UUID_SCHEMA))
+@router.post("/job/cancel/", openapi_extra=json_body(org_id=UUID_SCHEMA, request_id=UUID_SCHEMA), responses=A_JOB)
 @router.post("/job/cancel", include_in_schema=False)
-async def cancel(request: Request, asking: Asking, here: Here) -> dict[str, Any]:
+async def cancel(request: Request, asking: Asking, here: Here) -> Response:
     """Stop a job. Again is fine; a job that has ended otherwise is a 409."""
     asking.require_scope("jobs:write")
     payload = await read_fields(request, here.settings.max_body_bytes, ("org_id", "request_id"))
     org = uuid_of(payload.get("org_id"), "org_id")
-    return await run_in_threadpool(_cancel, here, asking, payload.get("request_id"), org)
+    return reply(await run_in_threadpool(_cancel, here, asking, payload.get("request_id"), org))
 
 
-def _cancel(here: Service, asking: Principal, request_id: Any, org_id: str | None) -> dict[str, Any]:
+def _cancel(here: Service, asking: Principal, request_id: Any, org_id: str | None) -> JobAnswer:
     job = find_job(here, asking, request_id, org_id)
     job = here.store.request_cancel(job.request_id)
     here.runtime.poke()
     return render_one(here, job)
 
 
-@router.post("/job/resume/", openapi_extra=json_body(org_id=UUID_SCHEMA, request_id=UUID_SCHEMA))
+@router.post("/job/resume/", openapi_extra=json_body(org_id=UUID_SCHEMA, request_id=UUID_SCHEMA), responses=A_JOB)
 @router.post("/job/resume", include_in_schema=False)
-async def resume(request: Request, asking: Asking, here: Here) -> dict[str, Any]:
+async def resume(request: Request, asking: Asking, here: Here) -> Response:
     """Queue a FAILED or CANCELED job again, to go on from its last checkpoint; any other is a 409."""
     asking.require_scope("jobs:write")
     payload = await read_fields(request, here.settings.max_body_bytes, ("org_id", "request_id"))
     org = uuid_of(payload.get("org_id"), "org_id")
-    return await run_in_threadpool(_resume, here, asking, payload.get("request_id"), org)
+    return reply(await run_in_threadpool(_resume, here, asking, payload.get("request_id"), org))
 
 
-def _resume(here: Service, asking: Principal, request_id: Any, org_id: str | None) -> dict[str, Any]:
+def _resume(here: Service, asking: Principal, request_id: Any, org_id: str | None) -> JobAnswer:
     job = find_job(here, asking, request_id, org_id)
     job = here.store.resume(job.request_id)
     here.runtime.poke()
@@ -183,25 +186,25 @@ def _resume(here: Service, asking: Principal, request_id: Any, org_id: str | Non
 
 
 # Last, or they would take the words above for ids.
-@router.get("/job/{request_id}")
+@router.get("/job/{request_id}", responses=A_JOB)
 @router.get("/job/{request_id}/", include_in_schema=False)
-def get_by_path(asking: Asking, here: Here, request_id: str) -> dict[str, Any]:
+def get_by_path(asking: Asking, here: Here, request_id: str) -> Response:
     """One job, its id in the path."""
     asking.require_scope("jobs:read")
-    return render_one(here, find_job(here, asking, request_id, None))
+    return reply(render_one(here, find_job(here, asking, request_id, None)))
 
 
-@router.post("/job/{request_id}/cancel")
+@router.post("/job/{request_id}/cancel", responses=A_JOB)
 @router.post("/job/{request_id}/cancel/", include_in_schema=False)
-def cancel_by_path(asking: Asking, here: Here, request_id: str) -> dict[str, Any]:
+def cancel_by_path(asking: Asking, here: Here, request_id: str) -> Response:
     """Stop a job, its id in the path."""
     asking.require_scope("jobs:write")
-    return _cancel(here, asking, request_id, None)
+    return reply(_cancel(here, asking, request_id, None))
 
 
-@router.post("/job/{request_id}/resume")
+@router.post("/job/{request_id}/resume", responses=A_JOB)
 @router.post("/job/{request_id}/resume/", include_in_schema=False)
-def resume_by_path(asking: Asking, here: Here, request_id: str) -> dict[str, Any]:
+def resume_by_path(asking: Asking, here: Here, request_id: str) -> Response:
     """Queue a FAILED or CANCELED job again, its id in the path."""
     asking.require_scope("jobs:write")
-    return _resume(here, asking, request_id, None)
+    return reply(_resume(here, asking, request_id, None))

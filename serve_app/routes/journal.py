@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from serve_app.errors import ApiError
 from serve_app.lifecycle import FINAL
+from serve_app.routes.answers import EVENTS, LOGS, POINTS, Artifacts, Events, Logs, Points, documented, reply
 from serve_app.routes.service import MAX_ID, Asking, Here, Service, find_job, wire_time
 from serve_app.storage import artifacts
 from serve_app.store.jobs import Job
@@ -44,8 +45,8 @@ AfterStep = Annotated[int, Query(ge=-1, le=MAX_ID, description="Only points of l
 Rank = Annotated[int | None, Query(ge=0, le=100_000, description="Only this worker's lines.")]
 Tail = Annotated[int | None, Query(ge=1, le=MAX_PAGE, description="The last lines, in order; default 1000.")]
 LastEventId = Annotated[str | None, Header(description="Where a broken stream goes on (sent by EventSource itself).")]
-STREAMS: dict[int | str, dict[str, Any]] = {
-    200: {"content": {SSE: {"schema": {"type": "string"}}}},
+STREAM = {SSE: {"schema": {"type": "string"}}}
+ENDED: dict[int | str, dict[str, Any]] = {
     204: {"description": "To a reconnecting stream: the job has ended and everything was sent."},
 }
 
@@ -54,10 +55,10 @@ Fetch = Callable[[int], list[dict[str, Any]]]
 
 async def _answer(
     request: Request, here: Service, job: Job, name: str, fetch: Fetch, after: int, last_event_id: str | None
-) -> Response | dict[str, Any]:
+) -> Response:
     """One page as JSON, or a stream of server-sent events when the client accepts that."""
     if SSE not in request.headers.get("accept", ""):
-        return {name: await run_in_threadpool(fetch, after)}
+        return reply({name: await run_in_threadpool(fetch, after)})
     if last_event_id is not None and last_event_id.isdecimal() and len(last_event_id) < 19:
         after = int(last_event_id)
         if job.status in FINAL and not await run_in_threadpool(fetch, after):
@@ -86,9 +87,9 @@ async def _stream(here: Service, job: Job, name: str, fetch: Fetch, after: int) 
         await asyncio.sleep(FOLLOW_POLL_S)
 
 
-@router.get("/job/events/", responses=STREAMS)
+@router.get("/job/events/", responses=documented(Events, "The page, or the stream.", EVENTS, **STREAM) | ENDED)
 @router.get("/job/events", include_in_schema=False)
-async def events(request: Request, here: Here, job: ByQuery, after: After = 0, last_event_id: LastEventId = None) -> Any:
+async def events(request: Request, here: Here, job: ByQuery, after: After = 0, last_event_id: LastEventId = None) -> Response:
     """The job's event log, oldest first; `Accept: text/event-stream` follows it."""
 
     def fetch(after: int) -> list[dict[str, Any]]:
@@ -98,7 +99,7 @@ async def events(request: Request, here: Here, job: ByQuery, after: After = 0, l
     return await _answer(request, here, job, "events", fetch, after, last_event_id)
 
 
-@router.get("/job/logs/", responses=STREAMS)
+@router.get("/job/logs/", responses=documented(Logs, "The lines, or the stream.", LOGS, **STREAM) | ENDED)
 @router.get("/job/logs", include_in_schema=False)
 async def logs(
     request: Request,
@@ -108,7 +109,7 @@ async def logs(
     tail: Tail = None,
     after: After = 0,
     last_event_id: LastEventId = None,
-) -> Any:
+) -> Response:
     """What the job's workers logged and printed, without secrets; `Accept: text/event-stream` follows it.
 
     Without `after` the newest lines are given.
@@ -125,25 +126,27 @@ async def logs(
     return await _answer(request, here, job, "logs", fetch, after, last_event_id)
 
 
-@router.get("/job/metrics/")
+@router.get("/job/metrics/", responses=documented(Points, "The points.", POINTS))
 @router.get("/job/metrics", include_in_schema=False)
-def metrics(here: Here, job: ByQuery, after_step: AfterStep = -1) -> dict[str, Any]:
+def metrics(here: Here, job: ByQuery, after_step: AfterStep = -1) -> Response:
     """The job's metric points in order of steps."""
-    return {"points": here.store.journal.points(job.request_id, after_step)}
+    return reply({"points": here.store.journal.points(job.request_id, after_step)})
 
 
-@router.get("/job/artifacts/")
+@router.get("/job/artifacts/", responses=documented(Artifacts, "The files."))
 @router.get("/job/artifacts", include_in_schema=False)
-def list_artifacts(here: Here, job: ByQuery) -> dict[str, Any]:
+def list_artifacts(here: Here, job: ByQuery) -> Response:
     """The job's files, each with a link that works for 15 minutes; the adapter's appear once the job is COMPLETED."""
     try:
-        return {"files": artifacts(here.settings, job.org_id, job.request_id)}
+        return reply({"files": artifacts(here.settings, job.org_id, job.request_id)})
     except OSError:
         raise ApiError(503, "the object storage can't be reached; try again shortly", headers={"Retry-After": "5"}) from None
 
 
 @router.get("/job/{request_id}/events", include_in_schema=False)
-async def events_by_path(request: Request, here: Here, job: ByPath, after: After = 0, last_event_id: LastEventId = None) -> Any:
+async def events_by_path(
+    request: Request, here: Here, job: ByPath, after: After = 0, last_event_id: LastEventId = None
+) -> Response:
     return await events(request, here, job, after, last_event_id)
 
 
@@ -156,15 +159,15 @@ async def logs_by_path(
     tail: Tail = None,
     after: After = 0,
     last_event_id: LastEventId = None,
-) -> Any:
+) -> Response:
     return await logs(request, here, job, rank, tail, after, last_event_id)
 
 
 @router.get("/job/{request_id}/metrics", include_in_schema=False)
-def metrics_by_path(here: Here, job: ByPath, after_step: AfterStep = -1) -> dict[str, Any]:
+def metrics_by_path(here: Here, job: ByPath, after_step: AfterStep = -1) -> Response:
     return metrics(here, job, after_step)
 
 
 @router.get("/job/{request_id}/artifacts", include_in_schema=False)
-def artifacts_by_path(here: Here, job: ByPath) -> dict[str, Any]:
+def artifacts_by_path(here: Here, job: ByPath) -> Response:
     return list_artifacts(here, job)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from serve_app.body import read_fields
 from serve_app.errors import ApiError, field_error, invalid
-from serve_app.routes.service import UUID_SCHEMA, Asking, Here, json_body, uuid_of
+from serve_app.routes.answers import SECRET, Deleted, SecretAnswer, Secrets, documented, reply
+from serve_app.routes.service import UUID_SCHEMA, Asking, Here, json_body, uuid_of, wire_time
 from serve_app.secret_types import TYPES, data_schema
 from serve_app.secrets import Secret
 
@@ -17,12 +16,12 @@ router = APIRouter(tags=["secrets"])
 MAX_NAME_CHARS = 128
 
 
-def _render(secret: Secret) -> dict[str, Any]:
+def _render(secret: Secret) -> SecretAnswer:
     return {
         "secret_id": secret.secret_id,
         "name": secret.name,
         "type": secret.type,
-        "created_at": secret.created_at.isoformat(),
+        "created_at": wire_time(secret.created_at),
     }
 
 
@@ -34,9 +33,9 @@ BODY = json_body(
 )
 
 
-@router.post("/secret/", openapi_extra=BODY)
+@router.post("/secret/", openapi_extra=BODY, responses=documented(SecretAnswer, "It is stored.", SECRET))
 @router.post("/secret", include_in_schema=False)
-async def create(request: Request, asking: Asking, here: Here) -> dict[str, Any]:
+async def create(request: Request, asking: Asking, here: Here) -> Response:
     """Store a secret."""
     asking.require_scope("secrets:write")
     payload = await read_fields(request, here.settings.max_body_bytes, ("org", "name", "type"), ("data",))
@@ -53,26 +52,26 @@ async def create(request: Request, asking: Asking, here: Here) -> dict[str, Any]
     errors += [field_error(str(k)[:100], "unknown field") for k in payload if k not in ("org", "name", "type", "data")]
     if errors:
         raise invalid(errors)
-    return _render(await run_in_threadpool(here.vault.create, org, str(name), str(type_), data or {}))
+    return reply(_render(await run_in_threadpool(here.vault.create, org, str(name), str(type_), data or {})))
 
 
-@router.get("/secret/list/")
+@router.get("/secret/list/", responses=documented(Secrets, "The secrets."))
 @router.get("/secret/list", include_in_schema=False)
-def list_secrets(asking: Asking, here: Here, org_id: str) -> dict[str, Any]:
+def list_secrets(asking: Asking, here: Here, org_id: str) -> Response:
     """The org's secrets, without values."""
     asking.require_scope("secrets:write")
     org = uuid_of(org_id, "org_id")
     asking.require_org(org)
-    return {"secrets": [_render(s) for s in here.vault.list(org)]}
+    return reply({"secrets": [_render(s) for s in here.vault.list(org)]})
 
 
-@router.delete("/secret/{secret_id}")
+@router.delete("/secret/{secret_id}", responses=documented(Deleted, "It is gone."))
 @router.delete("/secret/{secret_id}/", include_in_schema=False)
-def delete(asking: Asking, here: Here, secret_id: str, org_id: str) -> dict[str, Any]:
+def delete(asking: Asking, here: Here, secret_id: str, org_id: str) -> Response:
     """Delete a secret. Jobs that name it and haven't started will fail."""
     asking.require_scope("secrets:write")
     org = uuid_of(org_id, "org_id")
     asking.require_org(org)
     if not here.vault.delete(org, uuid_of(secret_id, "secret_id")):
         raise ApiError(404, f"no secret {secret_id}")
-    return {"secret_id": secret_id, "deleted": True}
+    return reply({"secret_id": secret_id, "deleted": True})

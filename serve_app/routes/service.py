@@ -6,17 +6,18 @@ import datetime as dt
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, cast
 
 from fastapi import Depends, Header, Request
 
 from serve_app.auth import Principal, Verifier
 from serve_app.errors import ApiError, field_error, invalid
+from serve_app.lifecycle import Phase
 from serve_app.quota import RateLimit
+from serve_app.routes.answers import JobAnswer, JobMetrics
 from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
 from serve_app.store.jobs import Job, JobStore
-from serve_app.validation import SECTIONS
 from train_loop.spec import JobSpec
 
 
@@ -108,12 +109,12 @@ MAX_ID = 2**63 - 1  # the databases' largest integer
 UUID_SCHEMA = {"type": "string", "format": "uuid"}
 
 
-def wire_time(value: dt.datetime | None) -> str | None:
+def wire_time(value: dt.datetime) -> str:
     """RFC 3339, UTC, milliseconds."""
-    return None if value is None else value.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return value.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def render(here: Service, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+def render(here: Service, jobs: Sequence[Job]) -> list[JobAnswer]:
     """Jobs on the wire: the store's rows, overlaid with what their actors say now."""
     # What a running job's actor wrote a moment ago is as good as asking it, and costs no way through Ray.
     fresh = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=FRESH_S)
@@ -122,19 +123,19 @@ def render(here: Service, jobs: Sequence[Job]) -> list[dict[str, Any]]:
     return [_render(job, live.get(job.request_id), positions.get(job.request_id)) for job in jobs]
 
 
-def render_one(here: Service, job: Job) -> dict[str, Any]:
+def render_one(here: Service, job: Job) -> JobAnswer:
     """One job on the wire."""
     return render(here, [job])[0]
 
 
-def _render(job: Job, live: dict[str, Any] | None, queue_position: int | None) -> dict[str, Any]:
+def _render(job: Job, live: dict[str, Any] | None, queue_position: int | None) -> JobAnswer:
     now = dt.datetime.now(dt.UTC)
-    wire = {
+    wire: JobAnswer = {
         "request_id": job.request_id,
         "org": job.org_id,
         "experiment_name": job.experiment_name,
-        "status": str(job.status),
-        "phase": str(job.phase),
+        "status": job.status,
+        "phase": Phase(job.phase),
         "message": job.message,
         "progress": job.progress,
         "step": job.step,
@@ -143,14 +144,18 @@ def _render(job: Job, live: dict[str, Any] | None, queue_position: int | None) -
         "eta_s": job.eta_s,
         "created_at": wire_time(job.created_at),
         "updated_at": wire_time(now if live else job.updated_at),
-        "started_at": wire_time(job.started_at),
-        "completed_at": wire_time(job.completed_at),
+        "started_at": None if job.started_at is None else wire_time(job.started_at),
+        "completed_at": None if job.completed_at is None else wire_time(job.completed_at),
         "queue_position": queue_position,
         "attempt": job.attempt,
-        **{name: job.spec[name] for name in SECTIONS},
-        "metrics": job.metrics,
+        "dataset_config": job.spec["dataset_config"],
+        "model_details": job.spec["model_details"],
+        "train_config": job.spec["train_config"],
+        "dataset_details": job.spec["dataset_details"],
+        "infra_config": job.spec["infra_config"],
+        "metrics": cast(JobMetrics, job.metrics),
         "output_model_path": job.output_model_path,
         "error_message": job.error_message,
         "error_code": job.error_code,
     }
-    return wire | {k: v for k, v in (live or {}).items() if k in wire}
+    return cast(JobAnswer, wire | {k: v for k, v in (live or {}).items() if k in wire})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import io
 import json
 import os
+import pty
 import subprocess
 import sys
 import threading
@@ -85,13 +87,14 @@ def job(status: str, phase: str, **more: Any) -> dict[str, Any]:
     return {"request_id": JOB, "experiment_name": "e", "status": status, "phase": phase, "message": "", **more}
 
 
-def tuneyard(home: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """The command as a user runs it, in a home of its own."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("TUNEYARD_", "AWS_"))}
+def tuneyard(home: Path, *arguments: str, typed: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    """The command as a user runs it, in a home of its own, without a terminal."""
+    ours = ("TUNEYARD_", "AWS_", "HF_TOKEN", "GOOGLE_")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     return subprocess.run(
         [sys.executable, "-m", "serve_app.cli", *arguments],
         env=clean | {"TUNEYARD_HOME": str(home)} | env,
-        stdin=subprocess.DEVNULL,
+        input=typed,
         capture_output=True,
         text=True,
         timeout=60,
@@ -299,6 +302,96 @@ def test_submit_json_prints_the_answer_alone(tmp_path: Path, server: Server) -> 
     path.write_text(json.dumps(DOCUMENTED))
     done = tuneyard(tmp_path, "submit", str(path), "--json", "--url", server.url, "--token", TOKEN)
     assert json.loads(done.stdout) == answer
+
+
+ROLE = "arn:aws:iam::123456789012:role/tuneyard"
+KEYS = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "key"}
+STORED = {"access_key_id": "id", "secret_access_key": "key"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "typed", "type_", "data"),
+    [
+        ([], KEYS | {"AWS_ENDPOINT_URL": "http://s3"}, "", "s3", STORED | {"endpoint_url": "http://s3"}),
+        (["--endpoint-url", "http://a"], KEYS | {"AWS_ENDPOINT_URL": "b"}, "", "s3", STORED | {"endpoint_url": "http://a"}),
+        ([], {}, "id\nkey\n", "s3", STORED),
+        (["--type", "aws", "--region", "us-west-2"], KEYS, "", "aws", STORED | {"region": "us-west-2"}),
+        (
+            ["--type", "aws"],
+            KEYS | {"AWS_SESSION_TOKEN": "t", "AWS_ENDPOINT_URL": "b"},
+            "",
+            "aws",
+            STORED | {"session_token": "t"},
+        ),
+        # A token in the environment isn't one of keys that are typed in.
+        (["--type", "aws"], {"AWS_SESSION_TOKEN": "t"}, "id\nkey\n", "aws", STORED),
+        (["--type", "aws", "--role-arn", ROLE], {"AWS_EXTERNAL_ID": "ext"}, "", "aws", {"role_arn": ROLE, "external_id": "ext"}),
+        (["--type", "aws", "--role-arn", ROLE], KEYS, "", "aws", {"role_arn": ROLE}),
+        (["--type", "hf"], {"HF_TOKEN": "hf_x"}, "", "hf", {"token": "hf_x"}),
+        (["--type", "hf"], {}, "hf_y\n", "hf", {"token": "hf_y"}),
+    ],
+)
+def test_secret_add_takes_values_from_the_environment_or_asks(
+    tmp_path: Path, server: Server, arguments: list[str], env: dict[str, str], typed: str, type_: str, data: dict[str, str]
+) -> None:
+    server.answers = [Answer(200, {"secret_id": "made"})]
+    where = ["--org", ORG, "--url", server.url, "--token", TOKEN]
+    done = tuneyard(tmp_path, "secret", "add", "n", *arguments, *where, typed=typed, **env)
+    assert done.stdout == "made\n", done.stderr
+    assert json.loads(server.requests[-1][2]) == {"org": ORG, "name": "n", "type": type_, "data": data}
+
+
+def test_a_secret_typed_on_a_terminal_is_not_shown_there(tmp_path: Path, server: Server) -> None:
+    server.answers = [Answer(200, {"secret_id": "made"})]
+    command = [sys.executable, "-m", "serve_app.cli", "secret", "add", "n", "--type", "hf"]
+    command += ["--org", ORG, "--url", server.url, "--token", TOKEN]
+    env = {k: v for k, v in os.environ.items() if k != "HF_TOKEN"} | {"TUNEYARD_HOME": str(tmp_path)}
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, command, env)
+    shown = b""
+    while b"HF_TOKEN is not set" not in shown:
+        shown += os.read(terminal, 1024)
+    os.write(terminal, b"hf_typed\n")
+    with contextlib.suppress(OSError):  # which is how Linux says that the other end is closed
+        while block := os.read(terminal, 1024):
+            shown += block
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert b"made" in shown
+    assert b"hf_typed" not in shown
+    assert json.loads(server.requests[-1][2])["data"] == {"token": "hf_typed"}
+
+
+def test_secret_add_reads_a_service_accounts_key_from_its_file(tmp_path: Path, server: Server) -> None:
+    server.answers = [Answer(200, {"secret_id": "made"})]
+    key = tmp_path / "key.json"
+    key.write_text('{"type": "service_account"}')
+    add = ["secret", "add", "n", "--type", "gcs", "--org", ORG, "--url", server.url, "--token", TOKEN]
+    for arguments, env in ((["--key-file", str(key)], {}), ([], {"GOOGLE_APPLICATION_CREDENTIALS": str(key)})):
+        assert tuneyard(tmp_path, *add, *arguments, **env).returncode == 0
+        assert json.loads(server.requests[-1][2])["data"] == {"service_account_json": key.read_text()}
+    missing = tuneyard(tmp_path, *add, "--key-file", str(tmp_path / "none"))
+    assert (missing.returncode, "can't be read" in missing.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--role-arn", ROLE],
+        ["--type", "aws", "--endpoint-url", "http://a"],
+        ["--type", "hf", "--key-file", "key.json"],
+        ["--type", "gcs", "--region", "us-west-2"],
+        ["--type", "gcs"],
+        ["--type", "ftp"],
+    ],
+)
+def test_secret_add_refuses_what_does_not_go_together(tmp_path: Path, arguments: list[str]) -> None:
+    done = tuneyard(
+        tmp_path, "secret", "add", "n", *arguments, "--org", ORG, "--url", "http://127.0.0.1:9", "--token", TOKEN, **KEYS
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
 
 
 def public(kind: type) -> set[str]:

@@ -2,7 +2,7 @@ import pytest
 from pydantic import ValidationError
 
 from tests.conftest import DOCUMENTED, with_fields
-from train_loop.spec import JobSpec
+from train_loop.spec import JobSpec, TrainConfig
 
 
 def test_the_documented_request_is_valid_and_defaults_are_filled_in():
@@ -21,14 +21,10 @@ def test_null_means_the_default():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("dataset_config.preprocessing.streaming", True),
         ("dataset_config.split", {"type": "file", "eval_path": "s3://bucket/eval.jsonl"}),
-        ("model_details.model_type", "vlm"),
-        ("model_details.ownership", "private"),
         ("model_details.revision", "main"),
         ("model_details.quantization.quant_bits", 8),
         ("train_config.type", "dpo"),
-        ("train_config.train_type", "full"),
         ("train_config.torch_dtype", "float16"),
         ("train_config.distributed.type", "fsdp"),
         ("train_config.export", {"merge": True}),
@@ -38,12 +34,9 @@ def test_null_means_the_default():
         ("train_config.adapter_config.use_dora", True),
         ("train_config.adapter_config.init", "pissa"),
         ("train_config.adapter_config.modules_to_save", ["lm_head"]),
-        ("dataset_details.dataset_type", "zip"),
+        ("dataset_details.dataset_type", "parquet"),
         ("dataset_details.dataset_format", "alpaca"),
         ("dataset_details.dataset_path", "s3://bucket/prefix/"),
-        ("infra_config.priority", 3),
-        ("infra_config.min_node_count", 1),
-        ("infra_config.max_runtime_s", 60),
     ],
 )
 def test_what_is_not_built_yet_is_refused_by_name(field, value):
@@ -76,6 +69,137 @@ def test_what_is_not_built_yet_is_refused_by_name(field, value):
 def test_wrong_values_are_refused(field, value):
     with pytest.raises(ValidationError):
         JobSpec.model_validate(with_fields(DOCUMENTED, {field: value}))
+
+
+FULL = {"train_config.train_type": "full", "model_details.quantization": None}
+VLM = {"model_details.model_type": "vlm", "dataset_details.dataset_type": "zip"}
+
+
+def errors_of(changes):
+    """By dotted name: (type, sentence) of every error, one a field."""
+    with pytest.raises(ValidationError) as caught:
+        JobSpec.model_validate(with_fields(DOCUMENTED, changes))
+    found = [(".".join(map(str, e["loc"])), (e["type"], e["msg"])) for e in caught.value.errors()]
+    assert len(dict(found)) == len(found), "one error a field"
+    return dict(found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "said"),
+    [
+        ({"dataset_config.split.ratios": [0.9, 0.2]}, "dataset_config.split.ratios", "add up to 1.1"),
+        ({"dataset_config.split.ratios": [0, 1]}, "dataset_config.split.ratios", "above 0"),
+        (
+            {"dataset_config.split": {"type": "file", "eval_path": "gs://bucket/eval.jsonl"}},
+            "dataset_config.split.eval_path",
+            "s3://bucket/key",
+        ),
+        (
+            {"dataset_config.preprocessing.streaming": True},
+            "train_config.hyperparameters.max_steps",
+            "streaming needs max_steps",
+        ),
+        ({"model_details.base_model": "s3://bucket/llama"}, "model_details.base_model", "source_type is s3"),
+        ({"model_details.base_model": "a//b"}, "model_details.base_model", "owner/name"),
+        ({"model_details.source_type": "s3"}, "model_details.base_model", "s3://bucket/folder"),
+        (
+            {"model_details.source_type": "gcs", "model_details.base_model": "s3://bucket/llama"},
+            "model_details.base_model",
+            "gs://bucket/folder",
+        ),
+        ({"model_details.ownership": "private"}, "model_details.secret_id", "private model needs secret_id"),
+        ({"train_config.train_type": "full"}, "model_details.quantization", "leave quantization out"),
+        ({"train_config.adapter_config.targets": ["all-linear", "q_proj"]}, "train_config.adapter_config.targets", "alone"),
+        ({"dataset_details.dataset_format": "preference"}, "dataset_details.dataset_format", "type dpo"),
+        ({"model_details.model_type": "vlm"}, "dataset_details.dataset_type", "zip"),
+        ({"dataset_details.dataset_type": "zip"}, "dataset_details.dataset_type", "model_type vlm"),
+        ({"dataset_details.dataset_path": "gs://bucket/key"}, "dataset_details.dataset_path", "s3://"),
+        ({"dataset_details.dataset_path": "s3://bucket"}, "dataset_details.dataset_path", "s3://bucket/key"),
+        ({"dataset_details.source_type": "gcs"}, "dataset_details.dataset_path", "gs://"),
+        ({"dataset_details.source_type": "hf"}, "dataset_details.dataset_path", "id of a dataset of the hub"),
+        ({"dataset_details.secret_id": None}, "dataset_details.secret_id", "private dataset needs secret_id"),
+        (
+            {
+                "dataset_details.source_type": "gcs",
+                "dataset_details.dataset_path": "gs://bucket/key",
+                "dataset_details.secret_id": None,
+            },
+            "dataset_details.secret_id",
+            "private dataset needs secret_id",
+        ),
+        ({"infra_config.min_node_count": 3}, "infra_config.min_node_count", "at most node_count, which is 2"),
+    ],
+)
+def test_every_rule_over_several_fields_says_which_to_mend(changes, field, said):
+    found = errors_of(changes)
+    assert found[field][0] == "rule"
+    assert said in found[field][1]
+    # What isn't built yet is said besides, of the fields that ask for it.
+    assert {kind for name, (kind, _) in found.items() if name != field} <= {"not_supported_yet"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields"),
+    [
+        (FULL, {"train_config.train_type"}),
+        (VLM, {"model_details.model_type", "dataset_details.dataset_type"}),
+        (
+            {"dataset_config.preprocessing.streaming": True, "train_config.hyperparameters.max_steps": 9},
+            {"dataset_config.preprocessing.streaming"},
+        ),
+        (
+            {"train_config.type": "dpo", "dataset_details.dataset_format": "preference"},
+            {"train_config.type", "dataset_details.dataset_format"},
+        ),
+        (
+            {"model_details.ownership": "private", "model_details.secret_id": "x"},
+            {"model_details.ownership", "model_details.secret_id"},
+        ),
+        (
+            {"model_details.source_type": "s3", "model_details.base_model": "s3://bucket/llama"},
+            {"model_details.source_type"},
+        ),
+        (
+            {"dataset_details.source_type": "gcs", "dataset_details.dataset_path": "gs://some_bucket/key"},
+            {"dataset_details.source_type"},
+        ),
+        ({"dataset_details.source_type": "hf", "dataset_details.dataset_path": "org/rows"}, {"dataset_details.source_type"}),
+    ],
+)
+def test_what_keeps_the_rules_is_only_not_supported_yet(changes, fields):
+    found = errors_of(changes)
+    assert found.keys() == fields
+    assert {kind for kind, _ in found.values()} == {"not_supported_yet"}
+
+
+def test_wrong_fields_broken_rules_and_what_is_not_built_yet_come_at_once():
+    changes = {
+        "infra_config.gpu_count": "two",
+        "train_config.train_type": "full",
+        "dataset_details.secret_id": None,
+        "train_config.export": {"merge": True},
+        "dataset_config.preprocessing.streaming": "yes",
+    }
+    assert {field: kind for field, (kind, _) in errors_of(changes).items()} == {
+        "infra_config.gpu_count": "int_type",
+        "dataset_config.preprocessing.streaming": "bool_type",
+        "model_details.quantization": "rule",
+        "train_config.train_type": "not_supported_yet",
+        "dataset_details.secret_id": "rule",
+        "train_config.export.merge": "not_supported_yet",
+    }
+
+
+def test_a_wrong_field_is_not_called_unsupported_too():
+    assert errors_of({"train_config.hyperparameters.neftune_noise_alpha": "x"}).popitem()[1][0] == "float_parsing"
+
+
+def test_full_fine_tuning_has_a_lower_learning_rate_of_its_own():
+    train = DOCUMENTED["train_config"] | {"train_type": "full"}
+    for given in (None, {}, {"learning_rate": None}):
+        assert TrainConfig.model_validate(train | {"hyperparameters": given}).hyperparameters.learning_rate == 1e-5
+    assert TrainConfig.model_validate(train).hyperparameters.learning_rate == 1e-4
+    assert TrainConfig.model_validate({}).hyperparameters.learning_rate == 1e-4
 
 
 def test_every_field_is_described():

@@ -1,0 +1,127 @@
+"""What routes answer is what the OpenAPI document says, field by field: nothing missing, nothing more."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+from starlette.testclient import TestClient
+
+from serve_app.app import build_app
+from serve_app.auth import mint_token
+from serve_app.lifecycle import Status
+from serve_app.routes import answers
+from serve_app.storage import run_uri
+from serve_app.validation import PLAIN
+from tests.conftest import CANARY, ORG, Idle
+from train_loop.plan import make_plan, this_machine
+from train_loop.spec import JobSpec
+
+POINT = {"step": 1, "epoch": 0.5, "loss": float("nan"), "learning_rate": 1e-4, "grad_norm": 0.5}
+POINT |= {"tokens": 9, "tokens_per_second": 9.5, "time": 1.5}
+METRICS = {"last": POINT, "best": {"step": 1, "eval_loss": 1.0}, "eval_loss_before": 2.0, "eval_loss_after": 1.0}
+
+
+@pytest.fixture
+def http(settings, store, local_job, mirror):
+    """As in conftest, over a cluster on which one job trains and another can be planned."""
+
+    class Busy(Idle):
+        def live_statuses(self, request_ids):
+            return {i: {"phase": "training", "step": 1, "total_steps": 2, "epoch": 0.5, "metrics": METRICS} for i in request_ids}
+
+        def plan(self, spec):
+            return make_plan(JobSpec.model_validate(local_job()), mirror, this_machine())
+
+    with TestClient(build_app(settings, store, Busy()), raise_server_exceptions=False) as client:
+        client.headers["Authorization"] = f"Bearer {mint_token(settings, ORG, 'tester', 600)}"
+        yield client
+
+
+def play(http, store, settings, job):
+    """Jobs in every state, with all that a job leaves behind: (waiting, running, failed, completed)."""
+    ids = [http.post("/job/", json=job | {"experiment_name": name}).json()["request_id"] for name in "abcd"]
+    for request_id in ids[1:]:
+        store.start_attempt(request_id, 0)
+        store.journal.add_points(request_id, [{"step": 0, "eval_loss": 2.0, "time": 1.0}, POINT])
+        store.journal.add_log(request_id, 1, 0, [(1.0, "a line")])
+    store.finish(ids[2], 1, Status.FAILED, message="no", error_code="x", error_message="no")
+    folder = Path(run_uri(settings, ORG, ids[3]))
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    (folder / "manifest.json").write_text(json.dumps({"adapter_files": [{"name": "adapter_config.json", "sha256": "0" * 64}]}))
+    store.report(ids[3], 1, metrics=METRICS, phase="done")
+    store.finish(ids[3], 1, Status.COMPLETED, message="yes", output_model_path=str(folder / "adapter"))
+    return ids
+
+
+def test_every_answer_holds_what_the_document_says_and_nothing_else(http, store, settings, job, secret_id):
+    document = http.get("/openapi.json").json()
+    waiting, running, failed, completed = play(http, store, settings, job)
+    by_query = [{"params": {"org_id": ORG, "request_id": i}} for i in (waiting, running, failed, completed)]
+    by_path = [{"path": {"request_id": i}} for i in (waiting, running, failed, completed)]
+    keys = {"access_key_id": "x", "secret_access_key": CANARY}
+    again = {"org_id": ORG, "request_id": failed}
+    requests = {
+        "GET /healthz": [{}],
+        "GET /readyz": [{}],
+        "POST /job/": [{"json": job | {"experiment_name": "e"}}],
+        "POST /job/plan/": [{"json": job}, {"files": {k: (None, v if k in PLAIN else json.dumps(v)) for k, v in job.items()}}],
+        "GET /job/get/": by_query,
+        "GET /job/{request_id}": by_path,
+        "GET /job/list/": [{"params": {"org_id": ORG, "limit": 2}}, {"params": {"org_id": ORG}}],
+        "GET /job/metrics/": by_query,
+        "GET /job/events/": by_query,
+        "GET /job/logs/": by_query,
+        "GET /job/artifacts/": by_query,
+        "POST /job/resume/": [{"json": again}],
+        "POST /job/cancel/": [{"json": again}],
+        "POST /job/{request_id}/resume": [{"path": {"request_id": failed}}],
+        "POST /job/{request_id}/cancel": [{"path": {"request_id": running}}],
+        "POST /secret/": [{"json": {"org": ORG, "name": "n", "type": "aws", "data": keys}}],
+        "GET /secret/list/": [{"params": {"org_id": ORG}}],
+        "DELETE /secret/{secret_id}": [{"path": {"secret_id": secret_id}, "params": {"org_id": ORG}}],
+    }
+    operations = {f"{m.upper()} {path}": o for path, methods in document["paths"].items() for m, o in methods.items()}
+    assert requests.keys() == operations.keys()
+    for name, asked in requests.items():
+        method, path = name.split()
+        schema = operations[name]["responses"]["200"]["content"]["application/json"]["schema"]
+        model = TypeAdapter(getattr(answers, schema["$ref"].rpartition("/")[2]))
+        for request in asked:
+            answer = http.request(method, path.format(**request.pop("path", {})), **request)
+            assert answer.status_code == 200, (name, answer.text)
+            model.validate_json(answer.content, extra="forbid")
+            assert "NaN" not in answer.text
+
+
+def test_an_answer_with_another_field_would_not_pass():
+    model = TypeAdapter(answers.Deleted)
+    with pytest.raises(ValidationError):
+        model.validate_python({"secret_id": "x", "deleted": True, "more": 1}, extra="forbid")
+
+
+def test_the_examples_of_the_document_are_answers(http):
+    document = http.get("/openapi.json").json()
+    shown = 0
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            content = operation["responses"]["200"]["content"]["application/json"]
+            if "example" in content:
+                model = getattr(answers, content["schema"]["$ref"].rpartition("/")[2])
+                TypeAdapter(model).validate_python(content["example"], extra="forbid")
+                shown += 1
+    assert shown >= 5
+
+
+def test_every_field_of_an_answer_is_described(http):
+    components = http.get("/openapi.json").json()["components"]["schemas"]
+    ours = {n: s for n, s in components.items() if isinstance(getattr(answers, n, None), type) and "properties" in s}
+    bare = {f"{n}.{f}" for n, s in ours.items() for f, p in s["properties"].items() if "description" not in p and "$ref" not in p}
+    assert {n.partition(".")[0] for n in bare} <= {
+        "DatasetConfig",
+        "ModelDetails",
+        "TrainConfig",
+        "DatasetDetails",
+        "InfraConfig",
+    }
