@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,8 +31,10 @@ class Layout:
 
     def micro_batch(self, shards: ShardSet, rows: Sequence[int] | np.ndarray) -> MicroBatch | None:
         """The rows as one micro-batch, without those that turn out unusable; None when none is left."""
-        samples = [s for s in (self._sample(shards, int(row)) for row in rows) if s is not None]
-        return collate(samples, max_length=self.max_length, packing=self.packing, pad_id=self.pad_id)
+        found = {int(row): self._sample(shards, int(row)) for row in rows}
+        usable = {row: sample for row, sample in found.items() if sample is not None}
+        batch = collate(list(usable.values()), max_length=self.max_length, packing=self.packing, pad_id=self.pad_id)
+        return None if batch is None else replace(batch, rows=tuple(usable))
 
     def _sample(self, shards: ShardSet, row: int) -> Sample | None:
         if self.tokenizer is None:
@@ -92,10 +95,11 @@ def step_batches(
 
 def eval_batches(
     shards: ShardSet, ids: np.ndarray, rank: int, world_size: int, batch_size: int, layout: Layout
-) -> Iterator[MicroBatch]:
-    """This rank's share of an evaluation, in batches of at most `batch_size` samples."""
+) -> Iterator[MicroBatch | None]:
+    """This rank's share of an evaluation, in batches of at most `batch_size` samples.
+
+    As many on every rank; None where this one has no usable row.
+    """
     mine = ids[rank::world_size]
-    for start in range(0, len(mine), batch_size):
-        batch = layout.micro_batch(shards, mine[start : start + batch_size])
-        if batch is not None:
-            yield batch
+    for start in range(0, math.ceil(len(ids) / world_size), batch_size):
+        yield layout.micro_batch(shards, mine[start : start + batch_size])
