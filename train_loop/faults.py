@@ -24,6 +24,7 @@ TELLING = (
 MAX_WRAPPERS = 20
 NODE_GONE = ("its node has died", "node it was running on is dead", "is dead because its owner has died")
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "NCCL", "recv timeout")
+CHILD_GONE = ("DataLoader worker",)
 NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "low on memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -55,6 +56,8 @@ def classify(error: BaseException, spec: JobSpec) -> End:
         return RunFault(Cause.STORAGE_AWAY, f"The disk can't be written: {_first_line(error)}")
     if _says(error, PEER_GONE):
         return RunFault(Cause.WORKER_DIED, f"A worker lost its connection to another: {_first_line(error)}")
+    if _says(error, CHILD_GONE):
+        return RunFault(Cause.WORKER_DIED, f"A process of the run died: {_first_line(error)}")
     return _internal(error)
 
 

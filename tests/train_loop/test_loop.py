@@ -12,7 +12,7 @@ from tests.conftest import TINY
 from train_loop.__main__ import Console, main
 from train_loop.data.packing import collate
 from train_loop.data.tokenize import ChatTokenizer
-from train_loop.errors import Stopped, TrainingError
+from train_loop.errors import DatasetError, Stopped, TrainingError
 from train_loop.launch import Keys, RunFiles, launch_local
 from train_loop.loss import supervised_loss
 from train_loop.model.adapters import add_adapter, trainable
@@ -224,3 +224,16 @@ def test_a_loss_that_is_not_a_number_names_the_step_and_the_row(local_job, tmp_p
     assert caught.value.code == "loss_not_finite"
     assert caught.value.message.endswith(f"look at these rows of that step: {path} line 9")
     assert "at step " in caught.value.message
+
+
+def test_a_template_at_fault_is_told_the_same_from_a_process_of_the_loader(local_job, tmp_path, mirror):
+    rewrites = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    changes = {
+        "dataset_config.preprocessing.prompt.template": rewrites,
+        "dataset_config.split": {"type": "none"},
+        "train_config.hyperparameters.dataloader_num_workers": 1,
+    }
+    with pytest.raises(DatasetError) as caught:
+        run(local_job(changes), tmp_path, mirror)
+    assert caught.value.code == "template_error"
+    assert caught.value.message.startswith("the chat template rewrites earlier turns")

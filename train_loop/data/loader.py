@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from train_loop.data.formats import RowRejected
 from train_loop.data.packing import MicroBatch, collate
+from train_loop.errors import UserError
 
 if TYPE_CHECKING:
     from train_loop.data.sampler import BatchPlan
@@ -46,8 +47,11 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class _Steps(Dataset[list[MicroBatch]]):
-    """Item i is this rank's part of step start_step + i."""
+class _Steps(Dataset["list[MicroBatch] | UserError"]):
+    """Item i is this rank's part of step start_step + i, or why there is none.
+
+    An error that DataLoader carries over from a process of its own arrives as a traceback's text, without its code.
+    """
 
     shards: ShardSet
     ids: np.ndarray
@@ -60,9 +64,12 @@ class _Steps(Dataset[list[MicroBatch]]):
     def __len__(self) -> int:
         return max(0, self.plan.total_steps - self.start_step + 1)
 
-    def __getitem__(self, i: int) -> list[MicroBatch]:
+    def __getitem__(self, i: int) -> list[MicroBatch] | UserError:
         stripes = self.plan.micro_batches(self.start_step + i, self.rank, self.world_size)
-        batches = (self.layout.micro_batch(self.shards, self.ids[stripe]) for stripe in stripes)
+        try:
+            batches = [self.layout.micro_batch(self.shards, self.ids[stripe]) for stripe in stripes]
+        except UserError as error:
+            return error
         return [b for b in batches if b is not None]
 
 
@@ -83,14 +90,17 @@ def step_batches(
         return
     # batch_size=None: an item is already a step. DataLoader draws a seed for its workers; give it a generator of its own so
     # that the number of workers doesn't move the dropout masks.
-    loader: DataLoader[list[MicroBatch]] = DataLoader(
+    loader: DataLoader[list[MicroBatch] | UserError] = DataLoader(
         steps,
         batch_size=None,
         num_workers=min(num_workers, len(steps)),
         multiprocessing_context="fork" if num_workers else None,
         generator=torch.Generator(),
     )
-    yield from enumerate(loader, start_step)
+    for step, item in enumerate(loader, start_step):
+        if isinstance(item, UserError):
+            raise item
+        yield step, item
 
 
 def eval_batches(
