@@ -8,6 +8,7 @@ written down, it ends itself.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -28,12 +29,14 @@ from serve_app.store.jobs import Job, JobStore, StaleAttempt
 from serve_app.store.journal import Notes
 from train_loop.data.sources import Credentials
 from train_loop.errors import Cause, RunFault, Stopped, UserError
+from train_loop.hang import StepClock
 from train_loop.launch import ActorMonitor, Keys, Placement, RunFiles, launch
 from train_loop.spec import JobSpec
 
 log = structlog.get_logger()
 FLUSH_S = 1.0
 BEAT_S = 5.0
+FROZEN = 2.0  # times the silence after which a worker ends itself
 MAX_KEPT_LINES = 20_000  # while the store is away
 REPORTED = frozenset({"phase", "step", "total_steps", "epoch", "eta_s", "progress", "metrics"})
 
@@ -63,7 +66,10 @@ class JobActor:
         self.stop = job.cancel_requested
         self.overtime = False
         self.started = time.monotonic()
-        self.user_error: UserError | None = None
+        self.why: UserError | RunFault | None = None  # told by a worker that ends itself
+        self.placement = self._placement()
+        self.clock = StepClock(self.placement.hang_floor_s, self.placement.hang_factor)
+        self.step_at = self.started
         self.ended = threading.Event()
         self.flusher = threading.Thread(target=self._flush_until_ended, name="flush", daemon=True)
         self.flusher.start()
@@ -86,7 +92,7 @@ class JobActor:
         return await asyncio.to_thread(self._keys)
 
     async def on_phase(self, name: str) -> None:
-        self.live["phase"] = name
+        self.live["phase"], self.step_at = name, time.monotonic()
         self.outbox.wake()
 
     async def on_event(self, kind: str, message: str) -> None:
@@ -94,6 +100,10 @@ class JobActor:
 
     async def on_progress(self, progress: dict[str, Any]) -> None:
         self.outbox.points(progress.pop("points", []))
+        now, before = time.monotonic(), self.live.get("step", 0)
+        if progress["step"] > before:
+            self.clock.took((now - self.step_at) / (progress["step"] - before))
+        self.step_at = now
         self.live.update(progress)
 
     async def on_log(self, rank: int, lines: list[tuple[float, str]]) -> None:
@@ -103,11 +113,11 @@ class JobActor:
     async def stop_requested(self) -> bool:
         return self.stop
 
-    async def on_failure(self, error: UserError) -> None:
-        self.user_error = self.user_error or error
+    async def on_failure(self, why: UserError | RunFault) -> None:
+        self.why = self.why or why
 
-    async def failure(self) -> UserError | None:
-        return self.user_error
+    async def failure(self) -> UserError | RunFault | None:
+        return self.why
 
     # --- the attempt ---
 
@@ -129,7 +139,7 @@ class JobActor:
         request_id, attempt = self.job.request_id, self.attempt
         me = ActorMonitor(actor_name(request_id, attempt), self.settings.ray_namespace)
         try:
-            manifest = launch(self.spec, request_id, self._files(me), self._placement(), me)
+            manifest = launch(self.spec, request_id, self._files(me), self.placement, me)
         except Stopped:
             return self._stopped
         except UserError as error:
@@ -236,7 +246,20 @@ class JobActor:
                     self.log.info("a newer attempt has taken over")
                     self._exit()
                     return
+            if self._hangs():
+                return
             self.outbox.wait(FLUSH_S)
+
+    def _hangs(self) -> bool:
+        """Close the attempt and end this process when training is silent longer than workers allow themselves."""
+        silent_s, limit_s = time.monotonic() - self.step_at, FROZEN * self.clock.limit_s
+        if self.live["phase"] != Phase.TRAINING or silent_s < limit_s:
+            return False
+        text = f"no step for {silent_s:.0f} s, and the workers don't see to it themselves."
+        with contextlib.suppress(StaleAttempt):
+            self._until_written(lambda: self.store.record_fault(self.job.request_id, self.attempt, Cause.HANG, text))
+        self._exit()
+        return True
 
     def _until_written(self, write: Ending) -> None:
         """Write, for as long as it takes the store to come back. Raises StaleAttempt."""

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from train_loop.errors import Cause, RunFault, Stopped, TrainingError, UserError
 from train_loop.spec import JobSpec
@@ -20,8 +21,10 @@ TELLING = (
     Cause.WORKER_DIED,
     Cause.INTERNAL,
 )
+MAX_WRAPPERS = 20
 NODE_GONE = ("its node has died", "node it was running on is dead", "is dead because its owner has died")
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "NCCL", "recv timeout")
+CHILD_GONE = ("DataLoader worker",)
 NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "low on memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -42,18 +45,34 @@ def classified(spec: JobSpec) -> Iterator[None]:
 
 def classify(error: BaseException, spec: JobSpec) -> End:
     """The end that `error` means: for the user to mend, for another attempt, or as asked for."""
+    if (ours := _ours(error)) is not None:
+        return ours
     # Without Ray (--local) none of its errors can come.
     if "ray" in sys.modules and (end := _of_ray(error, spec)) is not None:
         return end
-    if isinstance(error, UserError | RunFault | Stopped):
-        return error
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _says(error, NO_MEMORY):
         return out_of_memory(spec)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
         return RunFault(Cause.STORAGE_AWAY, f"The disk can't be written: {_first_line(error)}")
     if _says(error, PEER_GONE):
         return RunFault(Cause.WORKER_DIED, f"A worker lost its connection to another: {_first_line(error)}")
+    if _says(error, CHILD_GONE):
+        return RunFault(Cause.WORKER_DIED, f"A process of the run died: {_first_line(error)}")
     return _internal(error)
+
+
+def _ours(error: BaseException | None) -> End | None:
+    """The end that our own code raised, from under Ray's wrappers."""
+    ray_errors: Any = sys.modules.get("ray.exceptions")
+    for _ in range(MAX_WRAPPERS):
+        # Ray's own class over ours has the class's attributes, and a remote traceback as its text.
+        wrapper = ray_errors is not None and isinstance(error, ray_errors.RayError)
+        if isinstance(error, UserError | RunFault | Stopped) and not wrapper:
+            return error
+        if not isinstance(error, BaseException):
+            return None
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
 
 
 def _of_ray(error: BaseException, spec: JobSpec) -> End | None:
@@ -61,7 +80,6 @@ def _of_ray(error: BaseException, spec: JobSpec) -> End | None:
     from ray.train import TrainingFailedError
 
     if isinstance(error, ray_errors.RayTaskError):
-        # Ray raises a class of its own over ours, whose attributes are the class's and whose text is a remote traceback.
         return classify(error.cause, spec) if error.cause is not None else None
     if isinstance(error, TrainingFailedError):
         return _of_training(error, spec)

@@ -53,6 +53,7 @@ OURS = DatasetError("no rows", field="dataset_details.dataset_path", code="datas
         (ControllerError(train_errors.WorkerGroupStartupTimeoutError(4)), Cause.CLUSTER_AWAY),
         (ControllerError(train_errors.WorkerGroupStartupFailedError("died")), Cause.WORKER_DIED),
         (actor_died(KILLED), Cause.WORKER_DIED),
+        (RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "), Cause.WORKER_DIED),
         (ray_errors.NodeDiedError("gone"), Cause.NODE_LOST),
         (ray_errors.RaySystemError("no GCS"), Cause.CLUSTER_AWAY),
         (OSError(errno.ENOSPC, "No space left on device"), Cause.STORAGE_AWAY),
