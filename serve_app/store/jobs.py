@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import datetime as dt
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -27,6 +28,7 @@ from train_loop.spec import JobSpec
 
 IDEMPOTENCY_HOURS = 24
 MAX_SEQ = 2**63 - 1
+CAPACITY_AGE_S = 5.0
 WRITES = "tuneyard_writes"
 
 
@@ -133,6 +135,8 @@ class JobStore:
 
     def __init__(self, engine: Engine, now: Callable[[], dt.datetime] = utc_now) -> None:
         self.engine, self._now = engine, now
+        self._capacity: dict[str, int] = {}
+        self._capacity_until = 0.0
         self._writer = engine.execution_options(**{WRITES: True})
         self.journal = Journal(self.read)
 
@@ -243,9 +247,9 @@ class JobStore:
                 waiting = (jobs.c.org_id == spec.org) & (jobs.c.status == Status.QUEUED)
                 if max_queued is not None and _count(tx, waiting) >= max_queued:
                     raise QueueFull(f"{max_queued} jobs of this org are waiting already; submit again when one has started")
-                tx.execute(sa.insert(jobs).values(**row))
+                job = _job(tx.execute(sa.insert(jobs).values(**row).returning(jobs)).one())
                 add_event(tx, request_id, "queued", message)
-                return _require(tx, request_id), True
+                return job, True
         except sa.exc.IntegrityError:
             with self.read() as tx:
                 if idempotency_key is not None:  # the same key won a race against us
@@ -357,12 +361,20 @@ class JobStore:
     # --- what the cluster can hold ---
 
     def capacity(self) -> dict[str, int]:
-        """By gpu_type, the most workers that the cluster could ever run at once; empty until the dispatcher has looked."""
-        with self.read() as tx:
-            return {row.gpu_type: row.max_workers for row in tx.execute(sa.select(capacity))}
+        """By gpu_type, the most workers that the cluster could ever run at once; empty until the dispatcher has looked.
+
+        At most CAPACITY_AGE_S old: every submission asks.
+        """
+        now = time.monotonic()
+        if now > self._capacity_until:
+            with self.read() as tx:
+                self._capacity = {row.gpu_type: row.max_workers for row in tx.execute(sa.select(capacity))}
+            self._capacity_until = now + CAPACITY_AGE_S
+        return self._capacity
 
     def set_capacity(self, found: Mapping[str, int]) -> None:
         """Replace what `capacity` says."""
+        self._capacity_until = 0.0
         with self.write() as tx:
             tx.execute(sa.delete(capacity))
             if found:

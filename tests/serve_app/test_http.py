@@ -480,3 +480,13 @@ def test_another_org_learns_nothing_on_any_route(http, settings, job, secret_id)
     assert reached == {403, 404}
     assert http.get(f"/job/{ours}").json()["status"] == "QUEUED"
     assert [s["secret_id"] for s in http.get("/secret/list/", params={"org_id": ORG}).json()["secrets"]] == [secret_id]
+
+
+def test_what_the_cluster_can_never_hold_is_refused_with_what_it_has(http, store, job):
+    store.set_capacity({"h100": 3, "a100": 8, "cpu": 0})
+    refused = fields(http.post("/job/", json=job))["infra_config.node_count"]
+    assert refused["message"] == "4 workers of h100 are more than this cluster can have, 3; it has a100 (8), h100 (3)"
+    elastic = with_fields(job, {"infra_config.min_node_count": 1})
+    assert http.post("/job/", json=elastic).status_code == 200
+    none = with_fields(job, {"infra_config.gpu_type": "cpu", "experiment_name": "b"})
+    assert "it has a100 (8)" in fields(http.post("/job/", json=none))["infra_config.gpu_type"]["message"]
