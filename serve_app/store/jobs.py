@@ -271,6 +271,12 @@ class JobStore:
         with self.read() as tx:
             return self._earlier(tx, org_id, idempotency_key, body_hash, self._now())
 
+    def forget_expired_keys(self) -> int:
+        """Delete the idempotency keys that count no more; how many there were."""
+        oldest = self._now() - dt.timedelta(hours=IDEMPOTENCY_HOURS)
+        with self.write() as tx:
+            return int(tx.execute(sa.delete(idempotency).where(idempotency.c.created_at < oldest)).rowcount)
+
     def _earlier(self, tx: Connection, org: str, key: str, body_hash: str, now: dt.datetime) -> Job | None:
         mine = (idempotency.c.org_id == org) & (idempotency.c.key == key)
         found = tx.execute(sa.select(idempotency).where(mine)).one_or_none()
