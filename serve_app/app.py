@@ -15,15 +15,15 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from serve_app import errors, logs
 from serve_app.auth import Verifier
-from serve_app.dispatcher import NAME, Dispatcher
-from serve_app.job_actor import actor_name
+from serve_app.cluster import DISPATCHER, actor_name, poke_dispatcher
+from serve_app.dispatcher import Dispatcher
 from serve_app.planner import TIMEOUT_S, plan_in_worker
 from serve_app.quota import RateLimit
 from serve_app.routes import health, jobs, journal, secrets
 from serve_app.routes.service import Runtime, Service
 from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
-from serve_app.store.jobs import JobStore
+from serve_app.store.jobs import Job, JobStore
 from train_loop.errors import UserError
 from train_loop.spec import JobSpec
 
@@ -58,12 +58,12 @@ class RayRuntime:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
-    def live_statuses(self, request_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    def live_statuses(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
         asked = {}
-        for request_id in request_ids:
+        for job in jobs:
             with contextlib.suppress(ValueError, RayError):
-                actor = ray.get_actor(actor_name(request_id), namespace=self._settings.ray_namespace)
-                asked[actor.status.remote()] = request_id
+                actor = ray.get_actor(actor_name(job.request_id, job.attempt), namespace=self._settings.ray_namespace)
+                asked[actor.status.remote()] = job.request_id
         answers = {}
         if asked:
             done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=self._settings.status_timeout_s)
@@ -73,10 +73,7 @@ class RayRuntime:
         return answers
 
     def poke(self) -> None:
-        try:
-            ray.get_actor(NAME, namespace=self._settings.ray_namespace).poke.remote()
-        except (ValueError, RayError):
-            return  # it polls anyway
+        poke_dispatcher(self._settings.ray_namespace)
 
     def plan(self, spec: JobSpec) -> dict[str, Any]:
         task: Any = ray.remote(num_cpus=0, max_retries=0)(plan_in_worker).remote(spec.model_dump_json())
@@ -93,7 +90,7 @@ class RayRuntime:
 
     def not_ready(self) -> str | None:
         try:
-            ray.get(ray.get_actor(NAME, namespace=self._settings.ray_namespace).ping.remote(), timeout=5)
+            ray.get(ray.get_actor(DISPATCHER, namespace=self._settings.ray_namespace).ping.remote(), timeout=5)
         except (ValueError, RayError):
             return "the dispatcher doesn't answer"
         return None
@@ -148,7 +145,7 @@ def deploy(settings: Settings) -> None:
     """
     settings.require_shared_store(sum(node["Alive"] for node in ray.nodes()))
     JobStore.open(settings.database_url).require_current()
-    options = {"name": NAME, "namespace": settings.ray_namespace, "lifetime": "detached", "get_if_exists": True}
+    options = {"name": DISPATCHER, "namespace": settings.ray_namespace, "lifetime": "detached", "get_if_exists": True}
     dispatcher = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)(Dispatcher).options(**options).remote()
     ingress: Any = Ingress
     serve.run(ingress.bind(), name="tuneyard", route_prefix="/")

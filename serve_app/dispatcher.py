@@ -1,42 +1,50 @@
 """Admission, launch, reconciliation: one detached actor, and a lease in the store so that two never act.
 
-The loop is a plain comparison of the store with the cluster, so a restart of anything (this actor, a job actor, the whole
-head node) is only one more pass.
+A pass is a plain comparison of the store with the cluster, so a restart of anything (this actor, a job actor, the whole head
+node) is only one more pass. Whatever line a dispatcher dies at, the next one's pass does the rest: every change of a job is one
+transaction fenced by its attempt, and every effect on the cluster may be repeated.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import threading
-import time
 import uuid
 from collections import Counter
+from collections.abc import Callable, Mapping
 
-import ray
 import structlog
 from sqlalchemy.exc import OperationalError
 
 from serve_app import logs
-from serve_app.job_actor import JobActor, actor_name
-from serve_app.lifecycle import Status
+from serve_app.cluster import DISPATCHER, Attempt, Cluster, Node, RayCluster, bundle_of
+from serve_app.lifecycle import Phase
+from serve_app.scheduler import HALF_LIFE_S, Decision, Gang, Limits, Room, Shares, decide
 from serve_app.settings import Settings
-from serve_app.store.jobs import Job, JobStore, StaleAttempt
+from serve_app.store.jobs import Job, JobStore, StaleAttempt, utc_now
+from train_loop.errors import Cause
 
 log = structlog.get_logger()
 POLL_S = 2.0
+BUSY_POLL_S = 0.5  # while a job is being canceled or between two attempts
 LEASE_S = 15.0
-NAME_FREE_S = 10.0
-LOOK_AHEAD = 1000  # queued jobs looked at in a pass
-NAME = "dispatcher"
+START_S = 30.0  # an actor that hasn't reported by then isn't coming
+LEFTOVERS_S = 30.0  # what a dead actor started ends by itself within about a second; a lost node can make that longer
+LOOK_AHEAD_PER_ORG = 200  # queued jobs of an org looked at in a pass
+UNPLACEABLE_S = 600.0  # a machine may be away for a while; a job too large for all that are left waits as long as this
+CAPACITY_S = 30.0
+# A run has nothing to save yet: cancel ends it at once.
+NOTHING_TO_SAVE = frozenset({Phase.QUEUED, Phase.PREPARING_DATA, Phase.WAITING_FOR_RESOURCES, Phase.LOADING_MODEL})
 
 
 class Dispatcher:
-    """Starts its loop by itself, so that a restarted actor goes on without being called."""
+    """The actor. Starts its loop by itself, so that a restarted one goes on without being called."""
 
     def __init__(self) -> None:
         logs.configure()
-        self.settings = Settings.load()
-        self.store = JobStore.open(self.settings.database_url)
+        settings = Settings.load()
+        self.store = JobStore.open(settings.database_url)
+        self.passes = Passes(settings, self.store, RayCluster(settings.ray_namespace))
         self.owner = uuid.uuid4().hex
         self.wake = threading.Event()
         threading.Thread(target=self._loop, name="dispatch", daemon=True).start()
@@ -50,117 +58,206 @@ class Dispatcher:
         return True
 
     def _loop(self) -> None:
+        busy = False
         while True:
             try:
-                if self.store.acquire_lease(NAME, self.owner, LEASE_S) is not None:
-                    self._reconcile()
-                    self._admit()
-            except OperationalError:
-                log.warning("the job store is away; trying again", exc_info=True)
+                if self.store.acquire_lease(DISPATCHER, self.owner, LEASE_S) is not None:
+                    busy = self.passes.run()
+                else:
+                    self.passes.forget()
+            except OperationalError as error:
+                log.warning("the job store is away; trying again", error=type(error).__name__)
+                self.passes.forget()
             except Exception:
                 log.exception("a dispatch pass failed; trying again")
-            self.wake.wait(POLL_S)
+            self.wake.wait(BUSY_POLL_S if busy else POLL_S)
             self.wake.clear()
 
-    def _admit(self) -> None:
-        running = self.store.running()
-        limits = self.settings
-        jobs_of, gpus_of = Counter(job.org_id for job in running), Counter[str]()
-        for job in running:
-            gpus_of[job.org_id] += _num_workers(job)
-        for job in self.store.queued(limit=LOOK_AHEAD):
-            if jobs_of.total() >= limits.max_running_jobs:
-                return
-            org, workers = job.org_id, _num_workers(job)
-            if _over(jobs_of[org] + 1, limits.max_running_jobs_per_org) or _over(gpus_of[org] + workers, limits.max_gpus_per_org):
-                continue  # its turn comes when another of its org's jobs ends; other orgs needn't wait for that
-            if gpus_of.total() and _over(gpus_of.total() + workers, limits.max_workers):
-                return
-            jobs_of[org] += 1
-            gpus_of[org] += workers
-            self._start(job)
 
-    def _start(self, job: Job) -> None:
-        started = self.store.start_attempt(job.request_id, job.attempt)
-        if started is not None:
-            log.info("starting", request_id=job.request_id, attempt=started.attempt)
-            self._end_actor(job.request_id)  # of an earlier attempt, which a resumed job may still have
-            actor = (
-                ray.remote(num_cpus=0, max_concurrency=1000)(JobActor)
-                .options(name=actor_name(job.request_id), namespace=self.settings.ray_namespace, lifetime="detached")
-                .remote(job.request_id, started.attempt)
-            )
-            actor.run.remote()
+class Passes:
+    """What a dispatcher does again and again. What it keeps between passes may be lost at any time."""
 
-    def _end_actor(self, request_id: str) -> None:
-        deadline = time.monotonic() + NAME_FREE_S
-        while (actor := _find(request_id, self.settings.ray_namespace)) is not None and time.monotonic() < deadline:
-            ray.kill(actor)
-            time.sleep(0.05)  # its name is free a moment later
+    def __init__(self, settings: Settings, store: JobStore, cluster: Cluster, now: Callable[[], dt.datetime] = utc_now) -> None:
+        self.settings, self.store, self.cluster, self._now = settings, store, cluster, now
+        self.forget()
 
-    def _reconcile(self) -> None:
-        now = dt.datetime.now(dt.UTC)
+    def forget(self) -> None:
+        """Start afresh, as after a restart: the store couldn't be written for a while, or another dispatcher acted."""
+        self._since = self._now()  # a heartbeat can't be older than a store that could be written
+        self._seen_at = self._since
+        self._shares: Shares | None = None
+        self._unplaceable: dict[str, dt.datetime] = {}
+        self._capacity: dict[str, int] | None = None
+        self._capacity_at = self._since
+        self._ended_at: dict[str, dt.datetime] = {}
+
+    def run(self) -> bool:
+        """One pass; whether the next one should come soon."""
+        nodes = self.cluster.nodes()
+        alive = self.cluster.attempts()
+        busy = self._reconcile(alive, nodes)
+        self._sweep(alive)
+        self._admit(nodes)
+        return busy
+
+    # --- reconciliation ---
+
+    def _reconcile(self, alive: set[Attempt], nodes: list[Node]) -> bool:
+        busy = False
         for job in self.store.running():
-            actor = _find(job.request_id, self.settings.ray_namespace)
-            if job.cancel_requested and actor is not None:
-                actor.cancel.remote()
-                asked = job.cancel_requested_at or now
-                if (now - asked).total_seconds() > self.settings.cancel_grace_s:
-                    # Everything the run owns (controller, workers, placement group) dies with its actor.
-                    ray.kill(actor)
-                    self._finish(job, Status.CANCELED, "Canceled; the workers didn't stop in time and were ended.")
-            elif job.cancel_requested:
-                self._finish(job, Status.CANCELED, "Canceled on request.")
-            elif actor is None and _silent_s(job, now) > POLL_S:
-                self._retry(job)
-            elif actor is not None and _silent_s(job, now) > self.settings.heartbeat_timeout_s:
-                ray.kill(actor)
-        self._sweep()
+            attempt = (job.request_id, job.attempt)
+            try:
+                if job.cancel_requested:
+                    busy = True
+                    self._cancel(job, attempt in alive)
+                elif job.retry_at is not None:
+                    busy = True  # admission has the next word
+                elif attempt not in alive:
+                    self._missing(job, nodes)
+                elif self._silent_s(job) > (self.settings.heartbeat_timeout_s if job.heartbeat_at else START_S):
+                    self.cluster.end(attempt)
+            except StaleAttempt:
+                log.info("the attempt has ended by itself", request_id=job.request_id, attempt=job.attempt)
+        return busy
 
-    def _retry(self, job: Job) -> None:
-        retries = job.spec["infra_config"]["max_retries"]
-        if job.attempt - job.resumed_at_attempt > retries:
-            text = f"The job's process died {job.attempt} times; giving up (infra_config.max_retries = {retries})."
-            self._finish(job, Status.FAILED, text, error_code="job_actor_died", error_message=text)
+    def _cancel(self, job: Job, alive: bool) -> None:
+        """Ask, after the grace period end; CANCELED once nothing of the run is left."""
+        attempt, now = (job.request_id, job.attempt), self._now()
+        asked_s = (now - (job.cancel_requested_at or now)).total_seconds()
+        if alive and (job.phase in NOTHING_TO_SAVE or asked_s > self.settings.cancel_grace_s):
+            self.cluster.end(attempt)
+        elif alive:
+            self.cluster.ask_to_stop(attempt)
+        elif self._is_clear(job):
+            kept = "; what was trained so far is kept as a checkpoint" if job.step else ""
+            self.store.cancel_ended(job.request_id, job.attempt, f"Canceled on request{kept}.")
+
+    def _missing(self, job: Job, nodes: list[Node]) -> None:
+        """An open attempt without an actor: it never came to be, or has died."""
+        if job.heartbeat_at is None and (self._now() - job.updated_at).total_seconds() < START_S:
+            self.cluster.start(job)  # a dispatcher died between its transaction and this
+        elif job.actor_node is not None and job.actor_node not in {n.node_id for n in nodes}:
+            self._fault(job, Cause.NODE_LOST, "the machine that the job was run from is gone.")
         else:
-            self.store.journal.add_event(job.request_id, "restarted", f"attempt {job.attempt} died; starting another")
-            self._start(job)
+            self._fault(job, Cause.WORKER_DIED, "the process that ran the job died.")
 
-    def _finish(self, job: Job, status: Status, message: str, **fields: str) -> None:
-        try:
-            self.store.finish(job.request_id, job.attempt, status, message=message, **fields)
-        except StaleAttempt:
-            log.info("already finished by its own actor", request_id=job.request_id)
+    def _fault(self, job: Job, cause: Cause, message: str) -> None:
+        log.warning("an attempt died", request_id=job.request_id, attempt=job.attempt, cause=str(cause))
+        self.store.record_fault(job.request_id, job.attempt, cause, message)
 
-    def _sweep(self) -> None:
-        """End job actors whose job is in a final state, or unknown, once their answers aren't needed any more."""
-        prefix = actor_name("")
-        for entry in ray.util.list_named_actors(all_namespaces=True):
-            name = entry["name"]
-            if entry["namespace"] == self.settings.ray_namespace and name.startswith(prefix):
-                job = self.store.get(name.removeprefix(prefix))
-                if job is None or job.status not in (Status.QUEUED, Status.RUNNING):
-                    actor = _find(name.removeprefix(prefix), self.settings.ray_namespace)
-                    if actor is not None:
-                        ray.kill(actor)
+    def _silent_s(self, job: Job) -> float:
+        return (self._now() - max(job.heartbeat_at or job.updated_at, self._since)).total_seconds()
 
+    def _sweep(self, alive: set[Attempt]) -> None:
+        """End job actors that no open attempt stands behind."""
+        for request_id, attempt in alive:
+            job = self.store.get(request_id)
+            if job is None or not job.open or job.attempt > attempt:
+                self.cluster.end((request_id, attempt))
 
-def _find(request_id: str, namespace: str) -> ray.actor.ActorHandle | None:
-    try:
-        return ray.get_actor(actor_name(request_id), namespace=namespace)
-    except ValueError:
-        return None
+    # --- admission ---
 
+    def _admit(self, nodes: list[Node]) -> None:
+        now = self._now()
+        waiting = self.store.waiting(LOOK_AHEAD_PER_ORG)
+        open_jobs = [job for job in self.store.running() if job.open]
+        shares = self._shares_now(open_jobs, now)
+        taking = [node.resources for node in nodes if not node.draining]
+        due = {job.request_id: job for job in waiting if (job.retry_at is None or job.retry_at <= now) and self._is_clear(job)}
+        running = [(self._gang(job), job.num_nodes or 1) for job in open_jobs]
+        decision = decide([self._gang(j) for j in due.values()], running, taking, self._limits(), shares, now)
+        for gang, num_nodes in decision.starts:
+            self._start(due[gang.request_id], num_nodes)
+        told = {job.request_id: job.queue_position for job in waiting}
+        self.store.set_queue_positions({k: place for k, place in decision.positions.items() if told[k] != place})
+        self._ask_for_room(running, decision)
+        self._refuse_what_never_fits(decision, taking, due, now)
+        self._publish_capacity(taking, now)
 
-def _num_workers(job: Job) -> int:
-    infra = job.spec["infra_config"]
-    return int(infra["gpu_count"] * infra["node_count"])
+    def _is_clear(self, job: Job) -> bool:
+        """Whether nothing is left of the job's earlier attempts, for as long as that is worth waiting for."""
+        if job.attempt == 0:
+            return True
+        since = self._ended_at.setdefault(job.request_id, self._now())
+        clear = self.cluster.leftovers(job.request_id) == 0 or (self._now() - since).total_seconds() > LEFTOVERS_S
+        if clear:
+            del self._ended_at[job.request_id]
+        return clear
 
+    def _start(self, job: Job, num_nodes: int) -> None:
+        started = self.store.start_attempt(job.request_id, job.attempt, num_nodes)
+        if started is not None:
+            log.info("starting", request_id=job.request_id, attempt=started.attempt, workers=started.num_workers)
+            self.cluster.start(started)
 
-def _over(asked: int, limit: int | None) -> bool:
-    return limit is not None and asked > limit
+    def _shares_now(self, open_jobs: list[Job], now: dt.datetime) -> Shares:
+        if self._shares is None:
+            self._shares = Shares()
+            for job in self.store.worked_since(now - dt.timedelta(seconds=3 * HALF_LIFE_S)):
+                ago_s = (now - (job.completed_at or now)).total_seconds()
+                self._shares.add(job.org_id, job.ran_s * job.num_workers, ago_s)
+            for job in open_jobs:
+                self._shares.add(job.org_id, job.ran_s * job.num_workers)
+        else:
+            workers = Counter[str]()
+            for job in open_jobs:
+                workers[job.org_id] += job.num_workers
+            self._shares.pass_time((now - self._seen_at).total_seconds(), workers)
+        self._seen_at = now
+        return self._shares
 
+    def _limits(self) -> Limits:
+        s = self.settings
+        return Limits(s.max_running_jobs, s.max_running_jobs_per_org, s.max_workers, s.max_gpus_per_org)
 
-def _silent_s(job: Job, now: dt.datetime) -> float:
-    last = job.heartbeat_at or job.started_at or job.created_at
-    return (now - last).total_seconds()
+    def _gang(self, job: Job) -> Gang:
+        infra = job.spec["infra_config"]
+        profile = self.settings.profiles.get(infra["gpu_type"])
+        return Gang(
+            request_id=job.request_id,
+            org_id=job.org_id,
+            seq=job.seq,
+            priority=job.priority,
+            waiting_since=job.waiting_since,
+            # A profile that the operator has taken away since: nothing has such a resource, so the job is refused in time.
+            bundle=bundle_of(profile) if profile else {f"gpu_type:{infra['gpu_type']}": 1.0},
+            per_node=infra["gpu_count"],
+            min_nodes=infra["min_node_count"] or infra["node_count"],
+            max_nodes=infra["node_count"],
+        )
+
+    def _ask_for_room(self, running: list[tuple[Gang, int]], decision: Decision) -> None:
+        """Show the autoscaler what runs and what waits for room; nothing when nobody waits, so that nodes go again."""
+        held = [*running, *decision.starts] if decision.lacking else []
+        self.cluster.ask_for([gang.bundle for gang, n in [*held, *decision.lacking] for _ in range(gang.per_node * n)])
+
+    def _refuse_what_never_fits(
+        self, decision: Decision, taking: list[Mapping[str, float]], due: dict[str, Job], now: dt.datetime
+    ) -> None:
+        empty = Room.of(taking)
+        too_large = {}
+        for gang, _ in decision.lacking:
+            needed = gang.per_node * gang.min_nodes
+            most = max(empty.count(gang.bundle), self.cluster.growth(gang.bundle))
+            if most < needed:
+                too_large[gang.request_id] = (needed, most, due[gang.request_id].spec["infra_config"]["gpu_type"])
+        self._unplaceable = {k: self._unplaceable.get(k, now) for k in too_large}
+        for request_id, (needed, most, kind) in too_large.items():
+            if (now - self._unplaceable[request_id]).total_seconds() > UNPLACEABLE_S:
+                text = f"The job needs {needed} workers of {kind}; this cluster and its autoscaler can have {most}."
+                self.store.refuse(request_id, "too_large", text)
+
+    def _publish_capacity(self, taking: list[Mapping[str, float]], now: dt.datetime) -> None:
+        """Let the ingress know, without asking Ray, what can be accepted."""
+        if self._capacity is not None and (now - self._capacity_at).total_seconds() < CAPACITY_S:
+            return
+        room = Room.of(taking)
+        bundles = {name: bundle_of(profile) for name, profile in self.settings.profiles.items()}
+        before = self._capacity or {}
+        # The most ever seen: a machine that is away for a while shouldn't have jobs refused.
+        found = {
+            name: max(room.count(bundle), self.cluster.growth(bundle), before.get(name, 0)) for name, bundle in bundles.items()
+        }
+        if found != self._capacity:
+            self.store.set_capacity(found)
+        self._capacity, self._capacity_at = found, now

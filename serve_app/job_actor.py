@@ -1,61 +1,81 @@
-"""The live half of a job: one detached actor, named `job-<request_id>`, from launch to final state.
+"""The live half of a job: one detached actor for each attempt, from launch to the attempt's end.
 
 It answers status queries, passes on the wish to stop, hands out credentials to the run's workers (and to nobody else:
-they appear in no config, environment or plan), and writes progress through to the store.
+they appear in no config, environment or plan), and writes progress through to the store. When the attempt has ended and that is
+written down, it ends itself.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 import time
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
+import ray
 import structlog
+from sqlalchemy.exc import InterfaceError, OperationalError
 
 from serve_app import logs
+from serve_app.cluster import actor_name, poke_dispatcher
 from serve_app.lifecycle import Phase, Status
 from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
 from serve_app.storage import run_uri, storage_credentials
 from serve_app.store.jobs import Job, JobStore, StaleAttempt
+from serve_app.store.journal import Notes
 from train_loop.data.sources import Credentials
-from train_loop.errors import Stopped, UserError
+from train_loop.errors import Cause, RunFault, Stopped, UserError
+from train_loop.hang import StepClock
 from train_loop.launch import ActorMonitor, Keys, Placement, RunFiles, launch
 from train_loop.spec import JobSpec
 
 log = structlog.get_logger()
 FLUSH_S = 1.0
+BEAT_S = 5.0
+FROZEN = 2.0  # times the silence after which a worker ends itself
+MAX_KEPT_LINES = 20_000  # while the store is away
+REPORTED = frozenset({"phase", "step", "total_steps", "epoch", "eta_s", "progress", "metrics"})
 
-
-def actor_name(request_id: str) -> str:
-    """The name under which Ray knows a job's actor."""
-    return f"job-{request_id}"
+Ending = Callable[[], Job]  # writes how the attempt ended
 
 
 class JobActor:
-    """One attempt at one job. Every method is async: status never waits for training, which runs in a thread."""
+    """One attempt at one job, started by its own constructor.
+
+    Its methods are async: status never waits for training, which runs in a thread; another one writes to the store.
+    """
 
     def __init__(self, request_id: str, attempt: int) -> None:
         logs.configure()
         self.settings = Settings.load()
         self.store = JobStore.open(self.settings.database_url)
         self.attempt = attempt
+        self.log = log.bind(request_id=request_id, attempt=attempt)
         job = self.store.get(request_id)
-        if job is None:
-            raise LookupError(f"no job {request_id}")
+        if job is None or job.attempt != attempt or not job.open:
+            raise StaleAttempt(f"attempt {attempt} of job {request_id} isn't open")
         self.job: Job = job
         self.spec = JobSpec.model_validate(job.spec)
         self.live: dict[str, Any] = {"phase": str(Phase.PREPARING_DATA)}
-        self.points: list[dict[str, Any]] = []
-        self.dirty = False
+        self.outbox = _Outbox()
         self.redactor = logs.Redactor()
         self.stop = job.cancel_requested
-        self.user_error: UserError | None = None
-        self.finished = asyncio.Event()
-        self.log = log.bind(request_id=request_id, attempt=attempt)
+        self.overtime = False
+        self.started = time.monotonic()
+        self.why: UserError | RunFault | None = None  # told by a worker that ends itself
+        self.placement = self._placement()
+        self.clock = StepClock(self.placement.hang_floor_s, self.placement.hang_factor)
+        self.step_at = self.started
+        self.ended = threading.Event()
+        self.flusher = threading.Thread(target=self._flush_until_ended, name="flush", daemon=True)
+        self.flusher.start()
+        threading.Thread(target=self._live, name="attempt", daemon=True).start()
 
-    # --- asked by the ingress ---
+    # --- asked by the ingress and the dispatcher ---
 
     async def status(self) -> dict[str, Any]:
         """The fields that change while a job runs."""
@@ -72,43 +92,89 @@ class JobActor:
         return await asyncio.to_thread(self._keys)
 
     async def on_phase(self, name: str) -> None:
-        self.live["phase"] = name
-        self.dirty = True
+        self.live["phase"], self.step_at = name, time.monotonic()
+        self.outbox.wake()
 
     async def on_event(self, kind: str, message: str) -> None:
-        await asyncio.to_thread(self.store.journal.add_event, self.job.request_id, kind, message)
+        self.outbox.event(kind, self.redactor(message))
 
     async def on_progress(self, progress: dict[str, Any]) -> None:
-        self.points += progress.pop("points", [])
+        self.outbox.points(progress.pop("points", []))
+        now, before = time.monotonic(), self.live.get("step", 0)
+        if progress["step"] > before:
+            self.clock.took((now - self.step_at) / (progress["step"] - before))
+        self.step_at = now
         self.live.update(progress)
-        self.dirty = True
 
     async def on_log(self, rank: int, lines: list[tuple[float, str]]) -> None:
         """Keep a worker's log lines, without any secret of the run."""
-        clean = [(time_, self.redactor(line)) for time_, line in lines]
-        await asyncio.to_thread(self.store.journal.add_log, self.job.request_id, self.attempt, rank, clean)
+        self.outbox.lines([(rank, time_, self.redactor(line)) for time_, line in lines])
 
     async def stop_requested(self) -> bool:
         return self.stop
 
-    async def on_failure(self, error: UserError) -> None:
-        self.user_error = self.user_error or error
+    async def on_failure(self, why: UserError | RunFault) -> None:
+        self.why = self.why or why
 
-    async def failure(self) -> UserError | None:
-        return self.user_error
+    async def failure(self) -> UserError | RunFault | None:
+        return self.why
 
-    # --- the run ---
+    # --- the attempt ---
 
-    async def run(self) -> None:
-        """Run the attempt to its end and write how it ended. Called once, by the dispatcher, which doesn't wait."""
-        flusher = asyncio.create_task(self._flush())
+    def _live(self) -> None:
+        """From launch to the end of this process."""
+        ending = self._run()
+        self.ended.set()
+        self.flusher.join()
         try:
-            await asyncio.to_thread(self._run)
+            self._until_written(self._report)
+            self._until_written(ending)
         except StaleAttempt:
-            self.log.info("a newer attempt has taken over")
-        finally:
-            self.finished.set()
-            await flusher
+            self.log.info("the attempt was closed from outside")
+        poke_dispatcher(self.settings.ray_namespace)
+        self._exit()
+
+    def _run(self) -> Ending:
+        """Run to the end, whatever it is; how to write it down."""
+        request_id, attempt = self.job.request_id, self.attempt
+        me = ActorMonitor(actor_name(request_id, attempt), self.settings.ray_namespace)
+        try:
+            manifest = launch(self.spec, request_id, self._files(me), self.placement, me)
+        except Stopped:
+            return self._stopped
+        except UserError as error:
+            failed = {"message": error.message, "error_code": error.code, "error_message": error.message}
+            return lambda: self.store.finish(request_id, attempt, Status.FAILED, **failed)
+        except RunFault as fault:
+            cause, text = fault.cause, self.redactor(fault.message)
+            return lambda: self.store.record_fault(request_id, attempt, cause, text)
+        except Exception as error:
+            self.log.exception("the run failed")
+            text = self.redactor(f"an unexpected error ({type(error).__name__}): {_first_line(error)}")
+            return lambda: self.store.record_fault(request_id, attempt, Cause.INTERNAL, text)
+        self.live |= {"step": manifest["steps"], "progress": 1.0, "eta_s": 0.0, "metrics": manifest["metrics"]}
+        self.live["phase"] = str(Phase.DONE)
+        uri, count = manifest["adapter_uri"], len(manifest["adapter_files"])
+        done = {"message": f"Adapter saved: {count} files at {uri}.", "output_model_path": uri}
+        return lambda: self.store.finish(request_id, attempt, Status.COMPLETED, **done)
+
+    def _stopped(self) -> Job:
+        """Out of time is FAILED; CANCELED is the dispatcher's to write, once nothing of this attempt is left."""
+        if self.overtime:
+            limit = self.spec.infra_config.max_runtime_s
+            text = (
+                f"Stopped after infra_config.max_runtime_s = {limit} seconds; what was trained so far is kept as a checkpoint: "
+                "resume to go on for as long again."
+            )
+            return self.store.finish(
+                self.job.request_id,
+                self.attempt,
+                Status.FAILED,
+                message=text,
+                error_code="max_runtime_exceeded",
+                error_message=text,
+            )
+        return self.job
 
     def _keys(self) -> Keys:
         settings, details = self.settings, self.spec.dataset_details
@@ -126,79 +192,132 @@ class JobActor:
         # Made once: it keeps a role's temporary keys until shortly before they expire.
         return SecretVault.from_settings(self.store, self.settings)
 
-    def _run(self) -> None:
-        request_id = self.job.request_id
-        me = ActorMonitor(actor_name(request_id), self.settings.ray_namespace)
-        profile = self.settings.profiles[self.spec.infra_config.gpu_type]
-        files = RunFiles(
-            storage_uri=run_uri(self.settings, self.job.org_id, request_id),
-            model_mirror=str(self.settings.model_mirror),
-            keys=me.keys,
-        )
-        placement = Placement(
+    def _files(self, me: ActorMonitor) -> RunFiles:
+        uri = run_uri(self.settings, self.job.org_id, self.job.request_id)
+        return RunFiles(storage_uri=uri, model_mirror=str(self.settings.model_mirror), keys=me.keys)
+
+    def _placement(self) -> Placement:
+        infra, profile = self.spec.infra_config, self.settings.profiles[self.spec.infra_config.gpu_type]
+        if self.settings.embedded:
+            self.outbox.event(
+                "placement",
+                f"embedded mode: {infra.gpu_type} x {infra.gpu_count} x {infra.node_count} runs as "
+                f"{self.job.num_workers} CPU workers on this machine",
+            )
+        return Placement(
             resources=profile.resources,
             use_gpu=profile.use_gpu,
             accelerator_type=profile.accelerator_type,
             data_cpus=self.settings.data_cpus,
+            num_workers=self.job.num_workers,
         )
-        if self.settings.embedded:
-            self.store.journal.add_event(
-                request_id,
-                "placement",
-                f"embedded mode: {self.spec.infra_config.gpu_type} x {self.spec.infra_config.gpu_count} x "
-                f"{self.spec.infra_config.node_count} runs as {self.spec.infra_config.num_workers} CPU workers on this machine",
-            )
-        try:
-            manifest = launch(self.spec, request_id, files, placement, me)
-        except Stopped:
-            self._finish(Status.CANCELED, message="Canceled on request; what was trained so far is kept as a checkpoint.")
-        except UserError as error:
-            self._finish(Status.FAILED, message=error.message, error_code=error.code, error_message=error.message)
-        except Exception as error:
-            self.log.exception("the run failed")
-            text = f"The run failed ({type(error).__name__}): {_first_line(error)}"
-            self._finish(Status.FAILED, message=text, error_code="internal_error", error_message=text)
-        else:
-            self.live |= {"step": manifest["steps"], "progress": 1.0, "eta_s": 0.0, "metrics": manifest["metrics"]}
-            self._finish(
-                Status.COMPLETED,
-                message=f"Adapter saved: {len(manifest['adapter_files'])} files at {manifest['adapter_uri']}.",
-                output_model_path=manifest["adapter_uri"],
-            )
 
-    def _finish(self, status: Status, *, message: str, **fields: Any) -> None:
-        if status is Status.COMPLETED:
-            self.live["phase"] = str(Phase.DONE)
-        self._report()
-        self.store.finish(self.job.request_id, self.attempt, status, message=message, **fields)
-        self.live |= {"status": str(status), "message": message, **fields}
+    # --- the store ---
 
-    def _report(self) -> None:
-        points, self.points = self.points, []
-        self.store.journal.add_points(self.job.request_id, points)
+    def _report(self) -> Job:
+        notes = self.outbox.take()
         fields = {k: v for k, v in self.live.items() if k in REPORTED}
-        job = self.store.report(self.job.request_id, self.attempt, **fields)
-        self.stop = self.stop or job.cancel_requested
+        fields["ran_s"] = self.job.ran_s + time.monotonic() - self.started
+        fields["actor_node"] = ray.get_runtime_context().get_node_id()
+        try:
+            job = self.store.report(self.job.request_id, self.attempt, notes, **fields)
+        except (OperationalError, InterfaceError):
+            self.outbox.put_back(notes)
+            raise
+        limit = self.spec.infra_config.max_runtime_s
+        self.overtime = self.overtime or (limit is not None and fields["ran_s"] > limit)
+        self.stop = self.stop or job.cancel_requested or self.overtime
+        return job
 
-    async def _flush(self) -> None:
-        """Write progress and heartbeat through to the store, about once a second."""
-        beat_at = 0.0
-        while not self.finished.is_set():
+    def _flush_until_ended(self) -> None:
+        """Write progress and heartbeat through to the store, about once a second, and at every change of phase."""
+        written, beat_at = None, float("-inf")
+        while not self.ended.is_set():
             now = time.monotonic()
-            if self.dirty or now - beat_at > 5 * FLUSH_S:
-                self.dirty, beat_at = False, now
+            if self.outbox or self.live != written or now - beat_at > BEAT_S:
+                seen = dict(self.live)
                 try:
-                    await asyncio.to_thread(self._report)
+                    self._report()
+                    written, beat_at = seen, now
+                except (OperationalError, InterfaceError) as error:
+                    # Training goes on; what there is to tell waits.
+                    self.log.warning("the job store is away", error=type(error).__name__)
                 except StaleAttempt:
-                    self.stop = True
+                    self.log.info("a newer attempt has taken over")
+                    self._exit()
                     return
+            if self._hangs():
+                return
+            self.outbox.wait(FLUSH_S)
+
+    def _hangs(self) -> bool:
+        """Close the attempt and end this process when training is silent longer than workers allow themselves."""
+        silent_s, limit_s = time.monotonic() - self.step_at, FROZEN * self.clock.limit_s
+        if self.live["phase"] != Phase.TRAINING or silent_s < limit_s:
+            return False
+        text = f"no step for {silent_s:.0f} s, and the workers don't see to it themselves."
+        with contextlib.suppress(StaleAttempt):
+            self._until_written(lambda: self.store.record_fault(self.job.request_id, self.attempt, Cause.HANG, text))
+        self._exit()
+        return True
+
+    def _until_written(self, write: Ending) -> None:
+        """Write, for as long as it takes the store to come back. Raises StaleAttempt."""
+        while True:
             try:
-                await asyncio.wait_for(self.finished.wait(), FLUSH_S)
-            except TimeoutError:
-                continue
+                write()
+                return
+            except (OperationalError, InterfaceError) as error:
+                self.log.warning("the job store is away; the attempt's end waits for it", error=type(error).__name__)
+                time.sleep(FLUSH_S)
+
+    def _exit(self) -> None:
+        ray.kill(ray.get_runtime_context().current_actor)
 
 
-REPORTED = frozenset({"phase", "step", "total_steps", "epoch", "eta_s", "progress", "metrics"})
+class _Outbox:
+    """What is to be written next, from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._events: list[tuple[str, str]] = []
+        self._points: list[dict[str, Any]] = []
+        self._lines: list[tuple[int, float, str]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._events or self._points or self._lines)
+
+    def event(self, kind: str, message: str) -> None:
+        with self._lock:
+            self._events.append((kind, message))
+
+    def points(self, points: list[dict[str, Any]]) -> None:
+        with self._lock:
+            self._points += points
+
+    def lines(self, lines: list[tuple[int, float, str]]) -> None:
+        with self._lock:
+            self._lines = (self._lines + lines)[-MAX_KEPT_LINES:]
+
+    def take(self) -> Notes:
+        with self._lock:
+            notes = Notes(self._events, self._points, self._lines)
+            self._events, self._points, self._lines = [], [], []
+            return notes
+
+    def put_back(self, notes: Notes) -> None:
+        with self._lock:
+            self._events = [*notes.events, *self._events]
+            self._points = [*notes.points, *self._points]
+            self._lines = [*notes.lines, *self._lines][-MAX_KEPT_LINES:]
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    def wait(self, seconds: float) -> None:
+        self._wake.wait(seconds)
+        self._wake.clear()
 
 
 def _first_line(error: BaseException) -> str:

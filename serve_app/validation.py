@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,22 @@ SECTIONS = ("dataset_config", "model_details", "train_config", "dataset_details"
 HUB_TIMEOUT_S = 3.0
 
 
-def validate(payload: dict[str, Any], settings: Settings, vault: SecretVault) -> JobSpec:
-    """The job, if its fields are right and it can run here. Raises ApiError 422 with every error."""
+def validate(payload: dict[str, Any], settings: Settings, vault: SecretVault, capacity: Mapping[str, int]) -> JobSpec:
+    """The job, if its fields are right and it can run here. Raises ApiError 422 with every error.
+
+    `capacity` is the most workers that the cluster could have, by gpu_type, as far as is known.
+    """
     try:
         spec = JobSpec.model_validate(payload)
     except ValidationError as error:
         raise invalid(validation_errors(error, JobSpec)) from None
-    errors = [*_infra_errors(spec, settings), *_dataset_errors(spec, vault), *_model_errors(spec, settings)]
+    errors = [*_infra_errors(spec, settings, capacity), *_dataset_errors(spec, vault), *_model_errors(spec, settings)]
     if errors:
         raise invalid(errors)
     return spec
 
 
-def _infra_errors(spec: JobSpec, settings: Settings) -> list[dict[str, Any]]:
+def _infra_errors(spec: JobSpec, settings: Settings, capacity: Mapping[str, int]) -> list[dict[str, Any]]:
     infra = spec.infra_config
     profile = settings.profiles.get(infra.gpu_type)
     if profile is None:
@@ -51,6 +55,12 @@ def _infra_errors(spec: JobSpec, settings: Settings) -> list[dict[str, Any]]:
     if settings.max_workers is not None and infra.num_workers > settings.max_workers:
         message = f"gpu_count x node_count is {infra.num_workers} workers; this service has room for {settings.max_workers}"
         return [field_error("infra_config.node_count", message)]
+    at_least = infra.gpu_count * (infra.min_node_count or infra.node_count)
+    most = capacity.get(infra.gpu_type, at_least)
+    if most < at_least:
+        offer = ", ".join(f"{name} ({count})" for name, count in sorted(capacity.items()) if count) or "none"
+        message = f"{at_least} workers of {infra.gpu_type} are more than this cluster can have, {most}; it has {offer}"
+        return [field_error("infra_config.node_count" if most else "infra_config.gpu_type", message)]
     return []
 
 

@@ -91,7 +91,7 @@ def with_fields(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
 class Idle:
     """A cluster on which nothing runs yet."""
 
-    def live_statuses(self, request_ids: Any) -> dict[str, Any]:
+    def live_statuses(self, jobs: Any) -> dict[str, Any]:
         return {}
 
     def poke(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from train_loop.errors import Stopped, UserError
+from train_loop.errors import RunFault, Stopped, UserError
 from train_loop.spec import JobSpec
 
 
@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         manifest = run(spec, request_id, uri, args.mirror)
     except UserError as error:
         return _fail(f"FAILED {error.message}", 1)
+    except RunFault as error:
+        return _fail(f"FAILED {error.message} ({error.cause}); go on with --request-id {request_id}", 1)
     except (Stopped, KeyboardInterrupt):
         return _fail(f"STOPPED; go on with --request-id {request_id}", 1)
     metrics = manifest["metrics"]
@@ -72,7 +74,7 @@ class Console:
 
     def __init__(self, keys: Any = None) -> None:
         self._keys = keys
-        self._failure: UserError | None = None
+        self._failure: UserError | RunFault | None = None
         self._step = -1
 
     def keys(self) -> Any:
@@ -98,11 +100,12 @@ class Console:
     def stop_requested(self) -> bool:
         return False
 
-    def on_failure(self, error: UserError) -> None:
+    def on_failure(self, error: UserError | RunFault) -> None:
         self._failure = self._failure or error
 
-    def failure(self) -> UserError | None:
-        return self._failure
+    def failure(self) -> UserError | RunFault | None:
+        failure, self._failure = self._failure, None  # the next attempt starts without it
+        return failure
 
     def _say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)  # noqa: T201 - a console
@@ -148,6 +151,11 @@ def _run_on_ray(spec: JobSpec, request_id: str, uri: str, mirror: str) -> dict[s
     share = ray.cluster_resources().get("CPU", 1) / (2 * spec.infra_config.num_workers)
     placement = Placement(resources={"GPU": 1.0} if gpus else {"CPU": min(1.0, share)}, use_gpu=gpus, data_cpus=min(0.5, share))
     try:
+        for retries_left in range(spec.infra_config.max_retries, 0, -1):
+            try:
+                return launch(spec, request_id, RunFiles(uri, mirror, found.keys), placement, found)
+            except RunFault as fault:
+                sys.stderr.write(f"{fault.message} ({fault.cause}); {retries_left} more attempts\n")
         return launch(spec, request_id, RunFiles(uri, mirror, found.keys), placement, found)
     finally:
         ray.kill(monitor)

@@ -1,53 +1,196 @@
-"""A checkpoint: everything a run needs to go on as if it had never stopped.
+"""Checkpoints: everything a run needs to go on as if it had never stopped, in folders that are whole or don't count.
 
-Rank 0 writes the adapter (PEFT layout, so a checkpoint is also usable as it is), optimizer, position and metrics;
-every rank writes its random state.
+A checkpoint is `checkpoints/step-XXXXXXXX/`: the adapter (PEFT layout, so it is also usable as it is), optimizer, metrics and
+position, the random state of every rank. `complete.json` comes last, with size and hash of each file: without it, or when they
+differ, the folder is not picked up.
+
+Rank 0 writes all of it: the only thing that the others have of their own is their random state, 5 kB that travel with one
+all-reduce. So the upload can run in a thread behind the next steps without a word between ranks.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import shutil
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from train_loop.context import RunContext
+from train_loop.errors import Cause, RunFault
 from train_loop.metrics import MetricLog
+from train_loop.storage import delete_file, delete_folder, download_file, list_files, read_bytes, upload_folder, write_json
 
-STATE = "state.json"
+log = logging.getLogger(__name__)
+MARKER = "complete.json"
+SET_ASIDE = "damaged.json"
+STATE, OPTIMIZER, RANDOM, ADAPTER = "state.json", "optimizer.pt", "random.pt", "adapter_model.safetensors"
+CUT_OFF = "it was cut off while it was written"
 
 
-def _rank_file(folder: Path, rank: int) -> Path:
-    return folder / f"rng-{rank:05d}.pt"
+class Checkpoints:
+    """The checkpoints of a run, as one of its ranks sees them. Close it: an upload may be under way."""
 
+    def __init__(self, ctx: RunContext, keep: int) -> None:
+        self._ctx = ctx
+        self._keep = keep
+        self._root = f"{ctx.run_path}/checkpoints"
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._upload: Future[None] | None = None
+        self._newest: int | None = None
 
-def write(folder: Path, ctx: RunContext, step: int, model: Any, optimizer: torch.optim.Optimizer, log: MetricLog) -> None:
-    """Fill `folder` with this rank's part of the checkpoint after `step` steps."""
-    random_state = {"cpu": torch.get_rng_state()}
-    if ctx.device.type == "cuda":
-        random_state["cuda"] = torch.cuda.get_rng_state(ctx.device)
-    torch.save(random_state, _rank_file(folder, ctx.rank))
-    if ctx.rank == 0:
+    def save(self, step: int, model: Any, optimizer: torch.optim.Optimizer, metrics: MetricLog) -> None:
+        """Take a checkpoint after `step` steps. Collective. It is whole once `wait` has returned.
+
+        Raises what the upload of the one before failed with.
+        """
+        if step == self._newest:
+            return  # stopped or taken back right after it was saved
+        self._newest = step
+        random_states = _of_all_ranks(_random_state(self._ctx.device), self._ctx)
+        if self._ctx.rank != 0:
+            return
+        self.wait()
+        folder = Path(tempfile.mkdtemp(dir=self._ctx.scratch, prefix="checkpoint-"))
         model.save_pretrained(folder, save_embedding_layers=False)
-        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-        (folder / STATE).write_text(json.dumps({"step": step, "world_size": ctx.world_size, "log": log.state()}))
+        torch.save(optimizer.state_dict(), folder / OPTIMIZER)
+        torch.save(random_states, folder / RANDOM)
+        (folder / STATE).write_text(json.dumps({"step": step, "world_size": self._ctx.world_size, "log": metrics.state()}))
+        best = metrics.best["step"] if metrics.best else None
+        self._upload = self._thread.submit(self._publish, folder, step, best)
+
+    def wait(self) -> None:
+        """Return when what was saved is in storage. Raises what its upload failed with."""
+        upload, self._upload = self._upload, None
+        if upload is not None:
+            upload.result()
+
+    def close(self) -> None:
+        """End the thread, after the upload that it may be in."""
+        self._thread.shutdown()
+
+    def restore(self, model: Any, optimizer: torch.optim.Optimizer) -> tuple[int, MetricLog] | None:
+        """Go back to the newest whole checkpoint; return its step and the metrics so far, or None without one. Collective.
+
+        On another world size each rank goes on with fresh dropout; samples and their order stay the same.
+        """
+        ctx, folder = self._ctx, self._ctx.scratch / f"resume-{self._ctx.rank}"
+        mine = self._choose(folder) if ctx.rank == 0 else None
+        # Rank 0 decides. Counted from 1, so that 0 is none.
+        chosen = int(ctx.all_reduce_sum(torch.tensor([0 if mine is None else mine + 1], device=ctx.device)).item()) - 1
+        if chosen < 0:
+            return None
+        if ctx.rank != 0 and (wrong := self._fetch(chosen, folder)) is not None:
+            raise RunFault(Cause.INTERNAL, f"The checkpoint of step {chosen} was whole for rank 0, not for {ctx.rank}: {wrong}.")
+        metrics = _read(folder, model, optimizer, ctx)
+        shutil.rmtree(folder)
+        self._newest = chosen
+        return chosen, metrics
+
+    # --- on rank 0 ---
+
+    def _publish(self, folder: Path, step: int, best: int | None) -> None:
+        path = self._path(step)
+        files = upload_folder(folder, self._ctx.storage, path)
+        marker = {"step": step, "world_size": self._ctx.world_size, "files": files}
+        write_json(self._ctx.storage, f"{path}/{MARKER}", marker)
+        shutil.rmtree(folder)
+        log.info("checkpoint of step %d is in storage", step)
+        self._prune(step, best)
+
+    def _prune(self, step: int, best: int | None) -> None:
+        """Keep the newest `keep` and the best; remove what is older, and what was cut off before `step`."""
+        found = {s: names for s, names in self._found().items() if s <= step}
+        whole = sorted(s for s, names in found.items() if MARKER in names)
+        for old in found.keys() - {*whole[-self._keep :], best}:
+            delete_file(self._ctx.storage, f"{self._path(old)}/{MARKER}")  # first: what is half removed doesn't count
+            delete_folder(self._ctx.storage, self._path(old))
+
+    def _choose(self, folder: Path) -> int | None:
+        """Fetch the newest whole checkpoint into `folder`; set aside, and tell of, what can't be used."""
+        chosen, unusable = None, []
+        for step, names in sorted(self._found().items(), reverse=True):
+            if SET_ASIDE in names and MARKER not in names:
+                continue  # told by an earlier attempt
+            wrong = self._fetch(step, folder) if MARKER in names else CUT_OFF
+            if wrong is None:
+                chosen = step
+                break
+            unusable.append((step, wrong))
+        then = "starting from the beginning" if chosen is None else f"going on from step {chosen}"
+        for step, wrong in unusable:
+            self._ctx.event("checkpoint_damaged", f"the checkpoint of step {step} can't be used ({wrong}): {then}")
+            write_json(self._ctx.storage, f"{self._path(step)}/{SET_ASIDE}", {"reason": wrong})
+            delete_file(self._ctx.storage, f"{self._path(step)}/{MARKER}")
+        return chosen
+
+    def _found(self) -> dict[int, set[str]]:
+        """Names of the files in each checkpoint's folder, by step."""
+        found: dict[int, set[str]] = {}
+        for name in list_files(self._ctx.storage, self._root):
+            folder, _, file = name.partition("/")
+            step = folder.removeprefix("step-")
+            if step.isdigit() and file:
+                found.setdefault(int(step), set()).add(file)
+        return found
+
+    # --- on every rank ---
+
+    def _path(self, step: int) -> str:
+        return f"{self._root}/step-{step:08d}"
+
+    def _fetch(self, step: int, folder: Path) -> str | None:
+        """Copy a checkpoint into the local `folder` and check it; return what is wrong with it, or None."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        name = MARKER
+        try:
+            files = json.loads(read_bytes(self._ctx.storage, f"{self._path(step)}/{MARKER}"))["files"]
+            for file in files:
+                name, local = file["name"], folder / file["name"]
+                download_file(self._ctx.storage, f"{self._path(step)}/{name}", local)
+                if (size := local.stat().st_size) != file["size_bytes"]:
+                    return f"{name} has {size} of {file['size_bytes']} bytes"
+                with local.open("rb") as stream:
+                    if hashlib.file_digest(stream, "sha256").hexdigest() != file["sha256"]:
+                        return f"{name} isn't what was written"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except (ValueError, KeyError, TypeError):
+            return f"{MARKER} can't be read"
+        return None
 
 
-def read(folder: Path, ctx: RunContext, model: Any, optimizer: torch.optim.Optimizer) -> tuple[int, MetricLog]:
-    """Restore model, optimizer and random state from `folder`; return the step reached and the metrics so far.
+def _random_state(device: torch.device) -> torch.Tensor:
+    """CPU's and, behind it, the GPU's: one row of bytes."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return torch.cat(states)
 
-    On another world size each rank draws fresh dropout; samples and their order stay the same.
-    """
+
+def _of_all_ranks(row: torch.Tensor, ctx: RunContext) -> torch.Tensor:
+    rows = torch.zeros((ctx.world_size, len(row)), dtype=row.dtype, device=ctx.device)
+    rows[ctx.rank] = row.to(ctx.device)
+    return ctx.all_reduce_sum(rows).cpu()
+
+
+def _read(folder: Path, model: Any, optimizer: torch.optim.Optimizer, ctx: RunContext) -> MetricLog:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
     state = json.loads((folder / STATE).read_text())
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=ctx.device, weights_only=True))
+    set_peft_model_state_dict(model, load_file(folder / ADAPTER))
+    optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location=ctx.device, weights_only=True))
     if state["world_size"] == ctx.world_size:
-        random_state = torch.load(_rank_file(folder, ctx.rank), weights_only=True)
-        torch.set_rng_state(random_state["cpu"])
-        if "cuda" in random_state and ctx.device.type == "cuda":
-            torch.cuda.set_rng_state(random_state["cuda"], ctx.device)
-    return state["step"], MetricLog.from_state(state["log"])
+        row = torch.load(folder / RANDOM, weights_only=True)[ctx.rank]
+        num_cpu = len(torch.get_rng_state())
+        torch.set_rng_state(row[:num_cpu].clone())
+        if ctx.device.type == "cuda" and len(row) > num_cpu:
+            torch.cuda.set_rng_state(row[num_cpu:].clone(), ctx.device)
+    return MetricLog.from_state(state["log"])

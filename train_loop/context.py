@@ -1,20 +1,21 @@
-"""What the loop needs from around it: who am I, talk to the others, report, save, stop. Ray's version and a local one."""
+"""What the loop needs from around it: who am I, talk to the others, report, stop. Ray's version and a local one."""
 
 from __future__ import annotations
 
-import json
 import logging
-import tempfile
-from collections.abc import Callable
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from train_loop.hang import Beat, Watchdog
 
 if TYPE_CHECKING:
     import torch
     from pyarrow.fs import FileSystem
 
 log = logging.getLogger(__name__)
+CAUSE_FIRST_S = 5.0  # longer than Ray Train takes to notice that a worker is gone
 
 
 class RunContext(Protocol):
@@ -49,12 +50,12 @@ class RunContext(Protocol):
         """Whether the run should save and stop at this step boundary. Never blocks; may differ between ranks."""
         ...
 
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Make a checkpoint: every rank fills the folder it is given; collective."""
+    def beat(self, kind: Beat = "other") -> None:
+        """Say that the run goes on: a step is done, or something else is, or something slow is to follow."""
         ...
 
-    def resume(self) -> Path | None:
-        """The newest checkpoint as a local folder, or None for a fresh run."""
+    def preemption(self) -> str | None:
+        """A notice that a machine of the run will be taken back, as a sentence. Never blocks; may differ between ranks."""
         ...
 
 
@@ -76,21 +77,20 @@ def _local_device() -> torch.device:
 
 @dataclass
 class LocalContext:
-    """One process, no Ray: the whole world is rank 0."""
+    """No Ray: this process is the whole world, or one of a group that torch.distributed has been told of."""
 
     model_folder: Path
     storage: FileSystem
     run_path: str
     scratch: Path
     monitor: Monitor
-    keep: int = 2
     rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
     device: torch.device = field(default_factory=_local_device)
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
+        return _all_reduce_sum(tensor, self.world_size)
 
     def phase(self, name: str) -> None:
         self.monitor.on_phase(name)
@@ -104,45 +104,27 @@ class LocalContext:
     def stop_requested(self) -> bool:
         return self.monitor.stop_requested()
 
-    def _checkpoints(self) -> list[str]:
-        from pyarrow.fs import FileSelector
+    def beat(self, kind: Beat = "other") -> None:
+        """Who started the process sees for themselves whether it hangs."""
 
-        found = self.storage.get_file_info(FileSelector(f"{self.run_path}/checkpoints", recursive=True, allow_not_found=True))
-        return sorted(info.path.removesuffix("/complete") for info in found if info.path.endswith("/complete"))
+    def preemption(self) -> str | None:
+        return None
 
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
-        from pyarrow.fs import LocalFileSystem, copy_files
 
-        from train_loop.data.sources import make_folder
+def _all_reduce_sum(tensor: torch.Tensor, world_size: int) -> torch.Tensor:
+    if world_size > 1:
+        import torch.distributed
 
-        target = f"{self.run_path}/checkpoints/step-{step:08d}"
-        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
-            write(Path(folder))
-            make_folder(self.storage, target)
-            copy_files(folder, target, source_filesystem=LocalFileSystem(), destination_filesystem=self.storage)
-        # The marker goes last: a checkpoint without it was cut off and is never picked up.
-        with self.storage.open_output_stream(f"{target}/complete") as marker:
-            marker.write(b"")
-        for old in self._checkpoints()[: -self.keep]:
-            self.storage.delete_dir(old)
-
-    def resume(self) -> Path | None:
-        from pyarrow.fs import LocalFileSystem, copy_files
-
-        found = self._checkpoints()
-        if not found:
-            return None
-        folder = self.scratch / "resume"
-        folder.mkdir(parents=True, exist_ok=True)
-        copy_files(found[-1], str(folder), source_filesystem=self.storage, destination_filesystem=LocalFileSystem())
-        return folder
+        torch.distributed.all_reduce(tensor)
+    return tensor
 
 
 class RayContext:
-    """A Ray Train worker. Metrics go straight to the monitor actor: Ray's own report queue drains once in 2 s, so only
-    checkpoints go through it."""
+    """A Ray Train worker. What it reports goes straight to the monitor actor: Ray Train's own queue takes one report in 2 s."""
 
-    def __init__(self, *, model_folder: Path, storage: FileSystem, run_path: str, scratch: Path, monitor: Any) -> None:
+    def __init__(
+        self, *, model_folder: Path, storage: FileSystem, run_path: str, scratch: Path, monitor: Any, watchdog: Watchdog
+    ) -> None:
         import ray.train
         import ray.train.torch
 
@@ -156,15 +138,17 @@ class RayContext:
         self.run_path = run_path
         self.scratch = scratch
         self._monitor = monitor
+        self._watchdog = watchdog
         self._asked: Any = None
         self._stop = False
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.world_size > 1:
-            import torch.distributed
-
-            torch.distributed.all_reduce(tensor)
-        return tensor
+        try:
+            return _all_reduce_sum(tensor, self.world_size)
+        except RuntimeError:
+            # Another worker is gone. Ray is to see that one's end first: it is the cause, and this only follows from it.
+            time.sleep(CAUSE_FIRST_S)
+            raise
 
     def phase(self, name: str) -> None:
         log.info("phase %s", name)
@@ -193,32 +177,15 @@ class RayContext:
             self._asked = self._monitor.stop_requested.remote()
         return self._stop
 
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
-        import ray.train
+    def beat(self, kind: Beat = "other") -> None:
+        self._watchdog.beat(kind)
 
-        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
-            write(Path(folder))
-            ray.train.report(
-                {"step": step},
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=f"step-{step:08d}",
-            )
+    def preemption(self) -> str | None:
+        # Ray's public get_preemption_info is a collective through an actor: milliseconds a step, and a hang if ranks differ.
+        from ray.train.v2._internal.execution.context import get_train_context
 
-    def resume(self) -> Path | None:
-        import ray.train
-
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
+        info = get_train_context().preemption_context.preemption_info
+        if info is None:
             return None
-        return Path(checkpoint.to_directory(str(self.scratch / f"resume-{self.rank}")))
-
-
-def write_json(storage: FileSystem, path: str, value: Any) -> None:
-    """Write `value` as JSON to object storage."""
-    write_text(storage, path, json.dumps(value, indent=2, sort_keys=True))
-
-
-def write_text(storage: FileSystem, path: str, text: str) -> None:
-    """Write UTF-8 text to object storage."""
-    with storage.open_output_stream(path) as out:
-        out.write(text.encode())
+        when = "soon" if not info.deadline_ms else time.strftime("by %H:%M:%S UTC", time.gmtime(info.deadline_ms / 1000))
+        return f"the machine of worker {', '.join(map(str, info.preempted_ranks))} will be taken back {when}"

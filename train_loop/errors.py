@@ -1,4 +1,9 @@
-"""Errors made for their reader: what was wrong with the input, and how to mend it."""
+"""How an attempt at a job ends other than well: the input is wrong (UserError), something around it broke (RunFault), or it was
+asked to stop (Stopped). Made for their reader: what happened, and how to mend it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
 
 
 class UserError(Exception):
@@ -42,6 +47,33 @@ class TrainingError(UserError):
     """Training can't go on with this input (for example a loss that is no longer a number)."""
 
     code = "training_error"
+
+
+class Cause(StrEnum):
+    """What broke around a job."""
+
+    PREEMPTED = "preempted"  # a machine was taken back, with or without notice
+    NODE_LOST = "node_lost"  # a machine is gone
+    WORKER_DIED = "worker_died"  # a process of the run was ended, or crashed
+    HANG = "hang"  # no step for many times what a step takes
+    STORAGE_AWAY = "storage_away"  # the run's storage couldn't be read or written for minutes
+    CLUSTER_AWAY = "cluster_away"  # Ray doesn't answer, or has no room for the workers
+    INTERNAL = "internal"  # an error of ours
+
+
+class RunFault(Exception):
+    """This attempt ended by no fault of the job: another attempt goes on from the last checkpoint.
+
+    The message is a plain sentence that says what broke.
+    """
+
+    def __init__(self, cause: Cause, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+        self.message = message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return RunFault, (self.cause, self.message)
 
 
 class Stopped(Exception):

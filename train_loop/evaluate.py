@@ -10,6 +10,7 @@ import torch
 
 from train_loop.context import RunContext
 from train_loop.data.packing import MicroBatch
+from train_loop.errors import Stopped
 from train_loop.loss import supervised_loss
 from train_loop.model.load import compute_in
 
@@ -32,13 +33,22 @@ def full_precision(model: Any, dtype: torch.dtype) -> Iterator[None]:
 
 
 @torch.no_grad()
-def evaluate(model: Any, batches: Iterable[MicroBatch], ctx: RunContext) -> float | None:
-    """Sum of losses over all ranks ÷ their supervised tokens; None when there are none. Collective."""
+def evaluate(model: Any, batches: Iterable[MicroBatch | None], ctx: RunContext) -> float | None:
+    """Sum of losses over all ranks ÷ their supervised tokens; None when there are none. Collective.
+
+    Raises Stopped between two batches when the run is asked to stop: an evaluation may take longer than many steps.
+    """
     total = torch.zeros(2, dtype=torch.float64)
     model.eval()
-    for micro in batches:
-        total[0] += supervised_loss(model, micro.to(ctx.device)).double().cpu()
-        total[1] += micro.num_supervised
-    model.train()
+    try:
+        for micro in batches:
+            ctx.beat()
+            if ctx.all_reduce_sum(torch.tensor([int(ctx.stop_requested())], device=ctx.device)).item():
+                raise Stopped
+            if micro is not None:
+                total[0] += supervised_loss(model, micro.to(ctx.device)).double().cpu()
+                total[1] += micro.num_supervised
+    finally:
+        model.train()
     total = ctx.all_reduce_sum(total.to(ctx.device)).cpu()
     return float(total[0] / total[1]) if total[1] > 0 else None

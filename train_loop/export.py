@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train_loop.data.sources import make_folder
 from train_loop.metrics import MetricLog
 from train_loop.spec import JobSpec
+from train_loop.storage import list_files, read_bytes
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -48,24 +49,9 @@ def write_adapter(folder: Path, spec: JobSpec, model: Any, tokenizer: Any, log: 
     )
 
 
-def upload(folder: Path, storage: FileSystem, path: str) -> None:
-    """Copy the local `folder` to `path` in object storage, replacing files of the same name."""
-    from pyarrow.fs import LocalFileSystem, copy_files
-
-    make_folder(storage, path)
-    copy_files(str(folder), path, source_filesystem=LocalFileSystem(), destination_filesystem=storage)
-
-
-def digest(storage: FileSystem, path: str) -> list[dict[str, Any]]:
-    """Name, size and sha256 of each file under `path`, read back from storage: what is really there."""
-    from pyarrow.fs import FileSelector, FileType
-
-    files = []
-    for info in storage.get_file_info(FileSelector(path, recursive=True)):
-        if info.type == FileType.File:
-            sha = hashlib.sha256()
-            with storage.open_input_stream(info.path) as stream:
-                while block := stream.read(1 << 20):
-                    sha.update(block)
-            files.append({"name": info.path.removeprefix(f"{path}/"), "size_bytes": info.size, "sha256": sha.hexdigest()})
-    return sorted(files, key=lambda f: str(f["name"]))
+def verify(storage: FileSystem, path: str, files: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the `files` (name, size_bytes, sha256) are under `path`, read back from storage: what is really there."""
+    sizes = list_files(storage, path)
+    return all(sizes.get(f["name"]) == f["size_bytes"] for f in files) and all(
+        hashlib.sha256(read_bytes(storage, f"{path}/{f['name']}")).hexdigest() == f["sha256"] for f in files
+    )

@@ -7,7 +7,7 @@ in this process.
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 import shutil
 import sys
 import tempfile
@@ -19,19 +19,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train_loop.context import LocalContext, Monitor, RayContext, write_json
-from train_loop.data.prepare import prepare_local
+from train_loop.context import LocalContext, Monitor, RayContext
+from train_loop.data.prepare import prepare_local, prepared_before
 from train_loop.data.shards import PreparedDataset
-from train_loop.data.sources import Credentials, SourceFile, filesystem_for, find_files, make_folder
-from train_loop.errors import Stopped, UserError
-from train_loop.export import digest
+from train_loop.data.sources import FIRST_CONTACT_S, Credentials, SourceFile, filesystem_for, find_files
+from train_loop.errors import Cause, RunFault, Stopped, UserError
+from train_loop.export import verify
+from train_loop.faults import classified
+from train_loop.hang import FACTOR, FLOOR_S, StepClock, Watchdog
 from train_loop.spec import JobSpec
+from train_loop.storage import list_files, outages_told, read_json, write_json
 from train_loop.worker_log import shipped
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
     from train_loop.data.tokenize import ChatTokenizer
+
+
+OUTCOME = "outcome.json"  # how training ended; written when the adapter is in storage
+TELL_S = 10.0  # a worker that ends itself waits so long for the monitor to hear why
+ROOM_WAITS = 10  # times that Ray Train waits for room for the workers, a minute each
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,10 @@ class Placement:
     use_gpu: bool = False
     accelerator_type: str | None = None
     data_cpus: float = 0.5  # CPU of one Ray Data task
+    num_workers: int | None = None  # of this attempt, when fewer than the job's fit; None is the job's
+    # Silence that counts as a hang: hang_factor times a step, at least hang_floor_s.
+    hang_floor_s: float = field(default_factory=lambda: float(os.environ.get("TUNEYARD_HANG_FLOOR_S", FLOOR_S)))
+    hang_factor: float = field(default_factory=lambda: float(os.environ.get("TUNEYARD_HANG_FACTOR", FACTOR)))
 
 
 @dataclass(frozen=True)
@@ -62,9 +74,7 @@ class RunFiles:
 
     def storage(self) -> tuple[FileSystem, str]:
         """The run's file system and folder."""
-        filesystem, path = filesystem_for(self.storage_uri, self.keys().storage)
-        make_folder(filesystem, path)
-        return filesystem, path
+        return filesystem_for(self.storage_uri, self.keys().storage)
 
     def source(self, spec: JobSpec) -> tuple[FileSystem, str]:
         """The dataset's file system and path."""
@@ -110,28 +120,27 @@ def _chat_tokenizer(spec: JobSpec, mirror: str) -> ChatTokenizer:
 
 
 def launch(spec: JobSpec, request_id: str, files: RunFiles, placement: Placement, monitor: ActorMonitor) -> dict[str, Any]:
-    """Run the job on Ray; block until it ends. Returns the manifest, which is in the run's folder by then.
+    """Make one attempt at the job on Ray; block until it ends. Returns the manifest, which is in the run's folder by then.
 
-    Called again with the same `request_id` and folder it goes on from the last complete checkpoint.
-    Raises UserError for the user's input, Stopped when the monitor asked for it, anything else for faults of ours.
+    Called again with the same `request_id` and folder it goes on from what is there: a manifest, an adapter, a checkpoint,
+    prepared rows. When that is worth it is the caller's business.
+    Raises UserError for the user's input, Stopped when the monitor asked for it, RunFault for all else.
     """
     import ray
 
     tell: Any = monitor.handle
-    storage, run_path = files.storage()
-    write_json(storage, f"{run_path}/job.json", spec.model_dump(mode="json"))
 
-    tell.on_phase.remote("preparing_data")
-    prepared = _prepare_on_ray(spec, files, placement, run_path)
-    tell.on_event.remote("prepared", describe(prepared))
-    if ray.get(tell.stop_requested.remote()):
-        raise Stopped
+    def train(prepared: PreparedDataset) -> Mapping[str, Any]:
+        if ray.get(tell.stop_requested.remote()):
+            raise Stopped
+        tell.on_phase.remote("waiting_for_resources")
+        return _train(spec, request_id, files, placement, monitor, prepared)
 
-    tell.on_phase.remote("waiting_for_resources")
-    result = _train(spec, request_id, files, placement, monitor, prepared)
-    if result["stopped"]:
-        raise Stopped
-    return _finish(spec, request_id, files, prepared, result, storage, run_path)
+    def prepare(source: FileSystem, found: list[SourceFile], run_path: str) -> PreparedDataset:
+        return _prepare_on_ray(spec, found, files, placement, run_path)
+
+    with classified(spec), outages_told(lambda text: tell.on_event.remote("storage_away", text)):
+        return _attempt(spec, request_id, files, tell.on_phase.remote, tell.on_event.remote, prepare, train)
 
 
 def launch_local(spec: JobSpec, request_id: str, files: RunFiles, monitor: Monitor) -> dict[str, Any]:
@@ -140,26 +149,64 @@ def launch_local(spec: JobSpec, request_id: str, files: RunFiles, monitor: Monit
     from train_loop.model.load import model_folder
 
     storage, run_path = files.storage()
+
+    def prepare(source: FileSystem, found: list[SourceFile], run_path: str) -> PreparedDataset:
+        chat = None if spec.dataset_config.preprocessing.lazy_tokenize else _chat_tokenizer(spec, files.model_mirror)
+        return prepare_local(spec, source, found, storage, run_path, chat)
+
+    def train(prepared: PreparedDataset) -> Mapping[str, Any]:
+        with tempfile.TemporaryDirectory(prefix="tuneyard-") as scratch:
+            ctx = LocalContext(
+                model_folder=model_folder(spec.model_details, Path(files.model_mirror)),
+                storage=storage,
+                run_path=run_path,
+                scratch=Path(scratch),
+                monitor=monitor,
+            )
+            return asdict(run(spec, prepared, ctx))
+
+    with classified(spec), outages_told(lambda text: monitor.on_event("storage_away", text)):
+        return _attempt(spec, request_id, files, monitor.on_phase, monitor.on_event, prepare, train)
+
+
+def _attempt(
+    spec: JobSpec,
+    request_id: str,
+    files: RunFiles,
+    on_phase: Callable[[str], Any],
+    on_event: Callable[[str, str], Any],
+    prepare: Callable[[FileSystem, list[SourceFile], str], PreparedDataset],
+    train: Callable[[PreparedDataset], Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The parts in order, each left out when an earlier attempt has finished it."""
+    storage, run_path = files.storage()
+    if (manifest := _finished(storage, run_path, request_id)) is not None:
+        return manifest
     write_json(storage, f"{run_path}/job.json", spec.model_dump(mode="json"))
-    monitor.on_phase("preparing_data")
+
+    on_phase("preparing_data")
+    # Rows that an earlier attempt prepared were reachable: their storage is waited for like the run's own.
+    been_here = "index.json" in list_files(storage, f"{run_path}/data")
     source, path = files.source(spec)
-    found = find_files(spec.dataset_details, source, path)
-    chat = None if spec.dataset_config.preprocessing.lazy_tokenize else _chat_tokenizer(spec, files.model_mirror)
-    prepared = prepare_local(spec, source, found, storage, run_path, chat)
-    monitor.on_event("prepared", describe(prepared))
-    with tempfile.TemporaryDirectory(prefix="tuneyard-") as scratch:
-        ctx = LocalContext(
-            model_folder=model_folder(spec.model_details, Path(files.model_mirror)),
-            storage=storage,
-            run_path=run_path,
-            scratch=Path(scratch),
-            monitor=monitor,
-            keep=spec.train_config.hyperparameters.save_total_limit,
-        )
-        outcome = run(spec, prepared, ctx)
-    if outcome.stopped:
+    found = find_files(spec.dataset_details, source, path, patience_s=None if been_here else FIRST_CONTACT_S)
+    if (prepared := prepared_before(spec, found, storage, run_path)) is not None:
+        on_event("prepared", f"{describe(prepared)}; prepared by an earlier attempt")
+    else:
+        prepared = prepare(source, found, run_path)
+        on_event("prepared", describe(prepared))
+
+    outcome = read_json(storage, f"{run_path}/{OUTCOME}")
+    if outcome is None or outcome["stopped"] or not verify(storage, f"{run_path}/adapter", outcome["adapter_files"]):
+        outcome = train(prepared)
+    if outcome["stopped"]:
         raise Stopped
-    return _finish(spec, request_id, files, prepared, asdict(outcome), storage, run_path)
+    return _finish(spec, request_id, files, prepared, outcome, storage, run_path)
+
+
+def _finished(storage: FileSystem, run_path: str, request_id: str) -> dict[str, Any] | None:
+    """The manifest, when an earlier attempt wrote it: it comes last, so everything else is there."""
+    manifest: dict[str, Any] | None = read_json(storage, f"{run_path}/manifest.json")
+    return manifest if manifest is not None and manifest["request_id"] == request_id else None
 
 
 def describe(prepared: PreparedDataset) -> str:
@@ -168,11 +215,11 @@ def describe(prepared: PreparedDataset) -> str:
     return f"{prepared.num_rows} rows ({counts}), {prepared.num_rejected} rejected of {prepared.num_lines} lines"
 
 
-def _prepare_on_ray(spec: JobSpec, files: RunFiles, placement: Placement, run_path: str) -> PreparedDataset:
+def _prepare_on_ray(
+    spec: JobSpec, found: list[SourceFile], files: RunFiles, placement: Placement, run_path: str
+) -> PreparedDataset:
     from train_loop.data.pipeline import prepare_with_ray
 
-    source, path = files.source(spec)
-    found: list[SourceFile] = find_files(spec.dataset_details, source, path)
     eager = not spec.dataset_config.preprocessing.lazy_tokenize
     return prepare_with_ray(
         spec,
@@ -194,51 +241,49 @@ def _train(
     prepared: PreparedDataset,
 ) -> dict[str, Any]:
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    # Checkpoints are ours; what Ray Train writes down of its own is of no use after the attempt.
+    with tempfile.TemporaryDirectory(prefix="tuneyard-train-") as notes:
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={
+                "spec": spec.model_dump_json(),
+                "prepared": prepared.to_json(),
+                "files": files,
+                "monitor": monitor,
+                "clock": StepClock(placement.hang_floor_s, placement.hang_factor),
+            },
+            torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=placement.num_workers or spec.infra_config.num_workers,
+                use_gpu=placement.use_gpu,
+                resources_per_worker=dict(placement.resources),
+                accelerator_type=placement.accelerator_type,
+            ),
+            run_config=RunConfig(
+                name=request_id,
+                storage_path=notes,
+                # An attempt ends with the first fault. Only room for the workers is waited for: nodes may be on their way.
+                failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=ROOM_WAITS),
+            ),
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError:
+            # A worker that ends itself says why before it goes; Ray only sees it gone.
+            told: UserError | RunFault | None = ray.get(monitor.handle.failure.remote())
+            if told is not None:
+                raise told from None
+            raise
     storage, run_path = files.storage()
-    s3 = files.storage_uri.startswith("s3://")
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={
-            "spec": spec.model_dump_json(),
-            "prepared": prepared.to_json(),
-            "files": files,
-            "monitor": monitor,
-        },
-        torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=spec.infra_config.num_workers,
-            use_gpu=placement.use_gpu,
-            resources_per_worker=dict(placement.resources),
-            accelerator_type=placement.accelerator_type,
-        ),
-        run_config=RunConfig(
-            name=request_id,
-            storage_path=f"{run_path}/checkpoints",
-            storage_filesystem=storage if s3 else None,
-            failure_config=FailureConfig(max_failures=spec.infra_config.max_retries),
-            checkpoint_config=CheckpointConfig(num_to_keep=spec.train_config.hyperparameters.save_total_limit),
-        ),
-    )
-    try:
-        trainer.fit()
-    except Exception:
-        failure: UserError | None = ray.get(monitor.handle.failure.remote())
-        if failure is not None:
-            raise failure from None
-        raise
-    failure = ray.get(monitor.handle.failure.remote())
-    if failure is not None:
-        raise failure
-    with storage.open_input_stream(f"{run_path}/outcome.json") as stream:
-        outcome: dict[str, Any] = json.loads(stream.read())
+    outcome: dict[str, Any] = read_json(storage, f"{run_path}/{OUTCOME}")
     return outcome
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """One Ray Train worker. The user's errors go to the monitor and end the run without a retry."""
+    """One Ray Train worker. Raises UserError or RunFault: torch's own errors would have to be known where `launch` runs."""
     import ray.train
     from ray.exceptions import RayError
 
@@ -247,32 +292,38 @@ def _worker(config: dict[str, Any]) -> None:
 
     monitor: ActorMonitor = config["monitor"]
     files: RunFiles = config["files"]
-    if ray.get(monitor.handle.failure.remote()) is not None:
-        return
     spec = JobSpec.model_validate_json(config["spec"])
     storage, run_path = files.storage()
     scratch = Path(tempfile.mkdtemp(prefix="tuneyard-"))
     rank = ray.train.get_context().get_world_rank()
+    tell: Any = monitor.handle
 
     def send(lines: list[tuple[float, str]]) -> None:
         # Waits for the delivery, or the last lines would be lost with the process. Without a monitor the run is over anyway.
         with contextlib.suppress(RayError):
             ray.get(monitor.handle.on_log.remote(rank, lines))
 
+    def on_hang(message: str) -> None:
+        flush()
+        with contextlib.suppress(RayError):
+            ray.get(tell.on_failure.remote(RunFault(Cause.HANG, message)), timeout=TELL_S)
+
+    def on_outage(text: str) -> None:
+        tell.on_event.remote("storage_away", text)
+
     try:
-        with shipped(send):
+        with shipped(send) as flush, classified(spec), outages_told(on_outage), Watchdog(config["clock"], on_hang) as watchdog:
             ctx = RayContext(
                 model_folder=model_folder(spec.model_details, Path(files.model_mirror)),
                 storage=storage,
                 run_path=run_path,
                 scratch=scratch,
-                monitor=monitor.handle,
+                monitor=tell,
+                watchdog=watchdog,
             )
             outcome = run(spec, PreparedDataset.from_json(config["prepared"]), ctx)
-        if rank == 0:
-            write_json(storage, f"{run_path}/outcome.json", asdict(outcome))
-    except UserError as error:
-        ray.get(monitor.handle.on_failure.remote(error))
+            if rank == 0:
+                write_json(storage, f"{run_path}/{OUTCOME}", asdict(outcome))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -289,11 +340,14 @@ def _finish(
     """Write the manifest, last: it says that everything else is there, and what it is."""
     from train_loop.model.load import model_folder, weights_hash
 
+    if not verify(storage, f"{run_path}/adapter", outcome["adapter_files"]):
+        raise RunFault(Cause.STORAGE_AWAY, "The adapter in storage isn't what was written there.")
+
     folder = model_folder(spec.model_details, Path(files.model_mirror))
     manifest = {
         "request_id": request_id,
         "adapter_uri": f"{files.storage_uri}/adapter",
-        "adapter_files": digest(storage, f"{run_path}/adapter"),
+        "adapter_files": outcome["adapter_files"],
         "base_model": {"id": spec.model_details.base_model, "weights_sha256": weights_hash(folder)},
         "dataset": {
             "sha256": prepared.sha256,
@@ -306,6 +360,7 @@ def _finish(
         },
         "seed": spec.train_config.hyperparameters.seed,
         "world_size": spec.infra_config.num_workers,
+        "worlds": outcome["worlds"],
         "steps": outcome["step"],
         "compute_dtype": outcome["compute_dtype"],
         "metrics": outcome["metrics"],

@@ -15,16 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from train_loop import checkpoint, export
-from train_loop.context import RunContext, write_text
+from train_loop import export
+from train_loop.checkpoint import Checkpoints
+from train_loop.context import RunContext
 from train_loop.data.loader import Layout, eval_batches, step_batches
 from train_loop.data.packing import MicroBatch
 from train_loop.data.sampler import BatchPlan
 from train_loop.data.shards import PreparedDataset, ShardSet
 from train_loop.data.tokenize import ChatTokenizer
-from train_loop.errors import DatasetError, TrainingError
+from train_loop.errors import DatasetError, Stopped, TrainingError
 from train_loop.evaluate import evaluate, full_precision
 from train_loop.loss import supervised_loss
 from train_loop.metrics import MetricLog
@@ -33,7 +35,9 @@ from train_loop.model.load import load_base, load_tokenizer
 from train_loop.optim import build_optimizer, learning_rate, set_learning_rate
 from train_loop.parallel import set_threads, sync_gradients, sync_parameters
 from train_loop.spec import JobSpec
+from train_loop.storage import upload_folder, write_bytes
 
+MAX_ROWS_TOLD = 5
 logger = logging.getLogger(__name__)
 
 
@@ -46,15 +50,17 @@ class Outcome:
     total_steps: int
     compute_dtype: str
     metrics: dict[str, Any]
+    worlds: list[dict[str, int]]  # the workers that the steps ran on: from_step, world_size
+    adapter_files: list[dict[str, Any]]  # name, size_bytes, sha256; rank 0 knows
 
 
-def batch_plan(spec: JobSpec, num_samples: int, world_size: int) -> BatchPlan:
-    """The arithmetic of the run's batches."""
+def batch_plan(spec: JobSpec, num_samples: int) -> BatchPlan:
+    """The arithmetic of the run's batches: the job's, however many workers this attempt has."""
     hp = spec.train_config.hyperparameters
     return BatchPlan(
         num_samples=num_samples,
         per_device_batch_size=hp.per_device_train_batch_size,
-        world_size=world_size,
+        world_size=spec.infra_config.num_workers,
         accumulation_steps=hp.gradient_accumulation_steps,
         num_epochs=hp.num_epochs,
         max_steps=hp.max_steps,
@@ -64,15 +70,22 @@ def batch_plan(spec: JobSpec, num_samples: int, world_size: int) -> BatchPlan:
 
 def run(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext) -> Outcome:
     """Train. Collective: every rank calls it with the same spec and data. Raises UserError."""
+    with contextlib.closing(Checkpoints(ctx, spec.train_config.hyperparameters.save_total_limit)) as checkpoints:
+        return _train(spec, prepared, ctx, checkpoints)
+
+
+def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoints: Checkpoints) -> Outcome:
     hp = spec.train_config.hyperparameters
     pre = spec.dataset_config.preprocessing
     set_threads(ctx)
     ctx.phase("loading_model")
+    ctx.beat("slow")
 
     tokenizer = load_tokenizer(ctx.model_folder)
     chat = None if prepared.eager else ChatTokenizer.of(spec, tokenizer)
     shards = ShardSet.open(prepared, ctx.storage, f"{ctx.run_path}/data", ctx.scratch / f"data-{ctx.rank}")
-    plan = batch_plan(spec, len(shards.ids("train")), ctx.world_size)
+    train_ids, eval_ids = shards.ids("train"), shards.ids("eval")
+    plan = batch_plan(spec, len(train_ids))
     layout = Layout(chat, pre.prompt.max_length, pre.packing, tokenizer.pad_token_id)
 
     base = load_base(spec, ctx.model_folder, ctx.device)
@@ -86,9 +99,10 @@ def run(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext) -> Outcome:
     torch.manual_seed(hp.seed + 1 + ctx.rank)
 
     step, log = 0, MetricLog(plan.total_steps)
-    if (saved := ctx.resume()) is not None:
-        step, log = checkpoint.read(saved, ctx, model, optimizer)
+    if (saved := checkpoints.restore(model, optimizer)) is not None:
+        step, log = saved
         ctx.event("resumed", f"resumed from the checkpoint of step {step}")
+    log.runs_on(step + 1, ctx.world_size)
     ctx.event(
         "plan",
         f"{plan.num_samples} samples, {plan.samples_per_step} a step over {ctx.world_size} workers, "
@@ -99,23 +113,26 @@ def run(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext) -> Outcome:
         low = base.compute_dtype is not torch.float32
         return torch.autocast(ctx.device.type, base.compute_dtype) if low else contextlib.nullcontext()
 
-    def run_evaluation(step: int) -> None:
-        ids = shards.ids("eval")
-        if not len(ids):
+    def is_due(every: int) -> bool:
+        return step == plan.total_steps or step % every == 0
+
+    def run_evaluation() -> None:
+        if not len(eval_ids) or log.evaluated_at == step:
             return
         ctx.phase("evaluating")
-        batches = eval_batches(shards, ids, ctx.rank, ctx.world_size, hp.per_device_eval_batch_size, layout)
+        batches = eval_batches(shards, eval_ids, ctx.rank, ctx.world_size, hp.per_device_eval_batch_size, layout)
         # On a GPU, bf16 is what evaluation sets of any size can be afforded in.
         with full_precision(model, base.compute_dtype) if ctx.device.type == "cpu" else autocast():
             loss = evaluate(model, batches, ctx)
+        log.evaluated_at = step
         if loss is not None:
             log.evaluated(step, loss)
             ctx.event("evaluated", f"eval loss {loss:.4f} after {step} steps")
-        report(step)
+        report()
         publish_metrics()
         ctx.phase("training")
 
-    def report(step: int) -> None:
+    def report() -> None:
         ctx.log(
             {
                 "step": step,
@@ -130,87 +147,101 @@ def run(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext) -> Outcome:
 
     def publish_metrics() -> None:
         if ctx.rank == 0:
-            write_text(ctx.storage, f"{ctx.run_path}/metrics.jsonl", log.lines())
+            write_bytes(ctx.storage, f"{ctx.run_path}/metrics.jsonl", log.lines().encode())
 
-    def save(step: int) -> None:
+    def save(*, wait: bool = False) -> None:
         ctx.phase("saving")
+        ctx.beat("slow")
         publish_metrics()
-        ctx.save(step, lambda folder: checkpoint.write(folder, ctx, step, model, optimizer, log))
+        checkpoints.save(step, model, optimizer, log)
+        if wait:
+            checkpoints.wait()
+        ctx.beat()
         ctx.phase("training")
 
-    def outcome(stopped: bool) -> Outcome:
+    def outcome(*, stopped: bool, adapter_files: list[dict[str, Any]]) -> Outcome:
         dtype = str(base.compute_dtype).removeprefix("torch.")
-        return Outcome(stopped, step, plan.total_steps, dtype, log.summary())
+        return Outcome(stopped, step, plan.total_steps, dtype, log.summary(), log.worlds, adapter_files)
 
     model.train()
-    if step == 0:
-        run_evaluation(0)
-    ctx.phase("training")
-    report(step)
+    told_preempted = False
+    try:
+        if is_due(hp.eval_steps):
+            run_evaluation()
+        ctx.phase("training")
+        report()
+        log.restart_clock()
+        batches = step_batches(
+            shards,
+            train_ids,
+            plan,
+            ctx.rank,
+            ctx.world_size,
+            layout,
+            num_workers=hp.dataloader_num_workers,
+            start_step=step + 1,
+        )
+        for next_step, micro_batches in batches:
+            supervised, tokens, stop, preempted = _agree(micro_batches, ctx)
+            if stop:
+                raise Stopped
+            if preempted and not told_preempted:
+                told_preempted = True
+                save(wait=True)
+                ctx.event("preempted", f"{ctx.preemption() or 'a machine will be taken back'}; step {step} is saved")
+            step = next_step
+            losses = []
+            for micro in micro_batches:
+                with autocast():
+                    loss = supervised_loss(model, micro.to(ctx.device)) / max(1, supervised)
+                loss.backward()
+                losses.append(loss.detach())
+            mine = torch.stack(losses).double().tolist() if losses else []
+            step_loss = sync_gradients(parameters, sum(mine), ctx)
+            grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, hp.max_grad_norm))
+            if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):
+                bad = [micro for micro, loss in zip(micro_batches, mine, strict=True) if not math.isfinite(loss)]
+                raise _not_finite(step, bad, train_ids[plan.global_batch(step)], shards, hp.learning_rate, ctx)
+            rate = learning_rate(hp, step, plan.total_steps)
+            set_learning_rate(optimizer, rate)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-    loss_sum = torch.zeros((), dtype=torch.float64)
-    logged_at = step
-    log.restart_clock()
-    train_ids = shards.ids("train")
-    batches = step_batches(shards, train_ids, plan, ctx.rank, layout, num_workers=hp.dataloader_num_workers, start_step=step + 1)
-    for step, micro_batches in batches:
-        supervised, tokens, stop = _agree(micro_batches, ctx)
-        if stop:
-            step -= 1
-            save(step)
-            return outcome(stopped=True)
-        step_loss = torch.zeros((), dtype=torch.float64)
-        for micro in micro_batches:
-            with autocast():
-                loss = supervised_loss(model, micro.to(ctx.device)) / max(1, supervised)
-            loss.backward()
-            step_loss += loss.detach().double().cpu()
-        sync_gradients(parameters, ctx)
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, hp.max_grad_norm))
-        if not math.isfinite(grad_norm):
-            raise TrainingError(
-                f"the loss or its gradient stopped being a number at step {step}: lower learning_rate "
-                f"(now {hp.learning_rate:g}) or look at the rows of that step",
-                field="train_config.hyperparameters.learning_rate",
-                code="loss_not_finite",
-            )
-        rate = learning_rate(hp, step, plan.total_steps)
-        set_learning_rate(optimizer, rate)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-        loss_sum += step_loss
-        log.count(tokens)
-        last = step == plan.total_steps
-        if step % hp.logging_steps == 0 or last or step == 1:
-            steps = step - logged_at
-            mean = ctx.all_reduce_sum(loss_sum.to(ctx.device, torch.float32)).item() / steps
-            log.point(step, steps, epoch=round(plan.epoch_at(step), 4), loss=mean, learning_rate=rate, grad_norm=grad_norm)
-            loss_sum.zero_()
-            logged_at = step
-            if ctx.rank == 0:
-                logger.info(
-                    "step %d/%d loss %.4f learning_rate %.3g grad_norm %.3f", step, plan.total_steps, mean, rate, grad_norm
-                )
-        report(step)
-        if last or step % hp.eval_steps == 0:
-            run_evaluation(step)
-        if last or step % hp.save_steps == 0:
-            save(step)
-        if step == logged_at:
-            log.restart_clock()
+            ctx.beat("step")
+            log.count(tokens, step_loss)
+            if is_due(hp.logging_steps) or step == 1:
+                point = log.point(step, epoch=round(plan.epoch_at(step), 4), learning_rate=rate, grad_norm=grad_norm)
+                if ctx.rank == 0:
+                    logger.info(
+                        "step %d/%d loss %.4f learning_rate %.3g grad_norm %.3f",
+                        *(step, plan.total_steps, point["loss"], rate, grad_norm),
+                    )
+            report()
+            if is_due(hp.eval_steps):
+                run_evaluation()
+            if is_due(hp.save_steps):
+                save()
+            if step == log.logged_at:
+                log.restart_clock()
+    except Stopped:
+        save(wait=True)
+        return outcome(stopped=True, adapter_files=[])
 
     ctx.phase("exporting")
+    ctx.beat("slow")
+    checkpoints.wait()
+    files = []
     if ctx.rank == 0:
         publish_metrics()
         with tempfile.TemporaryDirectory(dir=ctx.scratch) as folder:
             export.write_adapter(Path(folder), spec, model, tokenizer, log)
-            export.upload(Path(folder), ctx.storage, f"{ctx.run_path}/adapter")
-    return outcome(stopped=False)
+            files = upload_folder(Path(folder), ctx.storage, f"{ctx.run_path}/adapter")
+    return outcome(stopped=False, adapter_files=files)
 
 
-def _agree(micro_batches: list[MicroBatch], ctx: RunContext) -> tuple[int, int, bool]:
-    """Supervised tokens and tokens of the global batch, and whether any rank was asked to stop: one all-reduce.
+def _agree(micro_batches: list[MicroBatch], ctx: RunContext) -> tuple[int, int, bool, bool]:
+    """Supervised tokens and tokens of the global batch, whether any rank was asked to stop, whether any was told that a
+    machine will be taken back: one all-reduce.
 
     Raises DatasetError when no rank has anything to learn from in this step.
     """
@@ -219,12 +250,34 @@ def _agree(micro_batches: list[MicroBatch], ctx: RunContext) -> tuple[int, int, 
         sum(m.num_tokens for m in micro_batches),
         sum(m.num_samples for m in micro_batches),
         int(ctx.stop_requested()),
+        int(ctx.preemption() is not None),
     ]
-    supervised, tokens, samples, stop = ctx.all_reduce_sum(torch.tensor(mine, dtype=torch.int64, device=ctx.device)).tolist()
+    agreed = ctx.all_reduce_sum(torch.tensor(mine, dtype=torch.int64, device=ctx.device)).tolist()
+    supervised, tokens, samples, stop, preempted = agreed
     if samples == 0 and not stop:
         raise DatasetError(
             "no row of this step has a token to learn from: is max_length too short for the answers to fit?",
             field="dataset_config.preprocessing.prompt.max_length",
             code="no_supervised_tokens",
         )
-    return supervised, tokens, bool(stop)
+    return supervised, tokens, bool(stop), bool(preempted)
+
+
+def _not_finite(
+    step: int, bad: list[MicroBatch], rows: np.ndarray, shards: ShardSet, rate: float, ctx: RunContext
+) -> TrainingError:
+    """What to say of a loss that isn't a number: which of the step's `rows` gave it. Collective.
+
+    When every loss was a number and only the gradient isn't, any row of the step may be at fault.
+    """
+    mine = torch.tensor(np.isin(rows, [row for micro in bad for row in micro.rows]).astype(np.int64), device=ctx.device)
+    is_bad = ctx.all_reduce_sum(mine).cpu().numpy() > 0
+    suspects = sorted(shards.source(int(row)) for row in (rows[is_bad] if is_bad.any() else rows))
+    shown = "; ".join(f"{uri} line {line}" for uri, line in suspects[:MAX_ROWS_TOLD])
+    more = f" and {len(suspects) - MAX_ROWS_TOLD} more" if len(suspects) > MAX_ROWS_TOLD else ""
+    return TrainingError(
+        f"the loss or its gradient stopped being a number at step {step}: lower learning_rate (now {rate:g}) or look at these "
+        f"rows of that step: {shown}{more}",
+        field="train_config.hyperparameters.learning_rate",
+        code="loss_not_finite",
+    )

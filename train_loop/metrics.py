@@ -17,32 +17,50 @@ class MetricLog:
     eval_before: float | None = None
     eval_after: float | None = None
     best: dict[str, Any] | None = None
-    _tokens: int = 0
+    worlds: list[dict[str, int]] = field(default_factory=list)
+    # Since the last line; a checkpoint may fall between two.
+    logged_at: int = 0
+    tokens: int = 0
+    loss_sum: float = 0.0
+    evaluated_at: int | None = None  # an evaluation that a stop cut short is made up for
+    _timed_steps: int = 0  # in the interval that the clock runs for
+    _timed_tokens: int = 0
     _since: float = field(default_factory=time.monotonic)
     _step_s: float | None = None
     _unsent: dict[int, dict[str, Any]] = field(default_factory=dict)
 
-    def count(self, tokens: int) -> None:
-        """Add the (global) tokens of one step."""
-        self._tokens += tokens
+    def runs_on(self, step: int, world_size: int) -> None:
+        """Note that the steps from `step` run on so many workers."""
+        self.worlds = [w for w in self.worlds if w["from_step"] < step]
+        if not self.worlds or self.worlds[-1]["world_size"] != world_size:
+            self.worlds.append({"from_step": step, "world_size": world_size})
+
+    def count(self, tokens: int, loss: float) -> None:
+        """Add one step: its tokens and its mean loss, both of the global batch."""
+        self.tokens += tokens
+        self.loss_sum += loss
+        self._timed_tokens += tokens
+        self._timed_steps += 1
 
     def restart_clock(self) -> None:
         """Start a new throughput interval: what comes before (an evaluation, a checkpoint) isn't training."""
-        self._since, self._tokens = time.monotonic(), 0
+        self._since, self._timed_tokens, self._timed_steps = time.monotonic(), 0, 0
 
-    def point(self, step: int, steps_in_interval: int, **values: float) -> dict[str, Any]:
-        """Close the interval at `step` and return its line, with tokens/s of the interval."""
+    def point(self, step: int, **values: float) -> dict[str, Any]:
+        """Close the interval at `step` and return its line, with the mean loss of its steps and tokens/s."""
         elapsed = max(1e-9, time.monotonic() - self._since)
-        self._step_s = elapsed / max(1, steps_in_interval)
+        self._step_s = elapsed / max(1, self._timed_steps)
         line = {
             "step": step,
+            "loss": self.loss_sum / (step - self.logged_at),
             **values,
-            "tokens": self._tokens,
-            "tokens_per_second": round(self._tokens / elapsed, 2),
+            "tokens": self.tokens,
+            "tokens_per_second": round(self._timed_tokens / elapsed, 2),
             "time": round(time.time(), 3),
         }
         self.points.append(line)
         self._unsent[step] = line
+        self.logged_at, self.tokens, self.loss_sum = step, 0, 0.0
         self.restart_clock()
         return line
 

@@ -13,16 +13,21 @@ import torch
 from train_loop.context import RunContext
 
 
-def sync_gradients(parameters: Sequence[torch.nn.Parameter], ctx: RunContext) -> None:
-    """Replace each parameter's gradient by the sum over ranks. Missing gradients count as zero."""
+def sync_gradients(parameters: Sequence[torch.nn.Parameter], loss: float, ctx: RunContext) -> float:
+    """Replace each parameter's gradient by the sum over ranks, and return that of `loss`. Missing gradients count as zero.
+
+    The loss rides along in float32, so that every rank knows at once when it isn't a number on any of them.
+    """
     if ctx.world_size == 1:
-        return
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
+        return loss
+    grads = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters]
+    flat = torch.cat([*grads, torch.tensor([loss], dtype=grads[0].dtype, device=grads[0].device)])
     ctx.all_reduce_sum(flat)
     at = 0
     for p in parameters:
         p.grad = flat[at : at + p.numel()].view_as(p)
         at += p.numel()
+    return float(flat[at])
 
 
 def sync_parameters(parameters: Sequence[torch.nn.Parameter], ctx: RunContext) -> None:

@@ -311,20 +311,16 @@ class InfraConfig(Section):
     gpu_count: int = Field(1, ge=1, le=16, strict=True, description="GPUs per node.")
     node_count: int = Field(1, ge=1, le=1024, strict=True, description="Nodes; workers = gpu_count * node_count.")
     min_node_count: Annotated[int, Field(ge=1, le=1024, strict=True)] | None = Field(
-        None, description="Elastic lower bound; default node_count."
+        None, description="Go on with as few nodes as this when there is no room for node_count; default node_count."
     )
     infra_type: Literal["ray", "simplismart"] = Field("ray", description="Names of the same thing.")
-    priority: Annotated[int, OnlyYet(0)] = Field(0, ge=-10, le=10, strict=True, description="Higher runs first.")
-    max_runtime_s: Annotated[Annotated[int, Field(ge=60, le=31_536_000, strict=True)] | None, OnlyYet(None)] = Field(
-        None, description="Longest run, in seconds."
+    priority: int = Field(0, ge=-10, le=10, strict=True, description="Higher runs first; waiting half an hour is worth one.")
+    max_runtime_s: Annotated[int, Field(ge=1, le=31_536_000, strict=True)] | None = Field(
+        None, description="Longest time of running, in seconds; then the job is saved and FAILED, and can be resumed."
     )
-    max_retries: int = Field(3, ge=0, le=100, strict=True, description="Restarts after a fault of the machines.")
-
-    @model_validator(mode="after")
-    def _elastic(self) -> InfraConfig:
-        if self.min_node_count is not None and self.min_node_count < self.node_count:
-            raise _wrong("min_node_count", "min_node_count below node_count is not supported yet", "not_supported_yet")
-        return self
+    max_retries: int = Field(
+        3, ge=0, le=100, strict=True, description="Restarts after a fault; lost and preempted machines don't count."
+    )
 
     @property
     def num_workers(self) -> int:

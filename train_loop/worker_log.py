@@ -71,12 +71,12 @@ class _Tee:
 
 
 @contextlib.contextmanager
-def shipped(send: Callable[[list[Line]], None]) -> Iterator[None]:
+def shipped(send: Callable[[list[Line]], None]) -> Iterator[Callable[[], None]]:
     """Inside, what train_loop logs (from INFO) and what this process prints goes to `send`, about once a second.
 
     Other libraries' loggers print where they see fit, which counts as printing.
 
-    What is left goes when the block ends, however it ends.
+    What is left goes when the block ends, however it ends; what is yielded sends it at once.
     """
     lines, done = _Lines(), threading.Event()
     handler, ours = _Handler(lines, sys.stderr), logging.getLogger("train_loop")
@@ -97,7 +97,7 @@ def shipped(send: Callable[[list[Line]], None]) -> Iterator[None]:
     sys.stdout, sys.stderr = _Tee(sys.stdout, lines), _Tee(sys.stderr, lines)  # type: ignore[assignment]
     thread.start()
     try:
-        yield
+        yield flush
     except BaseException:
         ours.exception("this worker failed")
         raise

@@ -1,11 +1,12 @@
-"""Start everything a laptop needs in one supervisor process, and end all of it again.
+"""Start everything a laptop needs in one supervisor process, keep it going, and end all of it again.
 
-The supervisor owns SeaweedFS and a local Ray (with Serve); whoever holds its pid can stop the lot. Every process below it
-inherits TUNEYARD_INSTANCE, so that `down` finds what a killed supervisor left behind.
+The supervisor owns SeaweedFS and the head (Ray and the service, head.py) and starts either again when it dies; its pid ends both.
+Every process below it inherits TUNEYARD_INSTANCE, so that `down` finds what a killed supervisor left behind.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,16 +17,24 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from serve_app.settings import Settings, write_private
 
+if TYPE_CHECKING:
+    from serve_app.embedded.s3 import S3Server
+
 STATE_FILE = "up.json"
 READY_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 60
+HEAD_READY_TIMEOUT_S = 180
+HEAD_STOP_TIMEOUT_S = 30
+HEAD_TRIES = 3  # starts in a row that fail before the supervisor gives up
+WATCH_S = 0.5
 INSTANCE = "TUNEYARD_INSTANCE"
 PUBLIC = ("url", "dashboard_url", "s3_endpoint_url", "s3_access_key_id", "s3_secret_access_key", "s3_bucket")
 
@@ -148,35 +157,106 @@ def _supervise(home: Path, json_output: bool) -> int:
     state: dict[str, Any] = {"pid": os.getpid(), "instance": instance, "ray_dir": ray_dir, "ready": False}
     _write_state(home, state)
 
+    head: _Head | None = None
     s3 = start_s3(home / "s3", _logs(home) / "s3.log")
     try:
-        settings = _configure(home, s3.endpoint_url, s3.access_key_id, s3.secret_access_key)
-        _materialise_models(settings)
-        url, dashboard_url = _start_ray(settings, ray_dir)
+        _materialise_models(_configure(home, s3))
         state |= {
-            "ready": True,
-            "url": url,
-            "dashboard_url": dashboard_url,
             "s3_endpoint_url": s3.endpoint_url,
             "s3_access_key_id": s3.access_key_id,
             "s3_secret_access_key": s3.secret_access_key,
             "s3_bucket": BUCKET,
         }
-        _write_state(home, state)
-        _announce(state, json_output)
-        while not stop.wait(1.0):
+        failures = 0
+        head = _Head(ray_dir)
+        while not stop.wait(WATCH_S):
             if s3.process.poll() is not None:
-                sys.stderr.write("the embedded S3 server ended by itself; stopping\n")
-                return 1
+                s3 = _start_s3_again(home, s3, stop)
+            if head.ended():
+                failures = 0 if state["ready"] else failures + 1
+                if failures == HEAD_TRIES:
+                    sys.stderr.write(f"Ray and the service didn't start, {HEAD_TRIES} times in a row\n")
+                    return 1
+                sys.stderr.write("Ray or the service ended by itself; starting both again\n")
+                state["ready"] = False
+                _write_state(home, state)
+                _kill(_members(instance, but={s3.process.pid}))  # their ports are needed
+                head = _Head(ray_dir)
+            elif not state["ready"] and (addresses := head.addresses()):
+                first = "url" not in state
+                state |= addresses | {"ready": True}
+                _write_state(home, state)
+                if first:
+                    _announce(state, json_output)
         return 0
     finally:
-        _stop_ray()
+        if head is not None:
+            head.stop()
+        _kill(_members(instance, but={s3.process.pid}))
         s3.stop()
         (home / STATE_FILE).unlink(missing_ok=True)
         shutil.rmtree(ray_dir, ignore_errors=True)
 
 
-def _configure(home: Path, endpoint: str, access_key: str, secret_key: str) -> Settings:
+class _Head:
+    """One life of the process that runs Ray and the service (head.py)."""
+
+    def __init__(self, ray_dir: str) -> None:
+        self._ready_file = Path(ray_dir) / "ready.json"
+        self._ready_file.unlink(missing_ok=True)
+        self._ready_by = time.monotonic() + HEAD_READY_TIMEOUT_S
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "serve_app.embedded.head", ray_dir, str(self._ready_file), str(_cpus())],
+            stdout=sys.stderr,  # ours is for the announcement alone
+            stdin=subprocess.DEVNULL,
+        )
+
+    def addresses(self) -> dict[str, str] | None:
+        """Where Ray and the service are, once they answer."""
+        try:
+            found: dict[str, str] = json.loads(self._ready_file.read_text())
+        except FileNotFoundError:
+            return None
+        return found
+
+    def ended(self) -> bool:
+        """Whether it has ended; one that doesn't get ready in time is ended here."""
+        if time.monotonic() > self._ready_by and self.addresses() is None:
+            self._process.kill()
+            self._process.wait()
+        return self._process.poll() is not None
+
+    def stop(self) -> None:
+        """End it, in order when it is ready."""
+        if self.addresses() is None:
+            self._process.kill()
+        self._process.terminate()
+        try:
+            self._process.wait(HEAD_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _start_s3_again(home: Path, old: S3Server, stop: threading.Event) -> S3Server:
+    """The S3 server over the same data at the same address; tried until it is there or `stop` is set."""
+    from serve_app.embedded.s3 import start_s3
+
+    while not stop.wait(WATCH_S):
+        sys.stderr.write("the embedded S3 server ended by itself; starting it again\n")
+        try:
+            server = start_s3(home / "s3", _logs(home) / "s3.log")
+        except RuntimeError as error:
+            sys.stderr.write(f"{error}; trying again\n")
+            continue
+        if server.endpoint_url == old.endpoint_url:
+            return server
+        sys.stderr.write(f"a port of {old.endpoint_url} has been taken by another program; trying again\n")
+        server.stop()
+    return old
+
+
+def _configure(home: Path, s3: S3Server) -> Settings:
     """Write the settings that every process of this instance reads, and make its keys."""
     from serve_app.embedded.s3 import BUCKET
 
@@ -186,9 +266,9 @@ def _configure(home: Path, endpoint: str, access_key: str, secret_key: str) -> S
             {
                 "embedded": True,
                 "storage_uri": f"s3://{BUCKET}/runs",
-                "storage_endpoint_url": endpoint,
-                "storage_access_key_id": access_key,
-                "storage_secret_access_key": secret_key,
+                "storage_endpoint_url": s3.endpoint_url,
+                "storage_access_key_id": s3.access_key_id,
+                "storage_secret_access_key": s3.secret_access_key,
                 "storage_region": "us-east-1",
                 "max_workers": 4 * _cpus(),
                 "max_running_jobs": 2,
@@ -217,56 +297,12 @@ def _materialise_models(settings: Settings) -> None:
         subprocess.run([sys.executable, "-m", "serve_app.cli", "models"], check=True, stdout=subprocess.DEVNULL)
 
 
-def _start_ray(settings: Settings, ray_dir: str) -> tuple[str, str]:
-    import logging
-
-    # Read when Ray is imported: only as a one-machine Ray, its default outside Linux, does it stay off the network.
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    import ray
-    from ray import serve
-
-    from serve_app.app import deploy
-    from serve_app.embedded.ports import free_ports
-
-    # Everything listens on 127.0.0.1, and `ray job submit` reads no token unless it is told to: RAY_AUTH_MODE=token for both
-    # closes it to other users of this machine.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    http_port, dashboard_port = free_ports(2)
-    context = ray.init(
-        address="local",
-        num_cpus=_cpus(),
-        num_gpus=0,
-        object_store_memory=256 << 20,
-        dashboard_host="127.0.0.1",
-        dashboard_port=dashboard_port,
-        namespace=settings.ray_namespace,
-        _temp_dir=ray_dir,
-        _node_ip_address="127.0.0.1",
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-    )
-    # Without this file a job submitted to this Ray gets the address of whichever Ray its supervisor finds on the machine.
-    Path(ray_dir, "ray_current_cluster").write_text(context.address_info["gcs_address"])
-    serve.start(http_options={"host": "127.0.0.1", "port": http_port})
-    deploy(settings)
-    return f"http://127.0.0.1:{http_port}", f"http://{context.dashboard_url}"
-
-
-def _stop_ray() -> None:
-    import ray
-
-    if ray.is_initialized():
-        ray.shutdown()
-
-
-def _members(instance: str) -> list[psutil.Process]:
-    """Every process that inherited this instance's mark."""
+def _members(instance: str, but: Collection[int] = ()) -> list[psutil.Process]:
+    """Every process that inherited this instance's mark, without this one and `but`."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(INSTANCE) == instance and process.pid != os.getpid():
+            if process.environ().get(INSTANCE) == instance and process.pid not in (os.getpid(), *but):
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue
@@ -285,7 +321,11 @@ def _end(state: dict[str, Any]) -> None:
                 time.sleep(0.1)
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         pass
-    left = _members(state["instance"])
-    for process in left:
-        process.kill()
-    psutil.wait_procs(left, timeout=10)
+    _kill(_members(state["instance"]))
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from serve_app.embedded.ports import free_ports
+from serve_app.embedded.ports import remembered_ports
 from serve_app.settings import write_private
 
 START_TIMEOUT_S = 60
@@ -75,14 +75,15 @@ def _identity(folder: Path) -> tuple[Path, str, str]:
 
 
 def start_s3(folder: Path, log_path: Path) -> S3Server:
-    """Start the server over `folder` on free loopback ports and wait until the bucket `tuneyard` is there.
+    """Start the server over `folder` and wait until the bucket `tuneyard` is there.
 
+    It listens on the loopback ports that it had last time over this folder, unless one of them is taken now.
     Raises RuntimeError when it doesn't come up.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     config, access_key, secret_key = _identity(folder)
     for _ in range(3):
-        master, volume, filer, s3 = free_ports(4, with_grpc=True)
+        master, volume, filer, s3 = remembered_ports(folder / "ports.json", 4, with_grpc=True)
         with log_path.open("ab") as log:
             process = subprocess.Popen(
                 [

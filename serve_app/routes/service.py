@@ -12,7 +12,7 @@ from fastapi import Depends, Header, Request
 
 from serve_app.auth import Principal, Verifier
 from serve_app.errors import ApiError, field_error, invalid
-from serve_app.lifecycle import Phase, Status
+from serve_app.lifecycle import Phase
 from serve_app.quota import RateLimit
 from serve_app.routes.answers import JobAnswer, JobMetrics
 from serve_app.secrets import SecretVault
@@ -24,8 +24,8 @@ from train_loop.spec import JobSpec
 class Runtime(Protocol):
     """The running side of the service."""
 
-    def live_statuses(self, request_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """What these jobs' actors say now, all asked at once; without those that are gone or slow."""
+    def live_statuses(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
+        """By request_id, what these jobs' actors say now, all asked at once; without those that are gone or slow."""
         ...
 
     def poke(self) -> None:
@@ -104,6 +104,7 @@ def json_body(**properties: dict[str, Any]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
+FRESH_S = 1.0
 MAX_ID = 2**63 - 1  # the databases' largest integer
 UUID_SCHEMA = {"type": "string", "format": "uuid"}
 
@@ -115,7 +116,9 @@ def wire_time(value: dt.datetime) -> str:
 
 def render(here: Service, jobs: Sequence[Job]) -> list[JobAnswer]:
     """Jobs on the wire: the store's rows, overlaid with what their actors say now."""
-    live = here.runtime.live_statuses([job.request_id for job in jobs if job.status is Status.RUNNING])
+    # What a running job's actor wrote a moment ago is as good as asking it, and costs no way through Ray.
+    fresh = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=FRESH_S)
+    live = here.runtime.live_statuses([job for job in jobs if job.open and job.updated_at < fresh])
     positions = here.store.queue_positions(jobs)
     return [_render(job, live.get(job.request_id), positions.get(job.request_id)) for job in jobs]
 

@@ -1,6 +1,7 @@
 """The jobs in the store. Every state change is one function here, and one transaction.
 
-`attempt` fences: a write by an older attempt is refused, whatever it wants to write.
+`attempt` fences: a write by an older attempt is refused, whatever it wants to write. An attempt is open from `start_attempt`
+until the job ends or a fault closes it; a job between two attempts is RUNNING with `retry_at` set.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import base64
 import datetime as dt
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,10 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from serve_app.lifecycle import FINAL, RESUMABLE, Phase, Status, check
-from serve_app.store.journal import Journal, add_event
-from serve_app.store.tables import idempotency, jobs, leases
+from serve_app.retry import judge
+from serve_app.store.journal import Journal, Notes, add_event, add_notes
+from serve_app.store.tables import capacity, idempotency, jobs, leases
+from train_loop.errors import Cause
 from train_loop.spec import JobSpec
 
 IDEMPOTENCY_HOURS = 24
@@ -70,7 +73,16 @@ class Job:
     status: Status
     phase: str
     attempt: int  # attempts started so far
-    resumed_at_attempt: int  # those before the last resume, which its retries don't count
+    priority: int
+    waiting_since: dt.datetime  # since when it waits for its turn, or did before the attempt under way
+    queue_position: int | None  # as the dispatcher last saw it
+    num_nodes: int | None  # of the attempt under way, or the last one
+    actor_node: str | None  # Ray's id of the node where that attempt's job actor is
+    retry_at: dt.datetime | None  # not before then comes the next attempt; set only between attempts
+    faults: int  # since submit or resume, those that count against max_retries
+    losses: int  # faults of the machines in a row without a step between them; they don't count
+    fault_step: int  # the step of the last fault
+    ran_s: float  # seconds that attempts ran since submit or resume
     cancel_requested_at: dt.datetime | None
     spec: dict[str, Any]  # the JobSpec as resolved
     message: str
@@ -94,8 +106,20 @@ class Job:
         """Whether someone asked to stop it."""
         return self.cancel_requested_at is not None
 
+    @property
+    def open(self) -> bool:
+        """Whether its newest attempt may write."""
+        return self.status is Status.RUNNING and self.retry_at is None
 
-def _now() -> dt.datetime:
+    @property
+    def num_workers(self) -> int:
+        """World size of the attempt under way, or the one asked for."""
+        infra = self.spec["infra_config"]
+        return int(infra["gpu_count"] * (self.num_nodes or infra["node_count"]))
+
+
+def utc_now() -> dt.datetime:
+    """The time, aware."""
     return dt.datetime.now(dt.UTC)
 
 
@@ -107,10 +131,10 @@ def _job(row: Any) -> Job:
 class JobStore:
     """Jobs, their events and the dispatcher's lease. Safe to share between threads."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, now: Callable[[], dt.datetime] = utc_now) -> None:
+        self.engine, self._now = engine, now
         self._writer = engine.execution_options(**{WRITES: True})
-        self.journal = Journal(self.read, self.write)
+        self.journal = Journal(self.read)
 
     @classmethod
     def open(cls, url: str) -> JobStore:
@@ -188,7 +212,7 @@ class JobStore:
 
         Raises NameTaken, IdempotencyMismatch, QueueFull when the org has `max_queued` waiting jobs.
         """
-        request_id, now = str(uuid.uuid4()), _now()
+        request_id, now = str(uuid.uuid4()), self._now()
         row = {
             "request_id": request_id,
             "org_id": spec.org,
@@ -196,6 +220,8 @@ class JobStore:
             "status": Status.QUEUED,
             "phase": Phase.QUEUED,
             "attempt": 0,
+            "priority": spec.infra_config.priority,
+            "waiting_since": now,
             "spec": spec.model_dump(mode="json"),
             "message": message,
             "progress": 0.0,
@@ -239,7 +265,7 @@ class JobStore:
     def replay(self, org_id: str, idempotency_key: str, body_hash: str) -> Job | None:
         """The job that this key made before, or None. Raises IdempotencyMismatch for another body."""
         with self.read() as tx:
-            return self._earlier(tx, org_id, idempotency_key, body_hash, _now())
+            return self._earlier(tx, org_id, idempotency_key, body_hash, self._now())
 
     def _earlier(self, tx: Connection, org: str, key: str, body_hash: str, now: dt.datetime) -> Job | None:
         mine = (idempotency.c.org_id == org) & (idempotency.c.key == key)
@@ -282,66 +308,167 @@ class JobStore:
         page = found[:limit]
         return page, _cursor(page[-1].seq) if more else None
 
-    def queued(self, limit: int) -> list[Job]:
-        """Waiting jobs, oldest first."""
-        return self._in(Status.QUEUED, limit)
+    def waiting(self, limit_per_org: int) -> list[Job]:
+        """Jobs that want an attempt, oldest first: QUEUED ones, each org's foremost, and those between two attempts."""
+        turn = sa.func.row_number().over(partition_by=jobs.c.org_id, order_by=[jobs.c.priority.desc(), jobs.c.seq])
+        queued = sa.select(jobs.c.seq, turn.label("turn")).where(jobs.c.status == Status.QUEUED).subquery()
+        foremost = sa.select(queued.c.seq).where(queued.c.turn <= limit_per_org)
+        between = (jobs.c.status == Status.RUNNING) & jobs.c.retry_at.is_not(None) & jobs.c.cancel_requested_at.is_(None)
+        with self.read() as tx:
+            return [
+                _job(row) for row in tx.execute(sa.select(jobs).where(jobs.c.seq.in_(foremost) | between).order_by(jobs.c.seq))
+            ]
 
     def running(self) -> list[Job]:
-        """Jobs with an attempt under way."""
-        return self._in(Status.RUNNING, None)
-
-    def _in(self, status: Status, limit: int | None) -> list[Job]:
-        query = sa.select(jobs).where(jobs.c.status == status).order_by(jobs.c.seq).limit(limit)
+        """Jobs that are RUNNING, oldest first, also those between two attempts."""
+        query = sa.select(jobs).where(jobs.c.status == Status.RUNNING).order_by(jobs.c.seq)
         with self.read() as tx:
             return [_job(row) for row in tx.execute(query)]
 
+    def worked_since(self, since: dt.datetime) -> list[Job]:
+        """Jobs that have ended since then."""
+        with self.read() as tx:
+            return [_job(row) for row in tx.execute(sa.select(jobs).where(jobs.c.completed_at >= since))]
+
     def queue_positions(self, page: Sequence[Job]) -> dict[str, int]:
-        """By request_id, for those that wait: 1 for the next to start."""
-        waiting = {job.seq: job.request_id for job in page if job.status is Status.QUEUED}
-        if not waiting:
-            return {}
+        """By request_id, for those that wait: 1 starts next; by order of arrival until the dispatcher has seen a job."""
         queued = jobs.c.status == Status.QUEUED
-        first, last = min(waiting), max(waiting)
+        known = {job.request_id: job.queue_position for job in page if job.status is Status.QUEUED and job.queue_position}
+        fresh = {job.seq: job.request_id for job in page if job.status is Status.QUEUED and not job.queue_position}
+        if not fresh:
+            return known
+        first, last = min(fresh), max(fresh)
         with self.read() as tx:
             ahead = _count(tx, queued & (jobs.c.seq < first))
             between = tx.execute(sa.select(jobs.c.seq).where(queued, jobs.c.seq.between(first, last)).order_by(jobs.c.seq))
-            return {waiting[seq]: place for place, (seq,) in enumerate(between, ahead + 1) if seq in waiting}
+            return known | {fresh[seq]: place for place, (seq,) in enumerate(between, ahead + 1) if seq in fresh}
+
+    def set_queue_positions(self, positions: Mapping[str, int]) -> None:
+        """Write places in the queue, by request_id; of a job that waits no more it is left alone."""
+        query = (
+            sa.update(jobs)
+            .where(jobs.c.request_id == sa.bindparam("of"), jobs.c.status == Status.QUEUED)
+            .values(queue_position=sa.bindparam("place"))
+        )
+        if positions:
+            with self.write() as tx:
+                tx.execute(query, [{"of": request_id, "place": place} for request_id, place in positions.items()])
+
+    # --- what the cluster can hold ---
+
+    def capacity(self) -> dict[str, int]:
+        """By gpu_type, the most workers that the cluster could ever run at once; empty until the dispatcher has looked."""
+        with self.read() as tx:
+            return {row.gpu_type: row.max_workers for row in tx.execute(sa.select(capacity))}
+
+    def set_capacity(self, found: Mapping[str, int]) -> None:
+        """Replace what `capacity` says."""
+        with self.write() as tx:
+            tx.execute(sa.delete(capacity))
+            if found:
+                tx.execute(sa.insert(capacity), [{"gpu_type": name, "max_workers": most} for name, most in found.items()])
 
     # --- state changes ---
 
-    def start_attempt(self, request_id: str, expected_attempt: int) -> Job | None:
-        """QUEUED, or RUNNING with a dead attempt → RUNNING with the next attempt; None when someone else was first."""
-        now = _now()
+    def start_attempt(self, request_id: str, expected_attempt: int, num_nodes: int) -> Job | None:
+        """QUEUED, or between two attempts → RUNNING with the next attempt open; None when that isn't so any more."""
+        now = self._now()
+        ready = (jobs.c.status == Status.QUEUED) | ((jobs.c.status == Status.RUNNING) & jobs.c.retry_at.is_not(None))
         with self.write() as tx:
             changed = tx.execute(
                 sa.update(jobs)
                 .where(jobs.c.request_id == request_id, jobs.c.attempt == expected_attempt)
-                .where(jobs.c.status.in_([Status.QUEUED, Status.RUNNING]), jobs.c.cancel_requested_at.is_(None))
+                .where(ready, jobs.c.cancel_requested_at.is_(None))
                 .values(
                     status=Status.RUNNING,
                     phase=Phase.PREPARING_DATA,
                     attempt=expected_attempt + 1,
+                    num_nodes=num_nodes,
+                    actor_node=None,
+                    queue_position=None,
+                    retry_at=None,
                     started_at=sa.func.coalesce(jobs.c.started_at, sa.bindparam("now", now, UTC_TIME)),
-                    heartbeat_at=now,
+                    heartbeat_at=None,
                     updated_at=now,
                 )
             )
             if changed.rowcount == 0:
                 return None
-            add_event(tx, request_id, "started", f"attempt {expected_attempt + 1}")
-            return _require(tx, request_id)
+            job = _require(tx, request_id)
+            add_event(tx, request_id, "started", f"attempt {job.attempt} on {job.num_workers} workers")
+            return job
 
-    def report(self, request_id: str, attempt: int, **fields: Any) -> Job:
-        """Write progress and a heartbeat; the job in return says whether to stop. Raises StaleAttempt."""
-        now = _now()
+    def report(self, request_id: str, attempt: int, notes: Notes | None = None, **fields: Any) -> Job:
+        """Write progress, notes and a heartbeat; the job in return says whether to stop. Raises StaleAttempt."""
+        now = self._now()
         with self.write() as tx:
             _require_attempt(tx, request_id, attempt)
+            if notes:
+                add_notes(tx, request_id, attempt, notes)
             tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**fields, heartbeat_at=now, updated_at=now))
             return _require(tx, request_id)
 
+    def record_fault(self, request_id: str, attempt: int, cause: Cause, message: str) -> Job:
+        """Close an attempt that a fault has ended: another one comes, or the job is FAILED. Raises StaleAttempt."""
+        now = self._now()
+        with self.write() as tx:
+            job = _require_attempt(tx, request_id, attempt)
+            verdict = judge(
+                cause,
+                faults=job.faults,
+                losses=job.losses,
+                progressed=job.step > job.fault_step,
+                max_retries=job.spec["infra_config"]["max_retries"],
+            )
+            values: dict[str, Any] = {
+                "faults": verdict.faults,
+                "losses": verdict.losses,
+                "fault_step": job.step,
+                "updated_at": now,
+            }
+            if verdict.retry or job.cancel_requested:
+                text = f"Attempt {attempt} ended: {message} {verdict.sentence}"
+                values |= {"retry_at": now + dt.timedelta(seconds=verdict.wait_s), "waiting_since": now, "heartbeat_at": None}
+                values |= {"phase": Phase.WAITING_FOR_RESOURCES, "message": text, "eta_s": None}
+            else:
+                check(job.status, Status.FAILED)
+                text = f"{message} {verdict.sentence}"
+                values |= {"status": Status.FAILED, "message": text, "completed_at": now}
+                values |= {"error_code": str(cause), "error_message": text}
+            tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**values))
+            add_event(tx, request_id, str(cause), text)
+            return _require(tx, request_id)
+
+    def refuse(self, request_id: str, code: str, message: str) -> Job:
+        """QUEUED, or between two attempts → FAILED, for a job that no attempt can ever be made of. Raises StaleAttempt."""
+        now = self._now()
+        with self.write() as tx:
+            job = _require(tx, request_id)
+            if job.status is not Status.QUEUED and not (job.status is Status.RUNNING and job.retry_at is not None):
+                raise StaleAttempt(f"job {request_id} is {job.status}")
+            values = {"status": Status.FAILED, "message": message, "error_code": code, "error_message": message}
+            ended = {"retry_at": None, "completed_at": now, "updated_at": now}
+            tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**values, **ended))
+            add_event(tx, request_id, "failed", message)
+            return _require(tx, request_id)
+
+    def cancel_ended(self, request_id: str, attempt: int, message: str) -> Job:
+        """RUNNING with a wish to cancel → CANCELED, once nothing of the run is left; again is harmless. Raises StaleAttempt."""
+        now = self._now()
+        with self.write() as tx:
+            job = _require(tx, request_id)
+            if job.status is Status.CANCELED:
+                return job
+            if job.status is not Status.RUNNING or job.attempt != attempt or not job.cancel_requested:
+                raise StaleAttempt(f"job {request_id} is {job.status} in attempt {job.attempt}, not {attempt}")
+            ended = {"status": Status.CANCELED, "message": message, "retry_at": None, "completed_at": now, "updated_at": now}
+            tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**ended))
+            add_event(tx, request_id, "canceled", message)
+            return _require(tx, request_id)
+
     def finish(self, request_id: str, attempt: int, status: Status, *, message: str, **fields: Any) -> Job:
-        """RUNNING → a final state. Again with the same state changes nothing. Raises StaleAttempt, IllegalTransition."""
-        now = _now()
+        """An open attempt → a final state. Again with the same state changes nothing. Raises StaleAttempt, IllegalTransition."""
+        now = self._now()
         with self.write() as tx:
             job = _require(tx, request_id)
             if job.attempt == attempt and job.status is status:
@@ -355,6 +482,7 @@ class JobStore:
 
     def resume(self, request_id: str) -> Job:
         """FAILED or CANCELED → QUEUED, to go on from its last checkpoint. Raises NotResumable, NameTaken."""
+        now = self._now()
         try:
             with self.write() as tx:
                 job = _require(tx, request_id)
@@ -365,12 +493,13 @@ class JobStore:
                     "status": Status.QUEUED,
                     "phase": Phase.QUEUED,
                     "message": message,
-                    "resumed_at_attempt": job.attempt,
+                    "waiting_since": now,
                     "cancel_requested_at": None,
                     "completed_at": None,
                     "error_code": None,
                     "error_message": None,
-                    "updated_at": _now(),
+                    "updated_at": now,
+                    **{"faults": 0, "losses": 0, "fault_step": job.step, "ran_s": 0.0},
                 }
                 tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**values))
                 add_event(tx, request_id, "resume_requested", message)
@@ -382,7 +511,7 @@ class JobStore:
 
     def request_cancel(self, request_id: str) -> Job:
         """QUEUED → CANCELED at once; RUNNING is asked to stop; CANCELED stays. Raises AlreadyFinal."""
-        now = _now()
+        now = self._now()
         with self.write() as tx:
             job = _require(tx, request_id)
             if job.status is Status.CANCELED or (job.status is Status.RUNNING and job.cancel_requested):
@@ -400,7 +529,7 @@ class JobStore:
 
     def acquire_lease(self, name: str, owner: str, ttl_s: float) -> int | None:
         """Take or renew the lease; its epoch, or None while another owner holds it."""
-        now = _now()
+        now = self._now()
         expires = now + dt.timedelta(seconds=ttl_s)
         try:
             with self.write() as tx:
@@ -451,6 +580,6 @@ def _require(tx: Connection, request_id: str) -> Job:
 
 def _require_attempt(tx: Connection, request_id: str, attempt: int) -> Job:
     job = _require(tx, request_id)
-    if job.attempt != attempt or job.status is not Status.RUNNING:
-        raise StaleAttempt(f"job {request_id} is {job.status} in attempt {job.attempt}, not {attempt}")
+    if job.attempt != attempt or not job.open:
+        raise StaleAttempt(f"job {request_id} is {job.status} in attempt {job.attempt}, not {attempt}, or that one is closed")
     return job

@@ -47,7 +47,16 @@ jobs = sa.Table(
     sa.Column("status", sa.String(16), nullable=False),
     sa.Column("phase", sa.String(32), nullable=False),
     sa.Column("attempt", sa.Integer, nullable=False),
-    sa.Column("resumed_at_attempt", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("priority", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("waiting_since", UtcTime, nullable=False),
+    sa.Column("queue_position", sa.Integer),
+    sa.Column("num_nodes", sa.Integer),
+    sa.Column("actor_node", sa.String(64)),
+    sa.Column("retry_at", UtcTime),
+    sa.Column("faults", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("losses", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("fault_step", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("ran_s", sa.Float, nullable=False, server_default="0"),
     sa.Column("cancel_requested_at", UtcTime),
     sa.Column("spec", sa.JSON, nullable=False),
     sa.Column("message", sa.Text, nullable=False),
@@ -120,6 +129,14 @@ leases = sa.Table(
     sa.Column("owner", sa.String(64), nullable=False),
     sa.Column("epoch", sa.BigInteger, nullable=False),
     sa.Column("expires_at", UtcTime, nullable=False),
+)
+
+# What the dispatcher last saw of the cluster: the ingress refuses by it what could never run, without asking Ray.
+capacity = sa.Table(
+    "capacity",
+    metadata,
+    sa.Column("gpu_type", sa.String(64), primary_key=True),
+    sa.Column("max_workers", sa.Integer, nullable=False),
 )
 
 idempotency = sa.Table(

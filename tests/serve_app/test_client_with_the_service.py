@@ -30,6 +30,7 @@ from serve_app.routes import journal
 from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
 from serve_app.store.jobs import JobStore
+from serve_app.store.journal import Notes
 from tests.conftest import DOCUMENTED, ORG, TINY, Idle, rows, with_fields
 from tests.serve_app.test_client_and_cli import tuneyard
 
@@ -60,10 +61,10 @@ class Here:
 
     def play(self, request_id: str, status: Status = Status.COMPLETED, lines: int = 3) -> None:
         """A job actor's part: an attempt that tells something and ends."""
-        self.store.start_attempt(request_id, 0)
-        self.store.journal.add_points(request_id, [{"step": s, "loss": 1 / s} for s in (1, 2)])
+        self.store.start_attempt(request_id, 0, 1)
+        self.store.report(request_id, 1, Notes(points=[{"step": s, "loss": 1 / s} for s in (1, 2)]))
         for i in range(lines):
-            self.store.journal.add_log(request_id, 1, i % 2, [(float(i), f"line {i}\u2028end")])
+            self.store.report(request_id, 1, Notes(lines=[(i % 2, float(i), f"line {i}\u2028end")]))
         self.store.finish(request_id, 1, status, message="over")
 
     def put(self, request_id: str, files: dict[str, bytes], sha256: dict[str, str] | None = None) -> None:
@@ -242,8 +243,8 @@ def test_commands_read_resume_and_remove(here: Here) -> None:
 @pytest.mark.parametrize("arguments", [("watch",), ("logs", "-f"), ("events", "-f")])
 def test_ctrl_c_ends_the_looking_and_not_the_job(here: Here, arguments: tuple[str, ...]) -> None:
     request_id = here.submitted()
-    here.store.start_attempt(request_id, 0)
-    here.store.journal.add_log(request_id, 1, 0, [(0.0, "a line")])
+    here.store.start_attempt(request_id, 0, 1)
+    here.store.report(request_id, 1, Notes(lines=[(0, 0.0, "a line")]))
     options = ["--url", here.url, "--token", here.token, "--org", ORG]
     with subprocess.Popen(
         [sys.executable, "-m", "serve_app.cli", arguments[0], request_id, *arguments[1:], *options],

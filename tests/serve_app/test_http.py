@@ -17,6 +17,7 @@ from serve_app.lifecycle import Status
 from serve_app.routes import health, jobs, journal, secrets
 from serve_app.settings import Settings
 from serve_app.store.jobs import JobStore
+from serve_app.store.journal import Notes
 from tests.conftest import CANARY, ORG, OTHER_ORG, Idle, fields, with_fields
 
 TEMPLATE = "dataset_config.preprocessing.prompt.template"
@@ -318,18 +319,22 @@ def test_events_after_the_end_of_all_numbers(http, job):
     assert http.get("/job/events/", params=query | {"after": 2**63 - 1}).json() == {"events": []}
 
 
+def told(store, request_id):
+    """Play a job actor's part: an attempt that tells something."""
+    store.start_attempt(request_id, 0, 1)
+    points = [{"step": 0, "eval_loss": 2.0}, {"step": 1, "loss": 1.5}, {"step": 2, "loss": 1.0}]
+    store.report(request_id, 1, Notes(points=points, lines=[(0, 1.0, "zero"), (0, 2.0, "one"), (1, 3.0, "two")]))
+
+
 def finished(store, request_id):
-    """Play a job actor's part: an attempt that tells something and ends."""
-    store.start_attempt(request_id, 0)
-    store.journal.add_points(request_id, [{"step": 0, "eval_loss": 2.0}, {"step": 1, "loss": 1.5}, {"step": 2, "loss": 1.0}])
-    store.journal.add_log(request_id, 1, 0, [(1.0, "zero"), (2.0, "one")])
-    store.journal.add_log(request_id, 1, 1, [(3.0, "two")])
+    """An attempt that tells something and ends."""
+    told(store, request_id)
     store.finish(request_id, 1, Status.FAILED, message="no", error_code="x", error_message="no")
 
 
 def test_metrics_and_logs_of_a_job(http, store, job):
     request_id = http.post("/job/", json=job).json()["request_id"]
-    finished(store, request_id)
+    told(store, request_id)
     query = {"org_id": ORG, "request_id": request_id}
 
     def steps(path, **more):
@@ -337,7 +342,7 @@ def test_metrics_and_logs_of_a_job(http, store, job):
 
     assert steps("/job/metrics/", **query) == steps(f"/job/{request_id}/metrics") == [0, 1, 2]
     assert steps("/job/metrics", **query, after_step=1) == [2]
-    store.journal.add_points(request_id, [{"step": 2, "loss": 0.9}])
+    store.report(request_id, 1, Notes(points=[{"step": 2, "loss": 0.9}]))
     assert http.get("/job/metrics/", params=query | {"after_step": 1}).json()["points"] == [{"step": 2, "loss": 0.9}]
 
     def lines(**more):

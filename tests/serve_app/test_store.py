@@ -10,8 +10,10 @@ from alembic.migration import MigrationContext
 from serve_app.lifecycle import FINAL, TRANSITIONS, IllegalTransition, Status, check
 from serve_app.settings import Settings
 from serve_app.store.jobs import AlreadyFinal, IdempotencyMismatch, JobStore, NameTaken, StaleAttempt
+from serve_app.store.journal import Notes
 from serve_app.store.tables import metadata
 from tests.conftest import DOCUMENTED, ORG, OTHER_ORG, with_fields
+from train_loop.errors import Cause
 from train_loop.spec import JobSpec
 
 
@@ -43,6 +45,8 @@ def test_migrations_go_down_and_up_again_over_rows(store):
     store.migrate()
     store.require_current()
     assert store.get(job.request_id) == job
+    with pytest.raises(NameTaken):  # the index over live names is there again
+        submit(store)
 
 
 def test_a_service_on_several_machines_refuses_sqlite(tmp_path, monkeypatch):
@@ -58,15 +62,16 @@ def test_a_service_on_several_machines_refuses_sqlite(tmp_path, monkeypatch):
 def test_log_lines_of_a_job_are_bounded_and_the_newest_stay(store, monkeypatch):
     monkeypatch.setattr("serve_app.store.journal.MAX_LOG_LINES", 3)
     job = submit(store)
+    store.start_attempt(job.request_id, 0, 1)
     for i in range(5):
-        store.journal.add_log(job.request_id, 1, 0, [(float(i), f"line {i}")])
+        store.report(job.request_id, 1, Notes(lines=[(0, float(i), f"line {i}")]))
     assert [entry.line for entry in store.journal.log(job.request_id)] == ["line 2", "line 3", "line 4"]
 
 
 def test_a_job_lives_from_queued_to_completed(store):
     job = submit(store)
     assert (job.status, job.attempt, store.queue_positions([job])[job.request_id]) == (Status.QUEUED, 0, 1)
-    started = store.start_attempt(job.request_id, 0)
+    started = store.start_attempt(job.request_id, 0, 1)
     assert (started.status, started.attempt) == (Status.RUNNING, 1)
     store.report(job.request_id, 1, phase="training", step=3, progress=0.3, metrics={"last": {"loss": 1.0}})
     done = store.finish(job.request_id, 1, Status.COMPLETED, message="ok", output_model_path="s3://b/a")
@@ -79,8 +84,9 @@ def test_a_job_lives_from_queued_to_completed(store):
 
 def test_an_older_attempt_can_not_write(store):
     job = submit(store)
-    store.start_attempt(job.request_id, 0)
-    store.start_attempt(job.request_id, 1)
+    store.start_attempt(job.request_id, 0, 1)
+    store.record_fault(job.request_id, 1, Cause.WORKER_DIED, "it died.")
+    store.start_attempt(job.request_id, 1, 1)
     with pytest.raises(StaleAttempt):
         store.report(job.request_id, 1, step=5)
     with pytest.raises(StaleAttempt):
@@ -89,10 +95,60 @@ def test_an_older_attempt_can_not_write(store):
     assert store.get(job.request_id).step == 0
 
 
+def test_a_dispatcher_that_slept_can_not_start_an_attempt_again(store):
+    job = submit(store)
+    for attempt in (0, 1):
+        store.start_attempt(job.request_id, attempt, 1)
+        store.record_fault(job.request_id, attempt + 1, Cause.PREEMPTED, "gone.")
+    assert store.start_attempt(job.request_id, 0, 1) is None
+    assert store.get(job.request_id).attempt == 2
+
+
+def test_a_fault_closes_the_attempt_and_says_what_comes(store):
+    job = submit(store)
+    store.start_attempt(job.request_id, 0, 2)
+    store.report(job.request_id, 1, step=4)
+    closed = store.record_fault(job.request_id, 1, Cause.WORKER_DIED, "A worker died.")
+    assert (closed.status, closed.open, closed.faults, closed.fault_step) == (Status.RUNNING, False, 1, 4)
+    assert closed.message == "Attempt 1 ended: A worker died. Retry 1 of 3."
+    assert [j.request_id for j in store.waiting(10)] == [job.request_id]
+    for write in (
+        lambda: store.report(job.request_id, 1),
+        lambda: store.finish(job.request_id, 1, Status.COMPLETED, message="x"),
+    ):
+        with pytest.raises(StaleAttempt):
+            write()
+    again = store.start_attempt(job.request_id, 1, 1)
+    assert (again.attempt, again.retry_at, again.num_workers) == (2, None, 2)
+    assert store.waiting(10) == []
+
+
+def test_too_many_faults_fail_the_job_with_the_cause_and_lost_machines_do_not(store):
+    job = submit(store)
+    for attempt in range(1, 7):
+        store.start_attempt(job.request_id, attempt - 1, 1)
+        assert store.record_fault(job.request_id, attempt, Cause.NODE_LOST, "gone.").status is Status.RUNNING
+    for attempt in range(7, 11):
+        store.start_attempt(job.request_id, attempt - 1, 1)
+        failed = store.record_fault(job.request_id, attempt, Cause.HANG, "No step for an hour.")
+    assert (failed.status, failed.error_code) == (Status.FAILED, "hang")
+    assert failed.error_message == "No step for an hour. Giving up after 4 faults (infra_config.max_retries = 3)."
+    assert store.resume(job.request_id).faults == 0
+
+
+def test_the_queue_shows_each_org_by_its_foremost_jobs(store):
+    names = [submit(store, f"a{i}").request_id for i in range(4)]
+    other = store.insert(spec("b", OTHER_ORG), "queued")[0].request_id
+    assert [j.request_id for j in store.waiting(2)] == [*names[:2], other]
+    store.set_queue_positions({names[0]: 3, names[1]: 7})
+    jobs = [store.get(r) for r in names]
+    assert store.queue_positions(jobs) == {names[0]: 3, names[1]: 7, names[2]: 3, names[3]: 4}
+
+
 def test_only_one_of_many_starts_an_attempt(store):
     job = submit(store)
     won = []
-    threads = [threading.Thread(target=lambda: won.append(store.start_attempt(job.request_id, 0))) for _ in range(6)]
+    threads = [threading.Thread(target=lambda: won.append(store.start_attempt(job.request_id, 0, 1))) for _ in range(6)]
     for t in threads:
         t.start()
     for t in threads:
@@ -104,11 +160,11 @@ def test_cancel(store):
     queued, running, done = (submit(store, n) for n in ("a", "b", "c"))
     assert store.request_cancel(queued.request_id).status is Status.CANCELED
     assert store.request_cancel(queued.request_id).status is Status.CANCELED
-    assert store.start_attempt(queued.request_id, 0) is None
-    store.start_attempt(running.request_id, 0)
+    assert store.start_attempt(queued.request_id, 0, 1) is None
+    store.start_attempt(running.request_id, 0, 1)
     assert store.request_cancel(running.request_id).status is Status.RUNNING
     assert store.report(running.request_id, 1, step=1).cancel_requested
-    store.start_attempt(done.request_id, 0)
+    store.start_attempt(done.request_id, 0, 1)
     store.finish(done.request_id, 1, Status.FAILED, message="x")
     with pytest.raises(AlreadyFinal):
         store.request_cancel(done.request_id)

@@ -2,82 +2,21 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
-from serve_app.client import ApiError, Client
-from tests.conftest import DOCUMENTED, ORG, TINY, rows, with_fields
+from serve_app.client import ApiError
+from tests.conftest import DOCUMENTED, ORG, rows
+from tests.running import DATASETS, FINISH_S, Running, members
 
 pytestmark = pytest.mark.service
 REPO = Path(__file__).parent.parent.parent
-TUNEYARD = Path(sys.executable).parent / "tuneyard"
-DATASETS = "datasets"
-FINISH_S = 300
 REJECTS = "dataset_config.preprocessing.max_reject_ratio"
-
-
-class Running:
-    """A service of its own home."""
-
-    def __init__(self, home: Path, mirror: Path) -> None:
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "TUNEYARD_", "RAY_"))}
-        self.env = clean | {
-            "TUNEYARD_HOME": str(home),
-            "TUNEYARD_MODEL_MIRROR": str(mirror),
-            "TUNEYARD_HUB_OFFLINE": "true",
-            "TUNEYARD_ORG": ORG,
-        }
-        self.home = home
-
-    def run(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([TUNEYARD, *arguments], env=self.env, check=check, capture_output=True, text=True, timeout=FINISH_S)
-
-    def start(self) -> None:
-        self.up = json.loads(self.run("up", "--detach", "--json").stdout)
-        self.token = self.run("token", "--org", ORG).stdout.strip()
-        self.client = Client(self.up["url"], self.token)
-        keys = {"access_key_id": self.up["s3_access_key_id"], "secret_access_key": self.up["s3_secret_access_key"]}
-        self.keys = keys | {"endpoint_url": self.up["s3_endpoint_url"]}
-        self.secret_id = self.client.create_secret(ORG, "keys", "s3", self.keys)["secret_id"]
-
-    def s3(self):
-        import boto3
-
-        return boto3.client(
-            "s3",
-            endpoint_url=self.up["s3_endpoint_url"],
-            aws_access_key_id=self.up["s3_access_key_id"],
-            aws_secret_access_key=self.up["s3_secret_access_key"],
-            region_name="us-east-1",
-        )
-
-    def job(self, name: str, changes: dict | None = None) -> dict:
-        base = {
-            "experiment_name": name,
-            "model_details.base_model": TINY,
-            "dataset_details.secret_id": self.secret_id,
-            "dataset_details.dataset_path": f"s3://{DATASETS}/rows.jsonl",
-            "dataset_config.preprocessing.prompt.max_length": 128,
-            "train_config.hyperparameters.logging_steps": 1,
-            "infra_config": {"gpu_type": "h100", "gpu_count": 1, "infra_type": "simplismart", "node_count": 1},
-        }
-        return with_fields(DOCUMENTED, base | (changes or {}))
-
-    def wait(self, request_id: str, until=lambda job: job["status"] in ("COMPLETED", "FAILED", "CANCELED")) -> dict:
-        deadline = time.monotonic() + FINISH_S
-        while time.monotonic() < deadline:
-            job = self.client.get(request_id, ORG)
-            if until(job):
-                return job
-            time.sleep(0.5)
-        raise AssertionError(f"the job hangs: {job['status']} {job['phase']}")
 
 
 @pytest.fixture(scope="module")
@@ -92,16 +31,7 @@ def service(tmp_path_factory, mirror):
     s3.put_object(Bucket=DATASETS, Key="empty.jsonl", Body=b"")
     s3.put_object(Bucket=DATASETS, Key="unusable.jsonl", Body=b'{"text": "no conversation"}\n' * 5)
     yield running
-    instance = json.loads((running.home / "up.json").read_text())["instance"]
-    running.run("down")
-    left = []
-    for process in psutil.process_iter(["name"]):
-        try:
-            if process.environ().get("TUNEYARD_INSTANCE") == instance:
-                left.append(process.info)
-        except psutil.Error:
-            continue
-    assert left == []
+    running.down()
 
 
 def test_the_documented_job_on_four_workers(service):
@@ -245,12 +175,9 @@ def test_a_run_whose_processes_are_killed_goes_on_from_its_checkpoint(service):
     changes = {f"{hp}.max_steps": 400, f"{hp}.save_steps": 5, "dataset_config.preprocessing.max_reject_ratio": 0.1}
     request_id = service.client.submit(service.job("killed", changes))["request_id"]
     service.wait(request_id, lambda job: job["status"] == "FAILED" or job["step"] >= 12)
-    killed = 0
-    for process in psutil.process_iter(["cmdline"]):
-        if (process.info["cmdline"] or [""])[0].startswith("ray::JobActor") and process.is_running():
-            process.kill()
-            killed += 1
-    assert killed == 1
+    actors = [p for p in members(service.state()["instance"]) if p.info["cmdline"][0].startswith("ray::JobActor")]
+    assert len(actors) == 1
+    actors[0].kill()
     job = service.wait(request_id)
     assert (job["status"], job["attempt"], job["step"]) == ("COMPLETED", 2, 400)
     answer = service.client.events(request_id, ORG)
@@ -272,11 +199,11 @@ def test_a_second_service_runs_beside_the_first_and_a_killed_one_comes_back(serv
     other.start()
     try:
         assert other.up["url"] != service.up["url"]
-        psutil.Process(json.loads((other.home / "up.json").read_text())["pid"]).kill()
+        psutil.Process(other.state()["pid"]).kill()
         other.start()
         assert other.client.list_jobs(ORG)["jobs"] == []
     finally:
-        other.run("down")
+        other.down()
     listed = {s["secret_id"] for s in service.client.list_secrets(ORG)["secrets"]}
     assert service.secret_id in listed  # the first one still answers, from its own store
 

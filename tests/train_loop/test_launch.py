@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import RayTaskError
 
-from train_loop.data.pipeline import _user_error
 from train_loop.errors import DatasetError
+from train_loop.faults import classify
 from train_loop.launch import ActorMonitor
+from train_loop.spec import JobSpec
 
 
 @pytest.fixture
@@ -20,8 +21,8 @@ def wrapped():
     return both
 
 
-def test_an_error_of_a_data_task_keeps_its_code(wrapped):
-    assert _user_error(wrapped).code == "role_not_assumable"
+def test_an_error_of_a_data_task_keeps_its_code(wrapped, local_job):
+    assert classify(wrapped, JobSpec.model_validate(local_job())).code == "role_not_assumable"
 
 
 def test_an_error_of_the_vault_keeps_its_code_and_brings_no_remote_traceback(wrapped, monkeypatch):

@@ -8,10 +8,11 @@ import torch
 from pyarrow.fs import LocalFileSystem
 from safetensors.torch import load_file
 
+from tests.conftest import TINY
 from train_loop.__main__ import Console, main
 from train_loop.data.packing import collate
 from train_loop.data.tokenize import ChatTokenizer
-from train_loop.errors import Stopped
+from train_loop.errors import DatasetError, Stopped, TrainingError
 from train_loop.launch import Keys, RunFiles, launch_local
 from train_loop.loss import supervised_loss
 from train_loop.model.adapters import add_adapter, trainable
@@ -192,3 +193,47 @@ def test_the_command_says_what_is_wrong_in_a_sentence(local_job, tmp_path, mirro
     err = capsys.readouterr().err
     assert said in err
     assert "Traceback" not in err
+
+
+@pytest.fixture
+def model_without_a_word(mirror, tmp_path, tokenizer):
+    """A mirror with a model for which one token, and it alone, isn't a number; and the token's text."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(mirror / TINY)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    (token,) = tokenizer(" zebra", add_special_tokens=False)["input_ids"]
+    model.model.embed_tokens.weight.data[token] = float("nan")
+    model.save_pretrained(tmp_path / "mirror" / TINY)
+    tokenizer.save_pretrained(tmp_path / "mirror" / TINY)
+    return tmp_path / "mirror", " zebra"
+
+
+def test_a_loss_that_is_not_a_number_names_the_step_and_the_row(local_job, tmp_path, model_without_a_word):
+    mirror, word = model_without_a_word
+    job = local_job({"train_config.hyperparameters.per_device_train_batch_size": 1, "train_config.hyperparameters.max_steps": 60})
+    path = Path(job["dataset_details"]["dataset_path"])
+    lines = path.read_text().splitlines()
+    lines[6:6] = ["", "{broken"]  # what isn't a row counts as a line
+    lines[8] = lines[8].replace("It is", "It is" + word)
+    path.write_text("\n".join(lines))
+    job["dataset_config"]["preprocessing"]["max_reject_ratio"] = 0.1
+    with pytest.raises(TrainingError) as caught:
+        run(job, tmp_path, mirror)
+    assert caught.value.code == "loss_not_finite"
+    assert caught.value.message.endswith(f"look at these rows of that step: {path} line 9")
+    assert "at step " in caught.value.message
+
+
+def test_a_template_at_fault_is_told_the_same_from_a_process_of_the_loader(local_job, tmp_path, mirror):
+    rewrites = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    changes = {
+        "dataset_config.preprocessing.prompt.template": rewrites,
+        "dataset_config.split": {"type": "none"},
+        "train_config.hyperparameters.dataloader_num_workers": 1,
+    }
+    with pytest.raises(DatasetError) as caught:
+        run(local_job(changes), tmp_path, mirror)
+    assert caught.value.code == "template_error"
+    assert caught.value.message.startswith("the chat template rewrites earlier turns")

@@ -101,12 +101,19 @@ plans = st.builds(
 )
 
 
-@given(plans)
-def test_ranks_share_a_step_without_loss_or_overlap(plan):
+@given(plans, st.integers(1, 5))
+def test_any_number_of_workers_shares_a_step_without_loss_or_overlap(plan, world_size):
     for step in range(1, plan.total_steps + 1):
-        shared = [micro for rank in range(plan.world_size) for micro in plan.micro_batches(step, rank)]
+        of_ranks = [plan.micro_batches(step, rank, world_size) for rank in range(world_size)]
+        assert len({len(micros) for micros in of_ranks}) == 1
+        shared = [micro for micros in of_ranks for micro in micros]
         assert sorted(np.concatenate(shared)) == sorted(plan.global_batch(step))
         assert all(len(micro) <= plan.per_device_batch_size for micro in shared)
+
+
+@given(plans)
+def test_the_full_number_of_workers_accumulates_as_asked(plan):
+    assert len(plan.micro_batches(1, 0, plan.world_size)) == plan.accumulation_steps
 
 
 @given(plans)

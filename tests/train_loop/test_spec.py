@@ -37,9 +37,6 @@ def test_null_means_the_default():
         ("dataset_details.dataset_type", "parquet"),
         ("dataset_details.dataset_format", "alpaca"),
         ("dataset_details.dataset_path", "s3://bucket/prefix/"),
-        ("infra_config.priority", 3),
-        ("infra_config.min_node_count", 1),
-        ("infra_config.max_runtime_s", 60),
     ],
 )
 def test_what_is_not_built_yet_is_refused_by_name(field, value):
@@ -195,7 +192,6 @@ def test_wrong_fields_broken_rules_and_what_is_not_built_yet_come_at_once():
 
 def test_a_wrong_field_is_not_called_unsupported_too():
     assert errors_of({"train_config.hyperparameters.neftune_noise_alpha": "x"}).popitem()[1][0] == "float_parsing"
-    assert errors_of({"infra_config.max_runtime_s": 1}).popitem()[1][0] == "greater_than_equal"
 
 
 def test_a_refused_value_is_shown_as_it_was_written_and_not_at_length():

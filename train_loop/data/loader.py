@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from train_loop.data.formats import RowRejected
 from train_loop.data.packing import MicroBatch, collate
+from train_loop.errors import UserError
 
 if TYPE_CHECKING:
     from train_loop.data.sampler import BatchPlan
@@ -30,8 +32,10 @@ class Layout:
 
     def micro_batch(self, shards: ShardSet, rows: Sequence[int] | np.ndarray) -> MicroBatch | None:
         """The rows as one micro-batch, without those that turn out unusable; None when none is left."""
-        samples = [s for s in (self._sample(shards, int(row)) for row in rows) if s is not None]
-        return collate(samples, max_length=self.max_length, packing=self.packing, pad_id=self.pad_id)
+        found = {int(row): self._sample(shards, int(row)) for row in rows}
+        usable = {row: sample for row, sample in found.items() if sample is not None}
+        batch = collate(list(usable.values()), max_length=self.max_length, packing=self.packing, pad_id=self.pad_id)
+        return None if batch is None else replace(batch, rows=tuple(usable))
 
     def _sample(self, shards: ShardSet, row: int) -> Sample | None:
         if self.tokenizer is None:
@@ -43,50 +47,69 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class _Steps(Dataset[list[MicroBatch]]):
-    """Item i is this rank's part of step start_step + i."""
+class _Steps(Dataset["list[MicroBatch] | UserError"]):
+    """Item i is this rank's part of step start_step + i, or why there is none.
+
+    An error that DataLoader carries over from a process of its own arrives as a traceback's text, without its code.
+    """
 
     shards: ShardSet
     ids: np.ndarray
     plan: BatchPlan
     rank: int
+    world_size: int
     layout: Layout
     start_step: int
 
     def __len__(self) -> int:
         return max(0, self.plan.total_steps - self.start_step + 1)
 
-    def __getitem__(self, i: int) -> list[MicroBatch]:
-        stripes = self.plan.micro_batches(self.start_step + i, self.rank)
-        batches = (self.layout.micro_batch(self.shards, self.ids[stripe]) for stripe in stripes)
+    def __getitem__(self, i: int) -> list[MicroBatch] | UserError:
+        stripes = self.plan.micro_batches(self.start_step + i, self.rank, self.world_size)
+        try:
+            batches = [self.layout.micro_batch(self.shards, self.ids[stripe]) for stripe in stripes]
+        except UserError as error:
+            return error
         return [b for b in batches if b is not None]
 
 
 def step_batches(
-    shards: ShardSet, ids: np.ndarray, plan: BatchPlan, rank: int, layout: Layout, *, num_workers: int, start_step: int
+    shards: ShardSet,
+    ids: np.ndarray,
+    plan: BatchPlan,
+    rank: int,
+    world_size: int,
+    layout: Layout,
+    *,
+    num_workers: int,
+    start_step: int,
 ) -> Iterator[tuple[int, list[MicroBatch]]]:
     """(step, micro-batches) from `start_step` to the last step; fewer micro-batches where samples have run out."""
-    steps = _Steps(shards, ids, plan, rank, layout, start_step)
+    steps = _Steps(shards, ids, plan, rank, world_size, layout, start_step)
     if len(steps) == 0:
         return
     # batch_size=None: an item is already a step. DataLoader draws a seed for its workers; give it a generator of its own so
     # that the number of workers doesn't move the dropout masks.
-    loader: DataLoader[list[MicroBatch]] = DataLoader(
+    loader: DataLoader[list[MicroBatch] | UserError] = DataLoader(
         steps,
         batch_size=None,
         num_workers=min(num_workers, len(steps)),
         multiprocessing_context="fork" if num_workers else None,
         generator=torch.Generator(),
     )
-    yield from enumerate(loader, start_step)
+    for step, item in enumerate(loader, start_step):
+        if isinstance(item, UserError):
+            raise item
+        yield step, item
 
 
 def eval_batches(
     shards: ShardSet, ids: np.ndarray, rank: int, world_size: int, batch_size: int, layout: Layout
-) -> Iterator[MicroBatch]:
-    """This rank's share of an evaluation, in batches of at most `batch_size` samples."""
+) -> Iterator[MicroBatch | None]:
+    """This rank's share of an evaluation, in batches of at most `batch_size` samples.
+
+    As many on every rank; None where this one has no usable row.
+    """
     mine = ids[rank::world_size]
-    for start in range(0, len(mine), batch_size):
-        batch = layout.micro_batch(shards, mine[start : start + batch_size])
-        if batch is not None:
-            yield batch
+    for start in range(0, math.ceil(len(ids) / world_size), batch_size):
+        yield layout.micro_batch(shards, mine[start : start + batch_size])

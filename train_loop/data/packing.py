@@ -58,6 +58,7 @@ class MicroBatch:
     attention_mask: torch.Tensor | None
     num_samples: int
     num_tokens: int
+    rows: tuple[int, ...] = ()  # of the ShardSet it was made from
 
     @property
     def num_supervised(self) -> int:

@@ -14,14 +14,13 @@ import ray.data
 from ray import cloudpickle
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
-from ray.exceptions import RayError
 
 from train_loop.data.jsonl import ByteRange, Line, plan_ranges, read_lines
 from train_loop.data.prepare import finish, parse_lines, save_range
 from train_loop.data.shards import PreparedDataset
-from train_loop.data.sources import SourceFile, explain, make_folder
-from train_loop.errors import UserError
+from train_loop.data.sources import SourceFile, explain
 from train_loop.spec import JobSpec
+from train_loop.storage import patiently
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -49,7 +48,7 @@ class JsonlDatasource(Datasource):
 
         def read(part: ByteRange) -> Iterable[pa.Table]:
             try:
-                lines = list(read_lines(open_source(), part))
+                lines = patiently(lambda: list(read_lines(open_source(), part)), f"reading {part.file.uri}")
             except OSError as error:
                 raise explain(error, part.file.uri) from None
             rows = {
@@ -80,13 +79,11 @@ def prepare_with_ray(
     load_tokenizer: Callable[[], ChatTokenizer] | None,
     num_cpus_per_task: float,
 ) -> PreparedDataset:
-    """Prepare in parallel; same result as `prepare_local`. Raises DatasetError, also for errors inside tasks."""
+    """Prepare in parallel; same result as `prepare_local`. Errors inside tasks, DatasetError too, come in Ray's wrappers."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     ranges = plan_ranges(files)
-    storage = open_storage()
-    make_folder(storage, f"{run_path}/data")
 
     def parse(table: pa.Table) -> Iterator[pa.Table]:
         if table.num_rows == 0:
@@ -106,17 +103,5 @@ def prepare_with_ray(
     summaries = lines.map_batches(
         parse, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, num_cpus=num_cpus_per_task
     )
-    try:
-        found = [cloudpickle.loads(row["summary"]) for row in summaries.iter_rows()]
-    except (RayError, UserError) as error:
-        raise _user_error(error) or error from None
-    return finish(spec, files, found, storage, run_path)
-
-
-def _user_error(error: BaseException | None) -> UserError | None:
-    """The UserError that a task raised, from under Ray's wrappers."""
-    while error is not None:
-        if isinstance(error, UserError) and not isinstance(error, RayError):  # Ray's own class over ours has lost the code
-            return error
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
+    found = [cloudpickle.loads(row["summary"]) for row in summaries.iter_rows()]
+    return finish(spec, files, found, open_storage(), run_path)

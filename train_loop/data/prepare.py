@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,15 +29,17 @@ from train_loop.data.shards import (
     split_place,
     write_shard,
 )
-from train_loop.data.sources import SourceFile, explain, make_folder
+from train_loop.data.sources import SourceFile, explain
 from train_loop.errors import DatasetError
 from train_loop.spec import JobSpec, RandomSplit
+from train_loop.storage import list_files, patiently, read_bytes, write_bytes
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
     from train_loop.data.tokenize import ChatTokenizer
 
+INDEX = "index.json"  # written last
 EXCERPT_CHARS = 200
 MAX_EVAL_LINES = 10_000
 
@@ -100,6 +104,7 @@ def parse_lines(
             continue
         columns["file"].append(part.file_index)
         columns["offset"].append(line.offset)
+        columns["line"].append(line.number)
         columns["u"].append(split_place(seed, part.file_index, line.offset))
         numbers.append(line.number)
     table = pa.table(columns, schema=LAZY if chat is None else EAGER)
@@ -152,7 +157,8 @@ def assemble(
     """
     num_lines = sum(s.num_lines - s.num_blank for s in ordered)
     _check_rejects(spec, num_lines, rejected)
-    line_numbers = [start + s.lines for s, start in zip(ordered, _first_lines(ordered), strict=True)]
+    starts = _first_lines(ordered)
+    line_numbers = [start + s.lines for s, start in zip(ordered, starts, strict=True)]
     digest = hashlib.sha256(b"".join(s.sha256 for s in ordered))
 
     split = spec.dataset_config.split
@@ -162,7 +168,8 @@ def assemble(
     which = np.searchsorted(bounds, places, side="right")
     eval_lines = np.concatenate(line_numbers)[which == SPLITS.index("eval")]
     return PreparedDataset(
-        shards=[s.shard for s in ordered if s.shard is not None],
+        key=preparation_key(spec, files),
+        shards=[replace(s.shard, lines_before=start) for s, start in zip(ordered, starts, strict=True) if s.shard is not None],
         bounds=bounds,
         counts={name: int((which == i).sum()) for i, name in enumerate(SPLITS[: len(ratios)])},
         num_lines=num_lines,
@@ -211,12 +218,39 @@ def finish(
     """Write rejected.jsonl, assemble, and write data/index.json into the run's folder. Raises DatasetError."""
     ordered = sorted(summaries, key=lambda s: s.index)
     rejected = rejected_lines(files, ordered)
-    with storage.open_output_stream(f"{run_path}/rejected.jsonl") as out:
-        out.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected).encode(errors="replace"))
+    lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected)
+    write_bytes(storage, f"{run_path}/rejected.jsonl", lines.encode(errors="replace"))
     prepared = assemble(spec, files, ordered, rejected)
-    with storage.open_output_stream(f"{run_path}/data/index.json") as out:
-        out.write(prepared.to_json().encode())
+    write_bytes(storage, f"{run_path}/data/{INDEX}", prepared.to_json().encode())
     return prepared
+
+
+def preparation_key(spec: JobSpec, files: Sequence[SourceFile]) -> str:
+    """What a prepared dataset depends on: the rows, how they are read, and this code's version."""
+    depends_on = {
+        "dataset_config": spec.dataset_config.model_dump(mode="json"),
+        "dataset_format": spec.dataset_details.dataset_format,
+        "base_model": spec.model_details.base_model,
+        "seed": spec.train_config.hyperparameters.seed,
+        "files": [asdict(f) for f in files],
+        "version": version("tuneyard"),
+    }
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+
+
+def prepared_before(spec: JobSpec, files: Sequence[SourceFile], storage: FileSystem, run_path: str) -> PreparedDataset | None:
+    """What an earlier attempt prepared from the same rows, when all of it is there."""
+    try:
+        prepared = PreparedDataset.from_json(read_bytes(storage, f"{run_path}/data/{INDEX}").decode())
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or of another version
+        return None
+    there = list_files(storage, f"{run_path}/data")
+    whole = prepared.key == preparation_key(spec, files) and all(s.path in there for s in prepared.shards)
+    return prepared if whole else None
+
+
+def _parse_range(source: FileSystem, part: ByteRange, spec: JobSpec, chat: ChatTokenizer | None) -> tuple[pa.Table, RangeSummary]:
+    return parse_lines(read_lines(source, part), part, spec, chat)
 
 
 def prepare_local(
@@ -228,11 +262,11 @@ def prepare_local(
     chat: ChatTokenizer | None,
 ) -> PreparedDataset:
     """Prepare range by range in this process. Raises DatasetError."""
-    make_folder(storage, f"{run_path}/data")
     summaries = []
     for part in plan_ranges(files):
         try:
-            table, summary = parse_lines(read_lines(source, part), part, spec, chat)
+            read = partial(_parse_range, source, part, spec, chat)
+            table, summary = patiently(read, f"reading {part.file.uri}")
         except OSError as error:
             raise explain(error, part.file.uri) from None
         summaries.append(save_range(storage, run_path, table, summary))

@@ -19,7 +19,10 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The arithmetic of a run's batches. Steps count from 1; batch sizes count samples."""
+    """The arithmetic of a run's batches. Steps count from 1; batch sizes count samples.
+
+    `world_size` is the job's. An attempt may have fewer workers: it takes the same steps in more micro-batches.
+    """
 
     num_samples: int
     per_device_batch_size: int
@@ -54,7 +57,10 @@ class BatchPlan:
         start = within * self.samples_per_step
         return epoch_order(self.num_samples, self.seed, epoch)[start : start + self.samples_per_step]
 
-    def micro_batches(self, step: int, rank: int) -> list[np.ndarray]:
-        """This rank's stripe of the global batch, one array a micro-batch; arrays may be empty in an epoch's last step."""
-        mine = self.global_batch(step)[rank :: self.world_size]
-        return np.array_split(mine, self.accumulation_steps)
+    def micro_batches(self, step: int, rank: int, world_size: int) -> list[np.ndarray]:
+        """The stripe of `rank` of `world_size` workers of the global batch, in arrays of at most per_device_batch_size.
+
+        As many arrays in every step, on every rank; some may be empty in an epoch's last step.
+        """
+        mine = self.global_batch(step)[rank::world_size]
+        return np.array_split(mine, math.ceil(self.samples_per_step / (world_size * self.per_device_batch_size)))

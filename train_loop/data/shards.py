@@ -1,7 +1,7 @@
 """Prepared rows as Arrow IPC files in the run's `data/` folder, memory-mapped by workers.
 
-Columns: `file` and `offset` (which line this was), `u` in [0, 1) (its place in the split), and `conversation` (JSON; tokenised by
-the workers) or `input_ids` and `labels` (tokenised already).
+Columns: `file`, `offset` and `line` (which line this was; `line` counts from 1 within the shard's range), `u` in [0, 1) (its
+place in the split), and `conversation` (JSON; tokenised by the workers) or `input_ids` and `labels` (tokenised already).
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ import pyarrow as pa
 from train_loop.data.formats import Conversation
 from train_loop.data.sources import SourceFile
 from train_loop.data.tokenize import Sample
+from train_loop.storage import download_file, write_bytes
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 SPLITS = ("train", "eval", "test")
-LAZY = pa.schema([("file", pa.int32()), ("offset", pa.int64()), ("u", pa.float64()), ("conversation", pa.string())])
+LAZY = pa.schema(
+    [("file", pa.int32()), ("offset", pa.int64()), ("line", pa.int64()), ("u", pa.float64()), ("conversation", pa.string())]
+)
 EAGER = pa.schema(
     [
         ("file", pa.int32()),
         ("offset", pa.int64()),
+        ("line", pa.int64()),
         ("u", pa.float64()),
         ("input_ids", pa.large_list(pa.int32())),
         ("labels", pa.large_list(pa.int32())),
@@ -67,12 +71,14 @@ class ShardInfo:
 
     path: str
     num_rows: int
+    lines_before: int = 0  # lines of the file before its first one
 
 
 @dataclass(frozen=True)
 class PreparedDataset:
     """The index of a prepared dataset."""
 
+    key: str  # of what it was prepared from
     shards: list[ShardInfo]
     bounds: list[float]  # upper bound on u per split, in the order of SPLITS
     counts: dict[str, int]  # rows per split
@@ -99,14 +105,17 @@ class PreparedDataset:
 
 def write_shard(storage: FileSystem, path: str, table: pa.Table) -> None:
     """Write `table` as one Arrow IPC file."""
-    with storage.open_output_stream(path) as out, pa.ipc.new_file(out, table.schema) as writer:
+    whole = pa.BufferOutputStream()
+    with pa.ipc.new_file(whole, table.schema) as writer:
         writer.write_table(table)
+    write_bytes(storage, path, whole.getvalue())
 
 
 class ShardSet:
     """Random access to prepared rows by row number, in shard order."""
 
     def __init__(self, prepared: PreparedDataset, folder: Path) -> None:
+        self._prepared = prepared
         self._tables = [pa.ipc.open_file(pa.memory_map(str(folder / s.path))).read_all() for s in prepared.shards]
         self._ends = np.cumsum([s.num_rows for s in prepared.shards])
         u = [t.column("u").to_numpy() for t in self._tables]
@@ -115,28 +124,33 @@ class ShardSet:
     @classmethod
     def open(cls, prepared: PreparedDataset, storage: FileSystem, data_path: str, cache: Path) -> ShardSet:
         """Open the shards under `data_path`; those that aren't on this machine's disk are copied to `cache` first."""
-        from pyarrow.fs import LocalFileSystem, copy_files
+        from pyarrow.fs import LocalFileSystem
 
         if isinstance(storage, LocalFileSystem):
             return cls(prepared, Path(data_path))
         cache.mkdir(parents=True, exist_ok=True)
         for shard in prepared.shards:
-            copy_files(
-                f"{data_path}/{shard.path}",
-                str(cache / shard.path),
-                source_filesystem=storage,
-                destination_filesystem=LocalFileSystem(),
-            )
+            download_file(storage, f"{data_path}/{shard.path}", cache / shard.path)
         return cls(prepared, cache)
 
     def ids(self, split: str) -> np.ndarray:
         """Row numbers of a split, ascending."""
         return np.flatnonzero(self._split == SPLITS.index(split))
 
-    def _row(self, row: int) -> tuple[pa.Table, int]:
+    def _place(self, row: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._ends, row, side="right"))
-        start = int(self._ends[shard - 1]) if shard else 0
-        return self._tables[shard], int(row) - start
+        return shard, int(row) - (int(self._ends[shard - 1]) if shard else 0)
+
+    def _row(self, row: int) -> tuple[pa.Table, int]:
+        shard, at = self._place(row)
+        return self._tables[shard], at
+
+    def source(self, row: int) -> tuple[str, int]:
+        """Where the row came from: the file's URI and the line's number, from 1."""
+        shard, at = self._place(row)
+        table = self._tables[shard]
+        line = self._prepared.shards[shard].lines_before + table.column("line")[at].as_py()
+        return self._prepared.files[table.column("file")[at].as_py()].uri, line
 
     def conversation(self, row: int) -> Conversation:
         """The row's messages (lazy shards)."""

@@ -9,11 +9,13 @@ from urllib.parse import urlsplit
 
 from pyarrow import fs as pafs
 
-from train_loop.errors import DatasetError
+from train_loop.errors import DatasetError, RunFault
 from train_loop.spec import DatasetDetails
+from train_loop.storage import DENIED, NO_BUCKET, NO_OBJECT, patiently
 
 CONNECT_TIMEOUT_S = 5
 REQUEST_TIMEOUT_S = 20
+FIRST_CONTACT_S = 90  # an outage of the dataset's storage that is waited for before its address is taken to be wrong
 PATH = "dataset_details.dataset_path"
 SECRET = "dataset_details.secret_id"
 
@@ -70,31 +72,24 @@ def filesystem_for(
     return pafs.S3FileSystem(**options), uri.removeprefix("s3://")
 
 
-def make_folder(filesystem: pafs.FileSystem, path: str) -> None:
-    """Make a local folder. Object storage has none, and pyarrow would leave an empty object in its place."""
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        filesystem.create_dir(path, recursive=True)
-
-
-def explain(error: Exception, uri: str) -> DatasetError:
+def explain(error: BaseException | None, uri: str) -> DatasetError:
     """The storage error as a sentence for the owner of `uri`: which thing is wrong, and how to mend it."""
     text = str(error)
     bucket = uri.removeprefix("s3://").partition("/")[0]
-    if any(s in text for s in ("NO_SUCH_BUCKET", "NoSuchBucket", "bucket does not exist")):
+    if any(s in text for s in NO_BUCKET):
         return DatasetError(
             f"bucket {bucket} doesn't exist: correct dataset_path ({uri}) or create the bucket.",
             field=PATH,
             code="bucket_not_found",
         )
-    denied = ("ACCESS_DENIED", "AccessDenied", "INVALID_ACCESS_KEY", "SIGNATURE", "Signature", "INVALID_CLIENT_TOKEN")
-    if isinstance(error, PermissionError) or any(s in text for s in denied) or "HTTP status 403" in text:
+    if isinstance(error, PermissionError) or any(s in text for s in DENIED):
         return DatasetError(
             f"the storage refused the keys for {uri}: check that the secret named by secret_id holds valid keys "
             "that may read this bucket.",
             field=SECRET,
             code="storage_access_denied",
         )
-    if isinstance(error, FileNotFoundError) or "NO_SUCH_KEY" in text or "HTTP status 404" in text:
+    if isinstance(error, FileNotFoundError) or any(s in text for s in NO_OBJECT):
         return DatasetError(
             f"there is no object at {uri}: correct dataset_path or upload the file.",
             field=PATH,
@@ -109,16 +104,28 @@ def explain(error: Exception, uri: str) -> DatasetError:
     return DatasetError(f"{uri} can't be read: {type(error).__name__}.", field=PATH, code="storage_error")
 
 
-def find_files(details: DatasetDetails, filesystem: pafs.FileSystem, path: str) -> list[SourceFile]:
-    """The dataset's files. Raises DatasetError, with a code of its own for each cause, within about a minute."""
+def find_files(details: DatasetDetails, filesystem: pafs.FileSystem, path: str, patience_s: float | None = 0) -> list[SourceFile]:
+    """The dataset's files. Raises DatasetError, with a code of its own for each cause.
+
+    An outage is waited out for `patience_s` (None: as long as for the run's own storage, then RunFault).
+    """
     uri = details.dataset_path
-    try:
+
+    def look() -> pafs.FileInfo:
         info = filesystem.get_file_info(path)
         if info.type == pafs.FileType.NotFound:
             _check_bucket(filesystem, path, uri)
             raise FileNotFoundError(uri)
+        return info
+
+    try:
+        info = patiently(look, f"looking for {uri}", patience_s)
     except OSError as error:
         raise explain(error, uri) from None
+    except RunFault as fault:
+        if patience_s is None:
+            raise
+        raise explain(fault.__cause__, uri) from None
     if info.type != pafs.FileType.File:
         raise DatasetError(f"{uri} is a folder: name one object.", field=PATH, code="object_not_found")
     if info.size == 0:

@@ -1,0 +1,174 @@
+"""What the dispatcher can see and do of the cluster: job actors, nodes, the autoscaler. Ray's version of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ray
+from ray.exceptions import RayError
+
+from serve_app.scheduler import Bundle, Room
+from serve_app.settings import Profile
+from serve_app.store.jobs import Job
+
+DISPATCHER = "dispatcher"
+AUTOSCALED_FOREVER = 1_000_000  # a node group without a bound
+
+
+@dataclass(frozen=True)
+class Node:
+    """One alive machine."""
+
+    node_id: str
+    resources: Mapping[str, float]  # in all, whoever uses them
+    draining: bool  # will go soon: takes no new work
+
+
+Attempt = tuple[str, int]  # request_id, attempt
+
+
+class Cluster(Protocol):
+    """The cluster, as far as scheduling goes. Every effect may be repeated, and raises nothing when it isn't needed any more."""
+
+    def attempts(self) -> set[Attempt]:
+        """The job actors that are alive."""
+        ...
+
+    def start(self, job: Job) -> None:
+        """Have an actor for the job's newest attempt; it runs by itself."""
+        ...
+
+    def ask_to_stop(self, attempt: Attempt) -> None:
+        """Have the run save and stop at its next step boundary."""
+        ...
+
+    def end(self, attempt: Attempt) -> None:
+        """Kill the actor, and with it all that its run has started."""
+        ...
+
+    def leftovers(self, request_id: str) -> int:
+        """Actors that the job's runs started and that still live."""
+        ...
+
+    def nodes(self) -> list[Node]:
+        """The machines that are alive."""
+        ...
+
+    def growth(self, bundle: Bundle) -> int:
+        """How many such bundles the autoscaler could make room for, in all; 0 without one."""
+        ...
+
+    def ask_for(self, bundles: Sequence[Bundle]) -> None:
+        """Have the autoscaler keep at least room for these."""
+        ...
+
+
+def actor_name(request_id: str, attempt: int) -> str:
+    """The name under which Ray knows the actor of a job's attempt.
+
+    With the attempt in it, a dispatcher that was asleep while another one acted can neither end nor replace a newer attempt's.
+    """
+    return f"job-{request_id}-{attempt}"
+
+
+def _attempt_of(name: str) -> Attempt | None:
+    prefix, _, rest = name.partition("-")
+    request_id, _, attempt = rest.rpartition("-")
+    return (request_id, int(attempt)) if prefix == "job" and attempt.isdecimal() else None
+
+
+def poke_dispatcher(namespace: str) -> None:
+    """Have it look now. Never raises: it polls anyway."""
+    with contextlib.suppress(ValueError, RayError):
+        ray.get_actor(DISPATCHER, namespace=namespace).poke.remote()
+
+
+def bundle_of(profile: Profile) -> dict[str, float]:
+    """The Ray resources that one worker takes."""
+    kind = profile.accelerator_type
+    return dict(profile.resources) | ({f"accelerator_type:{kind}": 0.001} if kind else {})
+
+
+class RayCluster:
+    """Through the Ray that this process is connected to."""
+
+    def __init__(self, namespace: str) -> None:
+        self._namespace = namespace
+        self._asked: list[dict[str, float]] = []
+
+    def attempts(self) -> set[Attempt]:
+        named = ray.util.list_named_actors(all_namespaces=True)
+        found = (_attempt_of(entry["name"]) for entry in named if entry["namespace"] == self._namespace)
+        return {attempt for attempt in found if attempt is not None}
+
+    def start(self, job: Job) -> None:
+        from serve_app.job_actor import JobActor  # it imports this module for the name
+
+        options = {
+            "name": actor_name(job.request_id, job.attempt),
+            "namespace": self._namespace,
+            "lifetime": "detached",
+            "get_if_exists": True,
+        }
+        ray.remote(num_cpus=0, max_concurrency=1000)(JobActor).options(**options).remote(job.request_id, job.attempt)
+
+    def ask_to_stop(self, attempt: Attempt) -> None:
+        with contextlib.suppress(ValueError, RayError):
+            ray.get_actor(actor_name(*attempt), namespace=self._namespace).cancel.remote()
+
+    def end(self, attempt: Attempt) -> None:
+        with contextlib.suppress(ValueError, RayError):
+            ray.kill(ray.get_actor(actor_name(*attempt), namespace=self._namespace))
+
+    def leftovers(self, request_id: str) -> int:
+        from ray._private import state  # the public state API goes through the dashboard, which may be away or slow
+
+        table = state.actors().values()
+        own = {_address(a["Address"]) for a in table if (_attempt_of(a["Name"]) or ("", 0))[0] == request_id}
+        count, seen = 0, {NOWHERE}
+        # Whoever they started, and whoever those started (the Train controller and its workers).
+        while own := own - seen:
+            seen |= own
+            children = [a for a in table if _address(a["OwnerAddress"]) in own and not a["IsDetached"]]
+            count += sum(a["State"] != "DEAD" for a in children)
+            own = {_address(a["Address"]) for a in children}
+        return count
+
+    def nodes(self) -> list[Node]:
+        from ray._private.state import state
+
+        draining = state.get_draining_nodes()
+        return [Node(node["NodeID"], node["Resources"], node["NodeID"] in draining) for node in ray.nodes() if node["Alive"]]
+
+    def growth(self, bundle: Bundle) -> int:
+        from ray._private.state import state
+
+        config = state.get_cluster_config()
+        if config is None:
+            return 0
+        count = 0
+        for group in config.node_group_configs:
+            # A group's resources don't name its accelerator type, which a node gets when it is there.
+            here = {name: float(amount) for name, amount in group.resources.items()}
+            plain = {name: amount for name, amount in bundle.items() if name in here or not name.startswith("accelerator_type:")}
+            most = AUTOSCALED_FOREVER if group.max_count < 0 else group.max_count
+            count += most * Room.of([here]).count(plain)
+        return count
+
+    def ask_for(self, bundles: Sequence[Bundle]) -> None:
+        from ray.autoscaler.sdk import request_resources
+
+        wanted = [dict(bundle) for bundle in bundles]
+        if wanted != self._asked:
+            request_resources(bundles=wanted)
+            self._asked = wanted
+
+
+NOWHERE = ("", 0)
+
+
+def _address(address: Mapping[str, Any]) -> tuple[str, int]:
+    return address["IPAddress"], address["Port"]

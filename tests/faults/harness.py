@@ -1,0 +1,316 @@
+"""Kill any process of a running service, in any phase of a job, and see what becomes of the job."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import sqlalchemy as sa
+
+from benchmarks.api import hold_dispatcher
+from serve_app.client import FINAL
+from serve_app.store.jobs import JobStore
+from serve_app.store.tables import leases
+from tests.conftest import ORG, rows
+from tests.running import DATASETS, FINISH_S, Running, members
+
+PHASES = (
+    "queued",
+    "preparing_data",
+    "waiting_for_resources",
+    "loading_model",
+    "training",
+    "evaluating",
+    "saving",
+    "exporting",
+)
+LOOK_S = 0.01  # between two looks at a job's phase: some phases of a tiny job last tens of milliseconds
+HP = "train_config.hyperparameters"
+
+
+# --- the service under fire ---
+
+
+class Service(Running):
+    """A service with data in its S3, and jobs short enough to be killed often yet with every phase in them."""
+
+    def start(self) -> None:
+        super().start()
+        self.prepare_looking()
+
+    def prepare_looking(self) -> None:
+        """A connection for quick looks, which don't wait or try again."""
+        self._looking = httpx.Client(
+            base_url=self.up["url"], headers={"Authorization": f"Bearer {self.token}"}, timeout=2, trust_env=False
+        )
+
+    def upload(self) -> None:
+        """The dataset, once in the life of the home."""
+        s3 = self.s3()
+        s3.create_bucket(Bucket=DATASETS)
+        s3.put_object(Bucket=DATASETS, Key="rows.jsonl", Body="\n".join(json.dumps(r) for r in rows(240)).encode())
+
+    @property
+    def store(self) -> JobStore:
+        """The job store, as the service's own processes open it."""
+        return JobStore.open(self.env.get("TUNEYARD_DATABASE_URL") or f"sqlite:///{self.home}/tuneyard.db")
+
+    def submit(self, name: str, changes: dict[str, Any] | None = None) -> str:
+        """Queue a job on two workers that checkpoints often; its request_id."""
+        base = {
+            "infra_config.gpu_count": 2,
+            "infra_config.max_retries": 50,
+            "dataset_config.split.ratios": [0.8, 0.2],
+            f"{HP}.max_steps": 36,
+            f"{HP}.save_steps": 4,
+            f"{HP}.eval_steps": 6,
+            f"{HP}.learning_rate": 0.01,
+        }
+        job = self.job(name, base | (changes or {}))
+        request_id: str = self.client.submit(job)["request_id"]
+        return request_id
+
+    def look(self, request_id: str) -> dict[str, Any] | None:
+        """The job as one quick request shows it, or None when the service doesn't answer right now."""
+        try:
+            answer = self._looking.get("/job/get/", params={"org_id": ORG, "request_id": request_id})
+            job: dict[str, Any] = answer.json()
+        except (httpx.TransportError, ValueError):
+            return None
+        return job if answer.status_code == 200 else None
+
+    def until(self, request_id: str, holds: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
+        """The job as soon as `holds`; looks without pause."""
+        job: dict[str, Any] = {}
+        deadline = time.monotonic() + FINISH_S
+        while time.monotonic() < deadline:
+            job = self.look(request_id) or job
+            if job and holds(job):
+                return job
+            if job and job["status"] in FINAL:
+                raise AssertionError(f"job {request_id} ended before {what}: {self.describe(request_id, job)}")
+            time.sleep(LOOK_S)
+        raise AssertionError(f"job {request_id} hangs before {what}: {self.describe(request_id, job)}")
+
+    def finished(self, request_id: str) -> dict[str, Any]:
+        """The job in its final state, which must be COMPLETED."""
+        job = self.wait(request_id)
+        assert job["status"] == "COMPLETED", self.describe(request_id, job)
+        return job
+
+    def result(self, job: dict[str, Any]) -> Result:
+        """What a COMPLETED job made."""
+        files = {f["name"]: f["sha256"] for f in self.client.artifacts(job["request_id"], ORG)["files"]}
+        points = self.client.metrics(job["request_id"], ORG)["points"]
+        losses = {p["step"]: p["loss"] for p in points if p.get("loss") is not None}
+        return Result(losses, files["adapter/adapter_model.safetensors"])
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """No job is started meanwhile: somebody else has the dispatcher's lease."""
+        hold_dispatcher(self.store)
+        try:
+            yield
+        finally:
+            with self.store.write() as tx:
+                tx.execute(sa.update(leases).values(expires_at=dt.datetime.now(dt.UTC)))
+
+    def ready(self) -> bool:
+        """Whether /readyz says so."""
+        try:
+            return self._looking.get("/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def wait_ready(self) -> None:
+        """Until the whole service answers again."""
+        deadline = time.monotonic() + FINISH_S
+        while not self.ready():
+            assert time.monotonic() < deadline, "the service doesn't come back; see " + str(self.home / "logs" / "up.log")
+            time.sleep(0.2)
+
+    # --- its processes ---
+
+    def processes(self, named: str) -> list[psutil.Process]:
+        """Those whose title, or whose program's name, begins with `named`."""
+        found = []
+        for process in members(self.state()["instance"]):
+            title = (process.info["cmdline"] or [""])[0]
+            if title.startswith(f"ray::{named}") or process.info["name"].startswith(named):
+                found.append(process)
+        return found
+
+    def worker(self, rank: int) -> list[psutil.Process]:
+        """The training worker of that rank, of the one job that runs on two of them.
+
+        Ray Train says in its log which process has rank 0, early on; the other one is rank 1.
+        """
+        workers = self.processes("RayTrainWorker")
+        first = self._rank_zero() & {p.pid for p in workers}
+        if len(workers) != 2 or len(first) != 1:
+            return []
+        return [p for p in workers if (p.pid in first) == (rank == 0)]
+
+    def _rank_zero(self) -> set[int]:
+        logs = Path(self.state()["ray_dir"], "session_latest", "logs", "train")
+        entries = (json.loads(line) for path in logs.glob("*app-worker*.log") for line in path.read_text().splitlines()[:1])
+        return {entry["process"] for entry in entries if "[rank=0," in entry["message"]}
+
+
+# --- victims ---
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A process that can be killed.
+
+    `restarts`: whether the job's attempt ends with it. `mend` brings back what nothing of ours would start again.
+    """
+
+    name: str
+    find: Callable[[Service], Sequence[psutil.Process]]
+    restarts: bool
+    mend: Callable[[Service], None] | None = None
+
+    def kill(self, service: Service) -> bool:
+        """SIGKILL; whether there was anything to kill."""
+        found = self.find(service)
+        for process in found:
+            process.kill()
+        psutil.wait_procs(found, timeout=10)
+        return bool(found)
+
+
+def _titled(name: str, title: str, *, restarts: bool) -> Victim:
+    return Victim(name, lambda service: service.processes(title), restarts)
+
+
+INGRESS = _titled("ingress replica", "ServeReplica", restarts=False)
+PROXY = _titled("Serve proxy", "ProxyActor", restarts=False)
+SERVE = _titled("Serve controller", "ServeController", restarts=False)
+DISPATCHER = _titled("dispatcher", "Dispatcher", restarts=False)
+JOB_ACTOR = _titled("job actor", "JobActor", restarts=True)
+CONTROLLER = _titled("Train controller", "TrainController", restarts=True)
+DATA_TASK = _titled("Ray Data task", "ReadJsonl", restarts=False)
+RANK_0 = Victim("worker, rank 0", lambda service: service.worker(0), True)
+RANK_1 = Victim("worker, rank 1", lambda service: service.worker(1), True)
+RAYLET = _titled("raylet", "raylet", restarts=True)
+GCS = _titled("GCS", "gcs_server", restarts=True)
+S3 = _titled("S3", "weed", restarts=False)
+
+
+# --- what becomes of the job ---
+
+
+@dataclass(frozen=True)
+class Result:
+    """What two runs of the same job are compared by."""
+
+    losses: dict[int, float] = field(repr=False)  # by step
+    adapter_sha256: str
+
+    @property
+    def final_loss(self) -> float:
+        return self.losses[max(self.losses)]
+
+
+@dataclass
+class Row:
+    """A line of the table."""
+
+    victim: str
+    phase: str
+    outcome: str = "not reached"
+    attempts: int | None = None
+    seconds: float | None = None  # from the kill until the job was over
+    final_loss: float | None = None
+    same: bool | None = None  # every loss and every byte of the adapter as in the undisturbed run
+
+
+@dataclass
+class Table:
+    """What all tests found, for the end of the run."""
+
+    rows: list[Row] = field(default_factory=list)
+    undisturbed: Result | None = None
+
+    def lines(self) -> list[str]:
+        """As Markdown."""
+        head = "| killed | in phase | outcome | attempts | seconds until it ended | final loss | same as undisturbed |"
+        made = [head, "|---|---|---|---|---|---|---|"]
+        if self.undisturbed is not None:
+            made.append(f"| nothing | | COMPLETED | 1 | | {self.undisturbed.final_loss:.6f} | |")
+        for row in self.rows:
+            loss = "" if row.final_loss is None else f"{row.final_loss:.6f}"
+            same = "" if row.same is None else "yes" if row.same else "NO"
+            seconds = "" if row.seconds is None else f"{row.seconds:.0f}"
+            made.append(
+                f"| {row.victim} | {row.phase} | {row.outcome} | {row.attempts or ''} | {seconds} | {loss} | {same} |",
+            )
+        return made
+
+
+def strike(service: Service, request_id: str, phase: str, victims: Sequence[Victim]) -> None:
+    """Wait for the phase, kill the victims, and wait for what is restarted."""
+
+    def there(job: dict[str, Any]) -> bool:
+        return job["phase"] == phase and all(victim.find(service) for victim in victims)
+
+    before = service.until(request_id, there, f"phase {phase} with {', '.join(v.name for v in victims)}")
+    for victim in victims:
+        assert victim.kill(service), f"no {victim.name} to kill in phase {phase}"
+        if victim.mend is not None:
+            victim.mend(service)
+    if any(victim.restarts for victim in victims):
+        service.until(request_id, lambda job: job["attempt"] > before["attempt"], f"an attempt after the kill in {phase}")
+    else:
+        service.wait_ready()
+
+
+def survives(
+    service: Service,
+    table: Table,
+    name: str,
+    phases: Sequence[str],
+    victims: Sequence[Victim],
+    changes: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Run one job, kill the victims in each of the phases, and hold its result against the undisturbed one.
+
+    Returns the job, which is COMPLETED.
+    """
+    struck: list[tuple[Row, float]] = []
+    for phase in phases:
+        row = Row(" + ".join(v.name for v in victims), phase)
+        table.rows.append(row)
+        struck.append((row, 0.0))
+    with service.held() if phases[0] == "queued" else contextlib.nullcontext():
+        request_id = service.submit(name, changes)
+        if phases[0] == "queued":
+            strike(service, request_id, "queued", victims)
+            struck[0] = (struck[0][0], time.monotonic())
+    for i, phase in enumerate(phases):
+        if phase != "queued":
+            strike(service, request_id, phase, victims)
+            struck[i] = (struck[i][0], time.monotonic())
+    job = service.wait(request_id)
+    ended = time.monotonic()
+    result = service.result(job) if job["status"] == "COMPLETED" else None
+    for row, at in struck:
+        row.outcome, row.attempts, row.seconds = job["status"], job["attempt"], ended - at
+        if result is not None:
+            row.final_loss, row.same = result.final_loss, result == table.undisturbed
+    assert job["status"] == "COMPLETED", service.describe(request_id, job)
+    assert table.undisturbed is not None
+    assert result is not None
+    assert result.losses == table.undisturbed.losses
+    assert result.adapter_sha256 == table.undisturbed.adapter_sha256
+    return job

@@ -1,0 +1,69 @@
+"""A job canceled in any phase leaves nothing behind, and goes on from where it was when it is resumed."""
+
+import httpx
+import pytest
+
+from tests.conftest import ORG
+from tests.faults.harness import PHASES, Row, Service
+
+pytestmark = pytest.mark.faults
+HOLDERS = ("TrainController", "RayTrainWorker")  # what holds CPUs, GPUs and memory of a job
+
+
+def _in_ray(service: Service, kind: str) -> list[dict]:
+    answer = httpx.get(f"{service.up['dashboard_url']}/api/v0/{kind}", params={"detail": 1, "limit": 10_000}, timeout=30)
+    return answer.raise_for_status().json()["data"]["result"]["result"]
+
+
+def _holders(service: Service) -> list[str]:
+    """What still holds resources for a job, as Ray and the process table have it."""
+    actors = [a for a in _in_ray(service, "actors") if a["class_name"] in HOLDERS and a["state"] != "DEAD"]
+    groups = [g for g in _in_ray(service, "placement_groups") if g["state"] != "REMOVED"]
+    processes = [p for name in HOLDERS for p in service.processes(name)]
+    return [
+        *(f"actor {a['class_name']} {a['state']}" for a in actors),
+        *(f"placement group {g['state']}" for g in groups),
+        *(f"process {p.pid} {p.info['cmdline']}" for p in processes),
+    ]
+
+
+@pytest.mark.parametrize(
+    "phases",
+    [
+        pytest.param(["queued", "waiting_for_resources", "training"], id="some"),
+        pytest.param(
+            ["preparing_data", "loading_model", "evaluating", "saving"],
+            id="the-rest",
+            marks=pytest.mark.faults_full,
+        ),
+    ],
+)
+def test_a_canceled_job_holds_nothing_and_resumes_where_it_was(service, table, phases, request):
+    with service.held():
+        request_id = service.submit(f"canceled-{request.node.callspec.id}")
+        if phases[0] == "queued":
+            assert service.client.cancel(request_id, ORG)["status"] == "CANCELED"
+    for phase in phases:
+        if phase != "queued":
+            service.until(request_id, lambda job, phase=phase: job["phase"] == phase, f"phase {phase}")
+            service.client.cancel(request_id, ORG)
+        canceled = service.wait(request_id, every_s=0.05)
+        assert canceled["status"] == "CANCELED", service.describe(request_id, canceled)
+        assert _holders(service) == []
+        assert service.client.resume(request_id, ORG)["status"] == "QUEUED"
+    job = service.finished(request_id)
+    result = service.result(job)
+    table.rows += [
+        Row("nothing: canceled, resumed", p, job["status"], job["attempt"], None, result.final_loss, result == table.undisturbed)
+        for p in phases
+    ]
+    assert result == table.undisturbed
+    steps = [p["step"] for p in service.client.metrics(request_id, ORG)["points"]]
+    assert steps == sorted(set(steps))
+
+
+def test_every_phase_is_canceled_somewhere_here():
+    """`exporting` is left out: by then there is no step boundary to stop at, and the job may as well complete."""
+    marks = test_a_canceled_job_holds_nothing_and_resumes_where_it_was.pytestmark
+    canceled = {phase for mark in marks if mark.name == "parametrize" for case in mark.args[1] for phase in case.values[0]}
+    assert canceled == set(PHASES) - {"exporting"}

@@ -1,0 +1,81 @@
+"""What the service depends on goes away for a while: nothing is doubled, lost or failed because of it."""
+
+import time
+
+import httpx
+import psutil
+import pytest
+
+from tests.conftest import ORG
+from tests.faults.conftest import SETTINGS
+from tests.faults.harness import PHASES, S3, Row, Service, Victim, survives
+
+pytestmark = pytest.mark.faults
+AWAY_S = 30
+
+
+def test_a_job_waits_while_its_object_storage_is_away(service, table):
+    row = Row(f"S3 for {AWAY_S} s", "training")
+    table.rows.append(row)
+    request_id = service.submit("storage-away")
+    service.until(request_id, lambda job: job["step"] >= 5, "its fifth step")
+    back_at = time.monotonic() + AWAY_S
+    while time.monotonic() < back_at:
+        S3.kill(service)  # its supervisor starts it again
+        time.sleep(0.1)
+    job = service.finished(request_id)
+    result = service.result(job)
+    row.outcome, row.attempts, row.seconds = job["status"], job["attempt"], time.monotonic() - back_at
+    row.final_loss, row.same = result.final_loss, result == table.undisturbed
+    assert row.same
+
+
+@pytest.fixture(scope="module")
+def on_postgres(tmp_path_factory, mirror, postgres):
+    """A service whose store is a PostgreSQL of its own."""
+    url = postgres.get_uri().replace("postgresql://", "postgresql+psycopg://")
+    running = Service(tmp_path_factory.mktemp("faults-pg"), mirror, **SETTINGS, TUNEYARD_DATABASE_URL=url)
+    running.start()
+    try:
+        running.upload()
+        yield running
+    finally:
+        postgres.ensure_postgres_running()
+        running.down()
+
+
+def _processes(postgres) -> list[psutil.Process]:
+    postmaster = psutil.Process(postgres.get_pid())
+    return [postmaster, *postmaster.children(recursive=True)]
+
+
+def test_the_api_says_so_while_the_database_is_away_and_the_job_that_trains_completes(on_postgres, postgres, table):
+    service, row = on_postgres, Row(f"PostgreSQL for {AWAY_S} s", "training")
+    table.rows.append(row)
+    request_id = service.submit("database-away")
+    service.until(request_id, lambda job: job["step"] >= 5, "its fifth step")
+    postgres.stop()
+    back_at = time.monotonic() + AWAY_S
+    headers = {"Authorization": f"Bearer {service.token}"}
+    while time.monotonic() < back_at:
+        answers = [
+            httpx.get(f"{service.up['url']}/job/{request_id}", headers=headers),
+            httpx.post(f"{service.up['url']}/job/", headers=headers, json=service.job("never")),
+            httpx.get(f"{service.up['url']}/readyz"),
+        ]
+        assert [(a.status_code, "Retry-After" in a.headers) for a in answers] == [(503, True)] * 3
+        time.sleep(1)
+    postgres.ensure_postgres_running()
+    job = service.finished(request_id)
+    result = service.result(job)
+    row.outcome, row.attempts, row.seconds = job["status"], job["attempt"], time.monotonic() - back_at
+    row.final_loss, row.same = result.final_loss, result == table.undisturbed
+    assert row.same
+    assert [j["experiment_name"] for j in service.client.iter_jobs(ORG)] == ["database-away"]
+
+
+def test_a_job_survives_a_database_that_is_killed_in_every_phase(on_postgres, postgres, table):
+    database = Victim(
+        "PostgreSQL", lambda service: _processes(postgres), False, lambda service: postgres.ensure_postgres_running()
+    )
+    survives(on_postgres, table, "database", PHASES, [database])

@@ -1,0 +1,48 @@
+"""The whole service goes away, in order or by SIGKILL: what ran goes on, what waited runs, what was finished is still there."""
+
+import psutil
+import pytest
+
+from tests.conftest import ORG
+from tests.faults.harness import Row, Service
+from tests.running import members
+
+pytestmark = pytest.mark.faults
+
+
+def _down(service: Service) -> None:
+    service.down()
+
+
+def _kill_everything(service: Service) -> None:
+    """What a power cut does, except to the disk's cache."""
+    state = service.state()
+    supervisor = psutil.Process(state["pid"])
+    supervisor.kill()
+    for process in members(state["instance"]):
+        process.kill()
+
+
+@pytest.mark.parametrize("end", [_down, _kill_everything], ids=["down", "kill-9"])
+def test_jobs_go_on_after_the_whole_service_was_away(service, table, end, request):
+    name = request.node.callspec.id
+    finished = [job for job in service.client.list_jobs(ORG)["jobs"] if job["status"] == "COMPLETED"]
+    assert finished
+    running = service.submit(f"{name}-running")
+    service.until(running, lambda job: job["phase"] == "training" and job["step"] >= 5, "its fifth step")
+    with service.held():
+        queued = service.submit(f"{name}-queued")
+        end(service)
+        service.start()
+    service.wait_ready()
+    for job in finished:
+        assert service.client.get(job["request_id"], ORG)["status"] == "COMPLETED"
+    again, first = service.finished(running), service.finished(queued)
+    assert any(e["kind"] == "resumed" for e in service.client.events(running, ORG)["events"])
+    assert (again["attempt"], first["attempt"]) == (2, 1)
+    for job in (again, first):
+        result = service.result(job)
+        phase = "training" if job is again else "queued"
+        same = result == table.undisturbed
+        table.rows.append(Row(f"everything ({name})", phase, job["status"], job["attempt"], None, result.final_loss, same))
+        assert same

@@ -1,0 +1,355 @@
+"""Dispatchers, job actors and the store as a state machine: everything may die between any two of its steps.
+
+The store and the dispatchers' passes are the real ones; the cluster is simulated. A pass runs in a thread that stops before every
+call of store or cluster, so hypothesis decides who goes next, interleaves two dispatchers (one that slept past its lease
+included) and kills them at every line. TUNEYARD_MODEL_RUNS sets how many histories are tried.
+"""
+
+import contextlib
+import datetime as dt
+import itertools
+import os
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import sqlalchemy as sa
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from serve_app.cluster import Node
+from serve_app.dispatcher import DISPATCHER, LEASE_S, Passes
+from serve_app.lifecycle import FINAL, Status
+from serve_app.settings import Profile, Settings
+from serve_app.store.jobs import Conflict, JobStore, StaleAttempt
+from serve_app.store.tables import metadata
+from tests.conftest import DOCUMENTED, ORG, OTHER_ORG, with_fields
+from train_loop.errors import Cause
+from train_loop.spec import JobSpec
+
+RUNS = int(os.environ.get("TUNEYARD_MODEL_RUNS", "60"))
+NODES = 2
+GPUS = 2
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+class World:
+    """The simulated cluster and its clock."""
+
+    def __init__(self):
+        self.now = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+        self.actors = {}  # (request_id, attempt) → whether it has started to work
+        self.unseen = {}  # actors on a machine that the cluster thinks dead: they may still act
+        self.nodes_up = NODES
+
+    def clock(self):
+        return self.now
+
+
+class SimCluster:
+    """serve_app.cluster.Cluster over a World."""
+
+    def __init__(self, world):
+        self.world = world
+
+    def attempts(self):
+        return set(self.world.actors)
+
+    def start(self, job):
+        self.world.actors.setdefault((job.request_id, job.attempt), False)
+
+    def ask_to_stop(self, attempt):
+        return None  # the actor reads the wish from the store as well
+
+    def end(self, attempt):
+        self.world.actors.pop(attempt, None)
+
+    def leftovers(self, request_id):
+        return 0
+
+    def nodes(self):
+        return [Node(f"node-{i}", {"GPU": float(GPUS)}, False) for i in range(self.world.nodes_up)]
+
+    def growth(self, bundle):
+        return NODES * GPUS
+
+    def ask_for(self, bundles):
+        return None
+
+
+class Gated:
+    """Stops before every method call until told to go on."""
+
+    def __init__(self, thing, gate):
+        self._thing, self._gate = thing, gate
+
+    def __getattr__(self, name):
+        found = getattr(self._thing, name)
+        if not callable(found):
+            return found
+
+        def call(*args, **kwargs):
+            self._gate()
+            return found(*args, **kwargs)
+
+        return call
+
+
+class SteppedPass:
+    """One pass of a dispatcher, a step at a time."""
+
+    def __init__(self, owner, store, cluster, config, clock):
+        self.turn, self.back = threading.Semaphore(0), threading.Semaphore(0)
+        self.killed = self.done = False
+        self.error = None
+        gated = Gated(store, self._gate)
+        self.passes = Passes(config, gated, Gated(cluster, self._gate), clock)
+
+        def body():
+            try:
+                self._gate()
+                if gated.acquire_lease(DISPATCHER, owner, LEASE_S) is not None:
+                    self.passes.run()
+            except (Killed, StaleAttempt):
+                pass
+            except Exception as error:  # noqa: BLE001 - raised again where the test can see it
+                self.error = error
+            finally:
+                self.done = True
+                self.back.release()
+
+        self.thread = threading.Thread(target=body, daemon=True)
+        self.thread.start()
+        self.back.acquire()
+
+    def _gate(self):
+        self.back.release()
+        self.turn.acquire()
+        if self.killed:
+            raise Killed
+
+    def step(self):
+        if not self.done:
+            self.turn.release()
+            self.back.acquire()
+        if self.error is not None:
+            raise self.error
+
+    def finish(self):
+        while not self.done:
+            self.step()
+
+    def kill(self):
+        self.killed = True
+        self.finish()
+
+
+def pick(candidates, which):
+    """One of them, or none where there are none."""
+    return [candidates[which % len(candidates)]] if candidates else []
+
+
+ACTIONS = [
+    *["submit"] * 3,
+    *["dispatch"] * 8,
+    *["actor_works"] * 5,
+    *["time_goes_by"] * 3,
+    *("cancel", "resume", "dispatcher_dies", "actor_dies", "actor_completes", "actor_fails", "actor_is_preempted"),
+    *("node_is_cut_off", "node_comes_back"),
+]
+
+
+class Service(RuleBasedStateMachine):
+    """Users, faults and time, in any order."""
+
+    def __init__(self):
+        super().__init__()
+        engine = sa.create_engine("sqlite://", poolclass=sa.pool.StaticPool, connect_args={"check_same_thread": False})
+        metadata.create_all(engine)
+        self.world = World()
+        self.store = JobStore(engine, self.world.clock)
+        self.cluster = SimCluster(self.world)
+        self.config = Settings(
+            home=Path("/nonexistent"), max_running_jobs=3, profiles={"h100": Profile(resources={"GPU": 1})}, cancel_grace_s=20
+        )
+        self.passes = {}
+        self.jobs = []
+        self.final = {}
+        numbers = itertools.count()  # ids that are the same whenever hypothesis plays a history again
+        ids = SimpleNamespace(uuid4=lambda: f"{next(numbers):08d}-0000-4000-8000-000000000000")
+        self.patched = mock.patch("serve_app.store.jobs.uuid", ids)
+        self.patched.start()
+
+    def teardown(self):
+        for one in self.passes.values():
+            one.kill()
+        self.passes = {}
+        try:
+            self._settle()
+        finally:
+            self.patched.stop()
+
+    # One rule, so that every history has everything in it: hypothesis leaves whole rules out of most of them.
+    @rule(what=st.sampled_from(ACTIONS), which=st.integers(0, 7), flag=st.booleans())
+    def happens(self, what, which, flag):
+        getattr(self, what)(which, flag)
+
+    # --- users ---
+
+    def submit(self, which, flag):
+        infra = {"gpu_type": "h100", "gpu_count": GPUS, "node_count": 1 + which % 2, "max_retries": which % 3}
+        infra |= {"min_node_count": 1} if flag else {}
+        org = ORG if which < 5 else OTHER_ORG
+        named = with_fields(DOCUMENTED, {"experiment_name": f"job-{len(self.jobs)}", "org": org, "infra_config": infra})
+        self.jobs.append(self.store.insert(JobSpec.model_validate(named), "queued")[0].request_id)
+
+    def cancel(self, which, flag):
+        with contextlib.suppress(Conflict):
+            for request_id in pick(self.jobs, which):
+                self.store.request_cancel(request_id)
+
+    def resume(self, which, flag):
+        for request_id in pick([r for r in self.jobs if r in self.final], which):
+            try:
+                self.store.resume(request_id)
+                del self.final[request_id]
+            except Conflict:
+                assert self.final[request_id] is Status.COMPLETED
+
+    # --- dispatchers ---
+
+    def dispatch(self, which, flag):
+        """A few steps of a pass, or all that is left of it."""
+        name = "AB"[flag]
+        one = self.passes.get(name)
+        if one is None or one.done:
+            one = self.passes[name] = SteppedPass(name, self.store, self.cluster, self.config, self.world.clock)
+        for _ in range(1 + 2 * which if which < 5 else 1000):
+            one.step()
+
+    def dispatcher_dies(self, which, flag):
+        for name in pick(sorted(n for n, p in self.passes.items() if not p.done), which):
+            self.passes.pop(name).kill()
+
+    # --- job actors ---
+
+    def actor_dies(self, which, flag):
+        for attempt in pick(sorted(self.world.actors | self.world.unseen), which):
+            self._gone(attempt)
+
+    def actor_works(self, which, flag):
+        self._actor("work", which, flag)
+
+    def actor_completes(self, which, flag):
+        self._actor("complete", which, flag)
+
+    def actor_fails(self, which, flag):
+        self._actor("user_error" if flag else "fault", which, flag)
+
+    def actor_is_preempted(self, which, flag):
+        self._actor("loss", which, flag)
+
+    def _actor(self, act, which, dies_after):
+        for attempt in pick(sorted(self.world.actors | self.world.unseen), which):
+            self._act(attempt, act)
+            if dies_after and act == "complete":
+                self._gone(attempt)
+
+    def _gone(self, attempt):
+        self.world.actors.pop(attempt, None)
+        self.world.unseen.pop(attempt, None)
+
+    def _act(self, attempt, act):
+        """One step of a job actor; StaleAttempt means that it must go."""
+        request_id, number = attempt
+        there = self.world.actors if attempt in self.world.actors else self.world.unseen
+        try:
+            if not there[attempt]:
+                job = self.store.get(request_id)
+                if job.attempt != number or not job.open:
+                    raise StaleAttempt
+                there[attempt] = True
+                return
+            job = self.store.report(request_id, number, phase="training", actor_node="node-0")
+            assert (job.attempt, job.open) == (number, True)  # nobody else's to write
+            if job.cancel_requested:
+                self._gone(attempt)  # saved and stopped; CANCELED is the dispatcher's to write
+            elif act == "work":
+                self.store.report(request_id, number, step=job.step + 1)
+            elif act == "complete":
+                self.store.finish(request_id, number, Status.COMPLETED, message="done")
+                self._gone(attempt)
+            elif act == "user_error":
+                self.store.finish(request_id, number, Status.FAILED, message="theirs")
+                self._gone(attempt)
+            else:
+                self.store.record_fault(request_id, number, Cause.PREEMPTED if act == "loss" else Cause.WORKER_DIED, "it broke.")
+                self._gone(attempt)
+        except StaleAttempt:
+            self._gone(attempt)
+
+    # --- machines and time ---
+
+    def time_goes_by(self, which, flag):
+        self.world.now += dt.timedelta(seconds=(0.1, 1, 5, 16, 20, 31, 61, 700)[which])
+
+    def node_is_cut_off(self, which, flag):
+        """The cluster takes its actors for dead; they go on for a while, perhaps until others have taken over."""
+        self.world.unseen |= self.world.actors
+        self.world.actors.clear()
+        self.world.nodes_up = max(0, self.world.nodes_up - 1)
+        for _ in range(3 if flag else 0):
+            self.world.now += dt.timedelta(seconds=61)
+            SteppedPass("A", self.store, self.cluster, self.config, self.world.clock).finish()
+
+    def node_comes_back(self, which, flag):
+        self.world.nodes_up = min(NODES, self.world.nodes_up + 1)
+
+    # --- what must hold ---
+
+    @invariant()
+    def final_states_are_final(self):
+        for request_id in self.jobs:
+            job = self.store.get(request_id)
+            assert self.final.get(request_id, job.status) is job.status
+            if job.status in FINAL:
+                self.final[request_id] = job.status
+
+    @invariant()
+    def at_most_one_attempt_can_write(self):
+        for request_id in self.jobs:
+            job = self.store.get(request_id)
+            started = [e for e in self.store.journal.events(request_id) if e.kind == "started"]
+            assert len(started) == job.attempt  # each attempt once, however many dispatchers
+            assert max((n for r, n in self.world.actors if r == request_id), default=0) <= job.attempt
+
+    def _settle(self):
+        """Without more faults everything comes to an end, and nothing is left."""
+        self.world.nodes_up = NODES
+        self.world.unseen.clear()
+        for _ in range(400):
+            one = SteppedPass("last", self.store, self.cluster, self.config, self.world.clock)
+            one.finish()
+            for attempt in list(self.world.actors):
+                for act in ("work", "work", "complete"):
+                    if attempt in self.world.actors:
+                        self._act(attempt, act)
+            self.final_states_are_final()
+            self.world.now += dt.timedelta(seconds=10)
+            if len(self.final) == len(self.jobs) and not self.world.actors:
+                break
+        assert set(self.final) == set(self.jobs), [self.store.get(r) for r in self.jobs if r not in self.final]
+        assert self.world.actors == {}
+        at_most_retries = [self.store.get(r) for r in self.jobs]
+        assert all(j.faults <= j.spec["infra_config"]["max_retries"] + 1 for j in at_most_retries)
+
+
+ServiceSurvives = Service.TestCase
+ServiceSurvives.settings = settings(
+    max_examples=RUNS, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)

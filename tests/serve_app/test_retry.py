@@ -1,0 +1,33 @@
+"""When a fault is tried again."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve_app.retry import LONGEST_WAIT_S, LOSSES, MAX_LOSSES, judge
+from train_loop.errors import Cause
+
+
+@given(st.sampled_from(sorted(set(Cause) - LOSSES)), st.integers(0, 10))
+def test_a_fault_of_the_run_is_retried_max_retries_times(cause, max_retries):
+    faults, waits = 0, []
+    while (verdict := judge(cause, faults=faults, losses=0, progressed=True, max_retries=max_retries)).retry:
+        faults, waits = verdict.faults, [*waits, verdict.wait_s]
+    assert len(waits) == max_retries
+    assert waits == sorted(waits)
+    assert all(wait <= LONGEST_WAIT_S for wait in waits)
+
+
+@given(st.sampled_from(sorted(LOSSES)), st.integers(0, 3))
+def test_a_lost_machine_counts_for_nothing_while_the_job_gets_on(cause, faults):
+    losses = 0
+    for _ in range(3 * MAX_LOSSES):
+        verdict = judge(cause, faults=faults, losses=losses, progressed=True, max_retries=0)
+        losses = verdict.losses
+        assert (verdict.retry, verdict.faults, verdict.wait_s) == (True, faults, 0.0)
+
+
+def test_a_job_that_only_loses_machines_ends():
+    losses, tries = 0, 0
+    while (verdict := judge(Cause.NODE_LOST, faults=0, losses=losses, progressed=False, max_retries=3)).retry:
+        losses, tries = verdict.losses, tries + 1
+    assert tries == MAX_LOSSES

@@ -1,0 +1,168 @@
+"""Attempts on Ray: how each way of ending one is told, and what the next one goes on from."""
+
+import json
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from tests.conftest import TINY
+from train_loop.errors import Cause, ModelError, RunFault, Stopped
+from train_loop.launch import ActorMonitor, Keys, Placement, RunFiles, launch
+from train_loop.spec import JobSpec
+
+pytestmark = pytest.mark.service
+HP = "train_config.hyperparameters"
+NAMESPACE = "attempts"
+WAIT_S = 240
+
+
+@ray.remote(num_cpus=0, max_concurrency=8)
+class Recorder:
+    """A monitor that remembers."""
+
+    def __init__(self):
+        self.step, self.stop_at, self.told = -1, None, None
+        self.phases, self.events, self.lines = [], [], []
+
+    def keys(self):
+        return Keys()
+
+    def on_phase(self, name):
+        self.phases.append(name)
+
+    def on_event(self, kind, message):
+        self.events.append((kind, message))
+
+    def on_progress(self, progress):
+        self.step = progress["step"]
+
+    def on_log(self, rank, lines):
+        self.lines += [(rank, line) for _, line in lines]
+
+    def stop_requested(self):
+        return self.stop_at is not None and self.step >= self.stop_at
+
+    def on_failure(self, error):
+        self.told = self.told or error
+
+    def failure(self):
+        return self.told
+
+    def ask_to_stop(self, step):
+        self.stop_at = step
+
+    def seen(self):
+        return self.step, self.phases, self.events, self.lines
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(num_cpus=4, namespace=NAMESPACE, logging_level="warning", log_to_driver=False, dashboard_host="127.0.0.1")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def start(cluster, local_job, tmp_path, mirror):
+    """Start an attempt at the test's job; returns what it ends with, and its monitor."""
+    attempts = []
+    with ThreadPoolExecutor() as pool:
+
+        def begin(changes=None, **placement):
+            base = {"infra_config": {"gpu_type": "cpu", "gpu_count": 2}, f"{HP}.max_steps": 3000, f"{HP}.save_steps": 5}
+            spec = JobSpec.model_validate(local_job(base | (changes or {})))
+            name = f"monitor-{tmp_path.name}-{len(attempts)}"
+            attempts.append(Recorder.options(name=name).remote())
+            found = ActorMonitor(name, NAMESPACE)
+            place = Placement(resources={"CPU": 0.5}, data_cpus=0.5, **placement)
+            end = pool.submit(launch, spec, tmp_path.name, RunFiles(str(tmp_path / "run"), str(mirror), found.keys), place, found)
+            return end, attempts[-1]
+
+        yield begin
+        for monitor in attempts:
+            ray.get(monitor.ask_to_stop.remote(-1))  # whatever still runs
+
+
+def wait_for_step(end, monitor, step):
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline and not end.done():
+        if ray.get(monitor.seen.remote())[0] >= step:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"no step {step}: {end.exception() if end.done() else ray.get(monitor.seen.remote())[:3]}")
+
+
+def workers():
+    """The processes of the attempt's workers."""
+    found = psutil.Process().children(recursive=True)
+    return [p for p in found if p.status() != psutil.STATUS_ZOMBIE and p.cmdline()[:1] == ["ray::RayTrainWorker"]]
+
+
+def events(monitor, kind):
+    return [message for k, message in ray.get(monitor.seen.remote())[2] if k == kind]
+
+
+def test_an_error_of_the_user_in_a_worker_is_raised_as_it_is(start):
+    end, _ = start({"train_config.adapter_config.targets": ["no_such_layer"]})
+    error = end.exception(WAIT_S)
+    assert type(error) is ModelError
+    assert error.field == "train_config.adapter_config.targets"
+    assert error.message.startswith(f"the adapter doesn't fit {TINY}")
+
+
+def test_a_killed_worker_ends_the_attempt_and_a_smaller_one_completes_the_job(start, tmp_path):
+    end, monitor = start({f"{HP}.max_steps": 60})
+    wait_for_step(end, monitor, 7)
+    workers()[1].kill()
+    error = end.exception(WAIT_S)
+    assert isinstance(error, RunFault)
+    assert error.cause == Cause.WORKER_DIED
+
+    end, monitor = start({f"{HP}.max_steps": 60}, num_workers=1)
+    manifest = end.result(WAIT_S)
+    (resumed,) = events(monitor, "resumed")
+    first = int(resumed.removeprefix("resumed from the checkpoint of step "))
+    assert first >= 5
+    assert manifest["worlds"] == [{"from_step": 1, "world_size": 2}, {"from_step": first + 1, "world_size": 1}]
+    assert "prepared by an earlier attempt" in events(monitor, "prepared")[0]
+    steps = [json.loads(line)["step"] for line in Path(tmp_path, "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(61))
+
+    (tmp_path / "run/manifest.json").unlink()
+    end, monitor = start({f"{HP}.max_steps": 60})
+    again = end.result(WAIT_S)
+    assert again["adapter_files"] == manifest["adapter_files"]
+    assert ray.get(monitor.seen.remote())[1] == ["preparing_data"]  # nothing was trained again
+
+
+def test_a_hang_is_seen_by_the_other_worker_and_its_stacks_are_logged(start):
+    end, monitor = start(hang_floor_s=12.0, hang_factor=3.0)
+    wait_for_step(end, monitor, 3)
+    stopped = workers()[1]
+    stopped.send_signal(signal.SIGSTOP)
+    try:
+        error = end.exception(WAIT_S)
+    finally:
+        if stopped.is_running():
+            stopped.send_signal(signal.SIGCONT)
+    assert isinstance(error, RunFault)
+    assert error.cause == Cause.HANG
+    assert error.message.startswith("No step for ")
+    lines = [line for _, line in ray.get(monitor.seen.remote())[3]]
+    assert any("this worker hangs; its threads are at" in line for line in lines)
+    assert any("in all_reduce" in line for line in lines)
+
+
+def test_a_stopped_attempt_leaves_a_checkpoint_of_the_step_it_stopped_at(start, tmp_path):
+    end, monitor = start()
+    ray.get(monitor.ask_to_stop.remote(8))
+    assert isinstance(end.exception(WAIT_S), Stopped)
+    step, phases, _, _ = ray.get(monitor.seen.remote())
+    assert step >= 8
+    assert phases[-2:] == ["saving", "training"]
+    assert (tmp_path / f"run/checkpoints/step-{step:08d}/complete.json").is_file()
