@@ -212,7 +212,7 @@ def test_a_plan_is_made_and_shown(here: Here, tmp_path: Path) -> None:
 
 def test_cancel_says_what_becomes_of_the_job(here: Here) -> None:
     waiting, running = here.submitted("waiting"), here.submitted("running")
-    here.store.start_attempt(running, 0)
+    here.store.start_attempt(running, 0, 1)
     assert here.run("cancel", waiting).stdout == "CANCELED: Canceled before it started.\n"
     assert here.run("cancel", running).stdout == "RUNNING: it stops at its next step\n"
 
