@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 from serve_app.app import build_app
 from serve_app.auth import mint_token
 from serve_app.lifecycle import Status
+from serve_app.routes import health, jobs, journal, secrets
 from serve_app.settings import Settings
 from serve_app.store.jobs import JobStore
 from serve_app.store.journal import Notes
@@ -48,6 +49,19 @@ def test_the_documented_request_is_accepted_in_every_encoding(http, store, job, 
     assert accepted["experiment_name"] == job["experiment_name"]
     assert "4 CPU workers" in accepted["message"]
     assert store.get(accepted["request_id"]).spec["train_config"]["hyperparameters"]["warmup_ratio"] == 0.03
+
+
+def test_every_path_works_with_and_without_its_slash():
+    taken = {r.path for room in (health, journal, jobs, secrets) for r in room.router.routes}
+    assert len(taken) > 30
+    assert taken == {p.rstrip("/") for p in taken} | {p.rstrip("/") + "/" for p in taken}
+
+
+def test_a_path_or_method_that_is_not_there_is_a_problem_in_words(http):
+    assert "/docs" in http.get("/jobs/").json()["detail"]
+    refused = http.put("/job/list/")
+    assert (refused.status_code, refused.json()["detail"]) == (405, "this path is for GET")
+    assert refused.headers["Allow"] == "GET"
 
 
 def test_reading_a_job(http, job):
