@@ -14,17 +14,31 @@ _backoff_s = wait_exponential(multiplier=0.5, max=8)
 
 
 class ApiError(Exception):
-    """The service refused: HTTP status, its sentence, and the fields at fault."""
+    """The service refused: HTTP status, its sentence, and the fields at fault.
 
-    def __init__(self, status: int, detail: str, errors: list[dict[str, Any]], retry_after_s: float | None = None) -> None:
+    `by_service` is False where something on the way to it answered instead.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        detail: str,
+        errors: list[dict[str, Any]],
+        retry_after_s: float | None = None,
+        by_service: bool = True,
+    ) -> None:
         self.status, self.detail, self.errors, self.retry_after_s = status, detail, errors, retry_after_s
+        self.by_service = by_service
         lines = [f"  {e.get('field')}: {e.get('message')}" for e in errors]
         super().__init__("\n".join([f"{status}: {detail}", *(lines if len(lines) > 1 else [])]))
 
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
-    return isinstance(error, httpx.TransportError) or (isinstance(error, ApiError) and error.status in TRANSIENT)
+    if isinstance(error, ApiError):
+        # Ray Serve's proxy says 500 where a replica died over the request; our own 500 is a fault that stays.
+        return error.status in TRANSIENT or (error.status == httpx.codes.INTERNAL_SERVER_ERROR and not error.by_service)
+    return isinstance(error, httpx.TransportError)
 
 
 def wait_s(state: RetryCallState) -> float:
@@ -58,6 +72,7 @@ def parse(response: httpx.Response) -> dict[str, Any]:
         detail if isinstance(detail, str) else response.reason_phrase,
         [e for e in errors if isinstance(e, dict)] if isinstance(errors, list) else [],
         _seconds(response.headers.get("Retry-After")),
+        by_service=isinstance(body, dict),
     )
 
 

@@ -122,6 +122,16 @@ def test_a_retried_submission_carries_one_idempotency_key(server: Server) -> Non
     assert len({headers["Idempotency-Key"] for _, headers, _ in server.requests}) == 1
 
 
+def test_a_replica_that_died_over_a_request_is_asked_again_and_a_fault_of_the_service_is_not(server: Server) -> None:
+    ok = Answer(200, {"request_id": JOB})
+    server.answers = [Answer(500, "Internal Server Error"), ok]
+    assert Client(server.url, TOKEN).submit({"org": ORG})["request_id"] == JOB
+    server.answers = [Answer(500, {"detail": "an unexpected error"}), ok]
+    with pytest.raises(ApiError) as caught:
+        Client(server.url, TOKEN).submit({"org": ORG})
+    assert caught.value.status == 500
+
+
 def test_the_client_waits_as_long_as_it_is_told(server: Server) -> None:
     server.answers = [Answer(429, {"detail": "slow down"}, {"Retry-After": "1"}), Answer(200, job("QUEUED", "queued"))]
     started = time.monotonic()
