@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 
 OUTCOME = "outcome.json"  # how training ended; written when the adapter is in storage
+WORKER_NICENESS = 15
 TELL_S = 10.0  # a worker that ends itself waits so long for the monitor to hear why
 ROOM_WAITS = 10  # times that Ray Train waits for room for the workers, a minute each
 
@@ -290,6 +291,8 @@ def _worker(config: dict[str, Any]) -> None:
     from train_loop.loop import run
     from train_loop.model.load import model_folder
 
+    # Ray's own default for all its workers. Where the others have less, a status query needn't wait for a step.
+    os.setpriority(os.PRIO_PROCESS, 0, WORKER_NICENESS)
     monitor: ActorMonitor = config["monitor"]
     files: RunFiles = config["files"]
     spec = JobSpec.model_validate_json(config["spec"])
