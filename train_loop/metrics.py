@@ -106,5 +106,7 @@ class MetricLog:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> MetricLog:
-        """Continue where a checkpoint stopped."""
-        return cls(**state)
+        """Continue where a checkpoint stopped. Every point is sent once more: the last ones may have died on their way."""
+        log = cls(**state)
+        log._unsent = {point["step"]: point for point in log.points}
+        return log

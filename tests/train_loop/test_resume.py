@@ -28,7 +28,7 @@ class Watcher(Console):
     def __init__(self, stop_at=None, break_at=None):
         super().__init__()
         self.stop_at, self.break_at, self.seen = stop_at, break_at, -1
-        self.events, self.phases = [], []
+        self.events, self.phases, self.points = [], [], {}
 
     def on_phase(self, name):
         self.phases.append(name)
@@ -38,6 +38,7 @@ class Watcher(Console):
 
     def on_progress(self, progress):
         self.seen = progress["step"]
+        self.points |= {point["step"]: point for point in progress["points"]}
         if self.seen == self.break_at:
             raise KeyError("this process dies here")
 
@@ -102,6 +103,7 @@ def test_broken_at_every_step_a_run_ends_with_the_same_bytes(local_job, tmp_path
         assert monitor.said("resumed") == ([f"resumed from the checkpoint of step {saved}"] if saved else [])
         assert adapter(tmp_path / name) == adapter(tmp_path / "whole")
         assert curve(tmp_path / name) == curve(tmp_path / "whole")
+        assert list(monitor.points) == [line["step"] for line in curve(tmp_path / "whole")]  # what got lost is told again
 
 
 def test_a_stop_during_an_evaluation_makes_up_for_it_later(local_job, tmp_path, launch):
