@@ -390,31 +390,29 @@ class JobStore:
 
     def start_attempt(self, request_id: str, expected_attempt: int, num_nodes: int) -> Job | None:
         """QUEUED, or between two attempts → RUNNING with the next attempt open; None when that isn't so any more."""
-        now = self._now()
-        ready = (jobs.c.status == Status.QUEUED) | ((jobs.c.status == Status.RUNNING) & jobs.c.retry_at.is_not(None))
+        now, attempt = self._now(), expected_attempt + 1
         with self.write() as tx:
-            changed = tx.execute(
-                sa.update(jobs)
-                .where(jobs.c.request_id == request_id, jobs.c.attempt == expected_attempt)
-                .where(ready, jobs.c.cancel_requested_at.is_(None))
-                .values(
-                    status=Status.RUNNING,
-                    phase=Phase.PREPARING_DATA,
-                    attempt=expected_attempt + 1,
-                    num_nodes=num_nodes,
-                    actor_node=None,
-                    queue_position=None,
-                    retry_at=None,
-                    started_at=sa.func.coalesce(jobs.c.started_at, sa.bindparam("now", now, UTC_TIME)),
-                    heartbeat_at=None,
-                    updated_at=now,
-                )
-            )
-            if changed.rowcount == 0:
-                return None
             job = _require(tx, request_id)
-            add_event(tx, request_id, "started", f"attempt {job.attempt} on {job.num_workers} workers")
-            return job
+            ready = job.status is Status.QUEUED or (job.status is Status.RUNNING and job.retry_at is not None)
+            if not ready or job.attempt != expected_attempt or job.cancel_requested:
+                return None
+            workers = job.spec["infra_config"]["gpu_count"] * num_nodes
+            where = f"on {workers} worker{'s' if workers > 1 else ''}"
+            values = {
+                "status": Status.RUNNING,
+                "phase": Phase.PREPARING_DATA,
+                "attempt": attempt,
+                "message": f"Running {where}." if attempt == 1 else f"Running {where}, attempt {attempt}.",
+                "num_nodes": num_nodes,
+                "actor_node": None,
+                "queue_position": None,
+                "retry_at": None,
+                "started_at": job.started_at or now,
+                "heartbeat_at": None,
+                "updated_at": now,
+            }
+            add_event(tx, request_id, "started", f"attempt {attempt} {where}")
+            return _job(tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**values).returning(jobs)).one())
 
     def report(self, request_id: str, attempt: int, notes: Notes | None = None, **fields: Any) -> Job:
         """Write progress, notes and a heartbeat; the job in return says whether to stop. Raises StaleAttempt."""
@@ -563,9 +561,6 @@ class JobStore:
                 return int(epoch)
         except sa.exc.IntegrityError:  # two inserted at once; the other one has it
             return None
-
-
-UTC_TIME = jobs.c.created_at.type
 
 
 def _alembic() -> Any:
