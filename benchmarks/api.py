@@ -24,10 +24,12 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import httpx
 import psutil
 import sqlalchemy as sa
 
+from serve_app.client import Client
 from serve_app.store.jobs import JobStore
 from serve_app.store.tables import jobs, leases
 
@@ -63,11 +65,39 @@ def service(database_url: str | None) -> Iterator[tuple[dict[str, Any], JobStore
 
         state = json.loads(run("up", "--detach", "--json"))
         try:
-            store = JobStore.open(url)
-            hold_dispatcher(store)
-            yield state, store, run("token", "--org", ORG).strip()
+            yield state, JobStore.open(url), run("token", "--org", ORG).strip()
         finally:
             run("down")
+
+
+def train_a_job(state: dict[str, Any], token: str) -> str:
+    """Have a job train for as long as anybody asks; its request_id once it takes steps."""
+    keys = {"access_key_id": state["s3_access_key_id"], "secret_access_key": state["s3_secret_access_key"]}
+    s3 = boto3.client(
+        "s3",
+        endpoint_url=state["s3_endpoint_url"],
+        region_name="us-east-1",
+        aws_access_key_id=keys["access_key_id"],
+        aws_secret_access_key=keys["secret_access_key"],
+    )
+    row = {"conversations": [{"from": "human", "value": "What is one plus one?"}, {"from": "gpt", "value": "Two. " * 40}]}
+    s3.put_object(Bucket=state["s3_bucket"], Key="rows.jsonl", Body="".join(json.dumps(row) + "\n" for _ in range(500)).encode())
+    client = Client(state["url"], token)
+    secret_id = client.create_secret(ORG, "bench", "s3", keys | {"endpoint_url": state["s3_endpoint_url"]})["secret_id"]
+    details = {"dataset_path": f"s3://{state['s3_bucket']}/rows.jsonl", "secret_id": secret_id}
+    job = SPEC | {"experiment_name": "trains", "dataset_details": details, "infra_config": {"gpu_type": "cpu", "gpu_count": 2}}
+    request_id: str = client.submit(job)["request_id"]
+    while client.get(request_id, ORG)["step"] < 3:
+        time.sleep(0.5)
+    return request_id
+
+
+def end_training(state: dict[str, Any], token: str, request_id: str) -> None:
+    """Cancel the job, and wait until nothing of it is left."""
+    client = Client(state["url"], token)
+    client.cancel(request_id, ORG)
+    while client.get(request_id, ORG)["status"] == "RUNNING":
+        time.sleep(0.5)
 
 
 def hold_dispatcher(store: JobStore) -> None:
@@ -147,13 +177,25 @@ def run(name: str, database_url: str | None, requests: int) -> None:
         def go(ask: Ask, **options: Any) -> tuple[list[float], float]:
             return asyncio.run(measure(url, token, ask, **options))
 
+        training = train_a_job(state, token)
+
+        def status_of(request_id: str) -> Ask:
+            return lambda http: http.get("/job/get/", params={"org_id": ORG, "request_id": request_id})
+
+        go(status_of(training), clients=4, total=100)  # warm
+        report(
+            name,
+            "status of a job that trains on all cores, 10 paced clients",
+            go(status_of(training), clients=10, total=400, every_s=0.5),
+        )
+        plan = SPEC | {"experiment_name": "planned", "dataset_details": store.get(training).spec["dataset_details"]}  # type: ignore[union-attr]
+        report(name, "plan, one client, meanwhile", go(lambda http: http.post("/job/plan/", json=plan), clients=1, total=3))
+        end_training(state, token, training)
+        hold_dispatcher(store)
         go(submit, clients=4, total=100)  # warm
         report(name, "submit, 50 paced clients", go(submit, clients=50, total=500, every_s=1.0))
         report(name, "submit, 50 clients in a closed loop", go(submit, clients=50, total=1000))
-        request_id = store.list_jobs(ORG, limit=1)[0][0].request_id
-
-        def status(http: httpx.AsyncClient) -> Awaitable[httpx.Response]:
-            return http.get("/job/get/", params={"org_id": ORG, "request_id": request_id})
+        status = status_of(store.list_jobs(ORG, limit=1)[0][0].request_id)
 
         def page(http: httpx.AsyncClient) -> Awaitable[httpx.Response]:
             return http.get("/job/list/", params={"org_id": ORG, "limit": 50})

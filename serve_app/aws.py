@@ -42,8 +42,11 @@ def is_arn(secret_id: str) -> bool:
 
 def may_name(org_id: str, arn: str, patterns: Iterable[str]) -> bool:
     """Whether the operator lets this org name this secret of Secrets Manager. Asks AWS nothing."""
-    if not SECRET_ARN.fullmatch(arn):
-        return False
+    return SECRET_ARN.fullmatch(arn) is not None and is_listed(org_id, arn, patterns)
+
+
+def is_listed(org_id: str, arn: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the operator's patterns, in which {org} is the org's UUID, is this ARN's."""
     return any(fnmatch.fnmatchcase(arn, pattern.replace("{org}", org_id)) for pattern in patterns)
 
 

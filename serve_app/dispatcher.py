@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from sqlalchemy.exc import OperationalError
 
 from serve_app import logs
 from serve_app.cluster import DISPATCHER, Attempt, Cluster, Node, RayCluster, bundle_of
+from serve_app.housekeeping import clean
 from serve_app.lifecycle import Phase
 from serve_app.scheduler import HALF_LIFE_S, Decision, Gang, Limits, Room, Shares, decide
 from serve_app.settings import Settings
@@ -33,6 +35,7 @@ LEFTOVERS_S = 30.0  # what a dead actor started ends by itself within about a se
 LOOK_AHEAD_PER_ORG = 200  # queued jobs of an org looked at in a pass
 UNPLACEABLE_S = 600.0  # a machine may be away for a while; a job too large for all that are left waits as long as this
 CAPACITY_S = 30.0
+CLEAN_S = 600.0
 # A run has nothing to save yet: cancel ends it at once.
 NOTHING_TO_SAVE = frozenset({Phase.QUEUED, Phase.PREPARING_DATA, Phase.WAITING_FOR_RESOURCES, Phase.LOADING_MODEL})
 
@@ -47,7 +50,10 @@ class Dispatcher:
         self.passes = Passes(settings, self.store, RayCluster(settings.ray_namespace))
         self.owner = uuid.uuid4().hex
         self.wake = threading.Event()
+        self.settings = settings
+        self.leads = False
         threading.Thread(target=self._loop, name="dispatch", daemon=True).start()
+        threading.Thread(target=self._keep_house, name="housekeeping", daemon=True).start()
 
     def poke(self) -> None:
         """Look now instead of at the next poll."""
@@ -61,7 +67,8 @@ class Dispatcher:
         busy = False
         while True:
             try:
-                if self.store.acquire_lease(DISPATCHER, self.owner, LEASE_S) is not None:
+                self.leads = self.store.acquire_lease(DISPATCHER, self.owner, LEASE_S) is not None
+                if self.leads:
                     busy = self.passes.run()
                 else:
                     self.passes.forget()
@@ -72,6 +79,15 @@ class Dispatcher:
                 log.exception("a dispatch pass failed; trying again")
             self.wake.wait(BUSY_POLL_S if busy else POLL_S)
             self.wake.clear()
+
+    def _keep_house(self) -> None:
+        while True:
+            time.sleep(CLEAN_S)
+            try:
+                if self.leads:
+                    clean(self.settings, self.store)
+            except Exception:
+                log.exception("cleaning up failed; trying again later")
 
 
 class Passes:

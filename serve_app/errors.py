@@ -135,6 +135,11 @@ def to_api_error(error: Exception) -> ApiError:
             return invalid([field_error(".".join(map(str, e["loc"][1:])), e["msg"]) for e in error.errors()])
         case ValidationError():
             return invalid(validation_errors(error, JobSpec))
+        case HTTPException(status_code=404):
+            return ApiError(404, "there is no such path here; /docs lists those that there are", headers=error.headers)
+        case HTTPException(status_code=405):
+            allowed = (error.headers or {}).get("Allow")
+            return ApiError(405, f"this path is for {allowed}" if allowed else "not a method of this path", headers=error.headers)
         case HTTPException():
             return ApiError(error.status_code, str(error.detail), headers=error.headers)
         case UserError():

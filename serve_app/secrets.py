@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from cryptography.fernet import Fernet, InvalidToken
 
 from serve_app import endpoints
-from serve_app.aws import SECRET_ID, AwsIdentity, is_arn, may_name
+from serve_app.aws import SECRET_ID, AwsIdentity, is_arn, is_listed, may_name
 from serve_app.errors import ApiError, field_error, invalid
 from serve_app.secret_types import OPENS_S3, AwsKeys, AwsRole, S3Keys, SecretData, parse
 from serve_app.settings import Settings
@@ -44,12 +44,14 @@ class SecretVault:
         allowed_endpoints: Sequence[str],
         allowed_arns: Sequence[str] = (),
         aws: AwsIdentity | None = None,
+        allowed_roles: Sequence[str] = ("*",),
     ) -> None:
         self._store = store
         self._fernet = Fernet(key)
         self._allowed_endpoints = allowed_endpoints
         self._allowed_arns = allowed_arns
         self._aws = aws or AwsIdentity()
+        self._allowed_roles = allowed_roles
 
     @classmethod
     def from_settings(cls, store: JobStore, settings: Settings) -> SecretVault:
@@ -62,11 +64,16 @@ class SecretVault:
             settings.allowed_s3_endpoints,
             settings.allowed_secret_arns,
             AwsIdentity(settings.aws_endpoint_url),
+            settings.allowed_role_arns,
         )
 
     def create(self, org_id: str, name: str, type_: str, data: Mapping[str, Any]) -> Secret:
         """Store a secret. Raises ApiError 422 that names fields, never values."""
-        values = parse(type_, data).values()
+        parsed = parse(type_, data)
+        values = parsed.values()
+        if isinstance(parsed, AwsRole) and not is_listed(org_id, parsed.role_arn, self._allowed_roles):
+            message = "the operator's list (TUNEYARD_ALLOWED_ROLE_ARNS) doesn't let this org use this role"
+            raise invalid([field_error("data.role_arn", message)])
         if "endpoint_url" in values and not endpoints.is_allowed(values["endpoint_url"], self._allowed_endpoints):
             allowed = ", ".join(self._allowed_endpoints) or "none"
             message = f"this endpoint isn't on the operator's list (TUNEYARD_ALLOWED_S3_ENDPOINTS: {allowed})"
@@ -110,6 +117,9 @@ class SecretVault:
         """The keys to use now, for the job actor only: of a role, temporary ones. Raises DatasetError."""
         data = self._fetch(org_id, secret_id) if is_arn(secret_id) else self._stored(org_id, secret_id)
         match data:
+            case AwsRole() if not is_listed(org_id, data.role_arn, self._allowed_roles):
+                listed = f"the operator's list (TUNEYARD_ALLOWED_ROLE_ARNS) doesn't let this org use {data.role_arn}."
+                raise _error("role_not_allowed", listed)
             case AwsRole():
                 return self._aws.assume(org_id, data)
             case S3Keys() if data.endpoint_url and not endpoints.is_allowed_now(data.endpoint_url, self._allowed_endpoints):

@@ -87,6 +87,10 @@ class Settings(BaseSettings):
         default_factory=list,
         description="ARNs (wildcards allowed, {org} is the org's UUID) of AWS Secrets Manager that jobs may name; default none.",
     )
+    allowed_role_arns: list[str] = Field(
+        default_factory=lambda: ["*"],
+        description="ARNs (wildcards allowed, {org} is the org's UUID) of AWS roles that secrets may name; default any.",
+    )
     aws_endpoint_url: str | None = Field(None, description="Endpoint of AWS STS and Secrets Manager; default AWS itself.")
     embedded: bool = Field(False, description="One machine, no GPU: every gpu_type runs as CPU workers.")
     profiles: dict[str, Profile] = Field(default_factory=dict, description="Infrastructure profiles by gpu_type.")

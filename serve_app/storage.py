@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from pyarrow.fs import FileSelector, FileSystem, FileType
@@ -66,9 +69,8 @@ def _manifest(storage: FileSystem, path: str) -> dict[str, Any]:
     return manifest
 
 
-def _linker(settings: Settings, path: str) -> Any:
-    if not settings.storage_uri.startswith("s3://"):
-        return lambda name: None
+def _s3(settings: Settings) -> tuple[Any, str, str]:
+    """A client of the S3 storage, its bucket and the prefix of all runs."""
     import boto3
     from botocore.config import Config
 
@@ -81,7 +83,43 @@ def _linker(settings: Settings, path: str) -> Any:
         aws_secret_access_key=keys and keys.secret_access_key,
         config=Config(signature_version="s3v4"),
     )
-    bucket, _, prefix = path.partition("/")
+    bucket, _, prefix = settings.storage_uri.removeprefix("s3://").partition("/")
+    return client, bucket, prefix.rstrip("/")
+
+
+def _linker(settings: Settings, path: str) -> Any:
+    if not settings.storage_uri.startswith("s3://"):
+        return lambda name: None
+    client, bucket, _ = _s3(settings)
+    folder = path.removeprefix(f"{bucket}/")
     return lambda name: client.generate_presigned_url(
-        "get_object", Params={"Bucket": bucket, "Key": f"{prefix}/{name}"}, ExpiresIn=LINK_S
+        "get_object", Params={"Bucket": bucket, "Key": f"{folder}/{name}"}, ExpiresIn=LINK_S
     )
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A multipart upload that was begun."""
+
+    key: str
+    upload_id: str
+
+
+def abandoned_uploads(settings: Settings, older_than: dt.datetime) -> Iterator[Upload]:
+    """Multipart uploads below the runs that were begun before then and never ended; none where the storage is a plain folder.
+
+    They are a killed process's parts, which cost money and show in no listing.
+    """
+    if not settings.storage_uri.startswith("s3://"):
+        return
+    client, bucket, prefix = _s3(settings)
+    for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
+        for found in page.get("Uploads", []):
+            if found["Initiated"] < older_than:
+                yield Upload(found["Key"], found["UploadId"])
+
+
+def abort_upload(settings: Settings, upload: Upload) -> None:
+    """Give its parts up."""
+    client, bucket, _ = _s3(settings)
+    client.abort_multipart_upload(Bucket=bucket, Key=upload.key, UploadId=upload.upload_id)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -27,6 +25,7 @@ from train_loop.errors import Cause, RunFault, Stopped, UserError
 from train_loop.export import verify
 from train_loop.faults import classified
 from train_loop.hang import FACTOR, FLOOR_S, StepClock, Watchdog
+from train_loop.scratch import scratch_folder
 from train_loop.spec import JobSpec
 from train_loop.storage import list_files, outages_told, read_json, write_json
 from train_loop.worker_log import shipped
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 
 
 OUTCOME = "outcome.json"  # how training ended; written when the adapter is in storage
+WORKER_NICENESS = 15
 TELL_S = 10.0  # a worker that ends itself waits so long for the monitor to hear why
 ROOM_WAITS = 10  # times that Ray Train waits for room for the workers, a minute each
 
@@ -155,12 +155,12 @@ def launch_local(spec: JobSpec, request_id: str, files: RunFiles, monitor: Monit
         return prepare_local(spec, source, found, storage, run_path, chat)
 
     def train(prepared: PreparedDataset) -> Mapping[str, Any]:
-        with tempfile.TemporaryDirectory(prefix="tuneyard-") as scratch:
+        with scratch_folder() as scratch:
             ctx = LocalContext(
                 model_folder=model_folder(spec.model_details, Path(files.model_mirror)),
                 storage=storage,
                 run_path=run_path,
-                scratch=Path(scratch),
+                scratch=scratch,
                 monitor=monitor,
             )
             return asdict(run(spec, prepared, ctx))
@@ -245,7 +245,7 @@ def _train(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     # Checkpoints are ours; what Ray Train writes down of its own is of no use after the attempt.
-    with tempfile.TemporaryDirectory(prefix="tuneyard-train-") as notes:
+    with scratch_folder() as notes:
         trainer = TorchTrainer(
             _worker,
             train_loop_config={
@@ -264,7 +264,7 @@ def _train(
             ),
             run_config=RunConfig(
                 name=request_id,
-                storage_path=notes,
+                storage_path=str(notes),
                 # An attempt ends with the first fault. Only room for the workers is waited for: nodes may be on their way.
                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=ROOM_WAITS),
             ),
@@ -290,11 +290,12 @@ def _worker(config: dict[str, Any]) -> None:
     from train_loop.loop import run
     from train_loop.model.load import model_folder
 
+    # Ray's own default for all its workers. Where the others have less, a status query needn't wait for a step.
+    os.setpriority(os.PRIO_PROCESS, 0, WORKER_NICENESS)
     monitor: ActorMonitor = config["monitor"]
     files: RunFiles = config["files"]
     spec = JobSpec.model_validate_json(config["spec"])
     storage, run_path = files.storage()
-    scratch = Path(tempfile.mkdtemp(prefix="tuneyard-"))
     rank = ray.train.get_context().get_world_rank()
     tell: Any = monitor.handle
 
@@ -311,21 +312,24 @@ def _worker(config: dict[str, Any]) -> None:
     def on_outage(text: str) -> None:
         tell.on_event.remote("storage_away", text)
 
-    try:
-        with shipped(send) as flush, classified(spec), outages_told(on_outage), Watchdog(config["clock"], on_hang) as watchdog:
-            ctx = RayContext(
-                model_folder=model_folder(spec.model_details, Path(files.model_mirror)),
-                storage=storage,
-                run_path=run_path,
-                scratch=scratch,
-                monitor=tell,
-                watchdog=watchdog,
-            )
-            outcome = run(spec, PreparedDataset.from_json(config["prepared"]), ctx)
-            if rank == 0:
-                write_json(storage, f"{run_path}/{OUTCOME}", asdict(outcome))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with (
+        scratch_folder() as scratch,
+        shipped(send) as flush,
+        classified(spec),
+        outages_told(on_outage),
+        Watchdog(config["clock"], on_hang) as watchdog,
+    ):
+        ctx = RayContext(
+            model_folder=model_folder(spec.model_details, Path(files.model_mirror)),
+            storage=storage,
+            run_path=run_path,
+            scratch=scratch,
+            monitor=tell,
+            watchdog=watchdog,
+        )
+        outcome = run(spec, PreparedDataset.from_json(config["prepared"]), ctx)
+        if rank == 0:
+            write_json(storage, f"{run_path}/{OUTCOME}", asdict(outcome))
 
 
 def _finish(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, core_schema
 
+SHOWN_CHARS = 100
 NOT_SUPPORTED_YET = "not_supported_yet"
 BUILT_IN = frozenset(typing.get_args(core_schema.ErrorType))
 Model = TypeVar("Model", bound=BaseModel)
@@ -94,7 +96,7 @@ def held_to(rules: Sequence[Rule], model: type[Model], data: Any, validate: Call
     wrong = [tuple(e.get("loc", ())) for e in errors]
     for at, value in _not_yet(model, data):
         if not any(loc[: len(at)] == at for loc in wrong):
-            errors.append({"type": _refusal(repr(value)), "loc": at, "input": value})
+            errors.append({"type": _refusal(value), "loc": at, "input": value})
     if errors:
         raise ValidationError.from_exception_data(model.__name__, errors)
     assert made is not None
@@ -130,7 +132,9 @@ def _of(fault: Fault, sections: Mapping[str, Any]) -> InitErrorDetails:
     return {"type": PydanticCustomError(fault.code, "{said}", {"said": fault.message}), "loc": at, "input": value}  # type: ignore[arg-type]
 
 
-def _refusal(shown: str) -> PydanticCustomError:
+def _refusal(value: Any) -> PydanticCustomError:
+    shown = json.dumps(value, ensure_ascii=False, default=str)  # as it was written
+    shown = shown if len(shown) <= SHOWN_CHARS else f"{shown[:SHOWN_CHARS]}…"
     return PydanticCustomError(NOT_SUPPORTED_YET, "{value} is not supported yet", {"value": shown})
 
 

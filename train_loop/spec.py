@@ -31,11 +31,6 @@ EXPERIMENT_NAME = r"^[A-Za-z0-9._-]{1,128}$"
 AWS_REGION = re.compile(r"^(us|eu|ap|sa|ca|me|af|il|mx|cn|us-gov|us-iso|us-isob)-[a-z]+-\d$")
 
 
-def _wrong(field: str, message: str, code: str = "section", **context: Any) -> PydanticCustomError:
-    """An error that several fields make together, shown at `field` of the section."""
-    return PydanticCustomError(code, message, {"field": field, **context})  # type: ignore[arg-type]
-
-
 def _lower(value: Any) -> Any:
     return value.strip().lower() if isinstance(value, str) else value
 

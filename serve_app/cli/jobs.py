@@ -94,7 +94,9 @@ def cancel(request_id: RequestId, org: Org = None, url: Url = None, token: Token
     """Stop a job; what it has trained is kept as a checkpoint."""
     org = org_of(org)
     job = client_for(url, token, org).cancel(request_id, org)
-    show(job) if as_json else typer.echo(f"{job['status']}: it stops at its next step")
+    show(job) if as_json else typer.echo(
+        f"{job['status']}: {job['message'] if job['status'] == 'CANCELED' else 'it stops at its next step'}"
+    )
 
 
 @app.command()

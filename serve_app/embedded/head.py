@@ -60,6 +60,8 @@ def _start_ray(settings: Settings, ray_dir: str, num_cpus: int) -> tuple[str, st
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    # Ray makes all its workers nice, the ingress like the training; only the training should be.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     http_port, dashboard_port = remembered_ports(settings.home / "ports.json", 2)
     context = ray.init(
         address="local",

@@ -144,6 +144,7 @@ def list_artifacts(here: Here, job: ByQuery) -> Response:
 
 
 @router.get("/job/{request_id}/events", include_in_schema=False)
+@router.get("/job/{request_id}/events/", include_in_schema=False)
 async def events_by_path(
     request: Request, here: Here, job: ByPath, after: After = 0, last_event_id: LastEventId = None
 ) -> Response:
@@ -151,6 +152,7 @@ async def events_by_path(
 
 
 @router.get("/job/{request_id}/logs", include_in_schema=False)
+@router.get("/job/{request_id}/logs/", include_in_schema=False)
 async def logs_by_path(
     request: Request,
     here: Here,
@@ -164,10 +166,12 @@ async def logs_by_path(
 
 
 @router.get("/job/{request_id}/metrics", include_in_schema=False)
+@router.get("/job/{request_id}/metrics/", include_in_schema=False)
 def metrics_by_path(here: Here, job: ByPath, after_step: AfterStep = -1) -> Response:
     return metrics(here, job, after_step)
 
 
 @router.get("/job/{request_id}/artifacts", include_in_schema=False)
+@router.get("/job/{request_id}/artifacts/", include_in_schema=False)
 def artifacts_by_path(here: Here, job: ByPath) -> Response:
     return list_artifacts(here, job)

@@ -104,7 +104,7 @@ def json_body(**properties: dict[str, Any]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-FRESH_S = 1.0
+FRESH_S = 2.0
 MAX_ID = 2**63 - 1  # the databases' largest integer
 UUID_SCHEMA = {"type": "string", "format": "uuid"}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import datetime as dt
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -27,6 +28,7 @@ from train_loop.spec import JobSpec
 
 IDEMPOTENCY_HOURS = 24
 MAX_SEQ = 2**63 - 1
+CAPACITY_AGE_S = 5.0
 WRITES = "tuneyard_writes"
 
 
@@ -133,6 +135,8 @@ class JobStore:
 
     def __init__(self, engine: Engine, now: Callable[[], dt.datetime] = utc_now) -> None:
         self.engine, self._now = engine, now
+        self._capacity: dict[str, int] = {}
+        self._capacity_until = 0.0
         self._writer = engine.execution_options(**{WRITES: True})
         self.journal = Journal(self.read)
 
@@ -243,9 +247,9 @@ class JobStore:
                 waiting = (jobs.c.org_id == spec.org) & (jobs.c.status == Status.QUEUED)
                 if max_queued is not None and _count(tx, waiting) >= max_queued:
                     raise QueueFull(f"{max_queued} jobs of this org are waiting already; submit again when one has started")
-                tx.execute(sa.insert(jobs).values(**row))
+                job = _job(tx.execute(sa.insert(jobs).values(**row).returning(jobs)).one())
                 add_event(tx, request_id, "queued", message)
-                return _require(tx, request_id), True
+                return job, True
         except sa.exc.IntegrityError:
             with self.read() as tx:
                 if idempotency_key is not None:  # the same key won a race against us
@@ -266,6 +270,12 @@ class JobStore:
         """The job that this key made before, or None. Raises IdempotencyMismatch for another body."""
         with self.read() as tx:
             return self._earlier(tx, org_id, idempotency_key, body_hash, self._now())
+
+    def forget_expired_keys(self) -> int:
+        """Delete the idempotency keys that count no more; how many there were."""
+        oldest = self._now() - dt.timedelta(hours=IDEMPOTENCY_HOURS)
+        with self.write() as tx:
+            return int(tx.execute(sa.delete(idempotency).where(idempotency.c.created_at < oldest)).rowcount)
 
     def _earlier(self, tx: Connection, org: str, key: str, body_hash: str, now: dt.datetime) -> Job | None:
         mine = (idempotency.c.org_id == org) & (idempotency.c.key == key)
@@ -357,12 +367,20 @@ class JobStore:
     # --- what the cluster can hold ---
 
     def capacity(self) -> dict[str, int]:
-        """By gpu_type, the most workers that the cluster could ever run at once; empty until the dispatcher has looked."""
-        with self.read() as tx:
-            return {row.gpu_type: row.max_workers for row in tx.execute(sa.select(capacity))}
+        """By gpu_type, the most workers that the cluster could ever run at once; empty until the dispatcher has looked.
+
+        At most CAPACITY_AGE_S old: every submission asks.
+        """
+        now = time.monotonic()
+        if now > self._capacity_until:
+            with self.read() as tx:
+                self._capacity = {row.gpu_type: row.max_workers for row in tx.execute(sa.select(capacity))}
+            self._capacity_until = now + CAPACITY_AGE_S
+        return self._capacity
 
     def set_capacity(self, found: Mapping[str, int]) -> None:
         """Replace what `capacity` says."""
+        self._capacity_until = 0.0
         with self.write() as tx:
             tx.execute(sa.delete(capacity))
             if found:
@@ -372,31 +390,29 @@ class JobStore:
 
     def start_attempt(self, request_id: str, expected_attempt: int, num_nodes: int) -> Job | None:
         """QUEUED, or between two attempts → RUNNING with the next attempt open; None when that isn't so any more."""
-        now = self._now()
-        ready = (jobs.c.status == Status.QUEUED) | ((jobs.c.status == Status.RUNNING) & jobs.c.retry_at.is_not(None))
+        now, attempt = self._now(), expected_attempt + 1
         with self.write() as tx:
-            changed = tx.execute(
-                sa.update(jobs)
-                .where(jobs.c.request_id == request_id, jobs.c.attempt == expected_attempt)
-                .where(ready, jobs.c.cancel_requested_at.is_(None))
-                .values(
-                    status=Status.RUNNING,
-                    phase=Phase.PREPARING_DATA,
-                    attempt=expected_attempt + 1,
-                    num_nodes=num_nodes,
-                    actor_node=None,
-                    queue_position=None,
-                    retry_at=None,
-                    started_at=sa.func.coalesce(jobs.c.started_at, sa.bindparam("now", now, UTC_TIME)),
-                    heartbeat_at=None,
-                    updated_at=now,
-                )
-            )
-            if changed.rowcount == 0:
-                return None
             job = _require(tx, request_id)
-            add_event(tx, request_id, "started", f"attempt {job.attempt} on {job.num_workers} workers")
-            return job
+            ready = job.status is Status.QUEUED or (job.status is Status.RUNNING and job.retry_at is not None)
+            if not ready or job.attempt != expected_attempt or job.cancel_requested:
+                return None
+            workers = job.spec["infra_config"]["gpu_count"] * num_nodes
+            where = f"on {workers} worker{'s' if workers > 1 else ''}"
+            values = {
+                "status": Status.RUNNING,
+                "phase": Phase.PREPARING_DATA,
+                "attempt": attempt,
+                "message": f"Running {where}." if attempt == 1 else f"Running {where}, attempt {attempt}.",
+                "num_nodes": num_nodes,
+                "actor_node": None,
+                "queue_position": None,
+                "retry_at": None,
+                "started_at": job.started_at or now,
+                "heartbeat_at": None,
+                "updated_at": now,
+            }
+            add_event(tx, request_id, "started", f"attempt {attempt} {where}")
+            return _job(tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**values).returning(jobs)).one())
 
     def report(self, request_id: str, attempt: int, notes: Notes | None = None, **fields: Any) -> Job:
         """Write progress, notes and a heartbeat; the job in return says whether to stop. Raises StaleAttempt."""
@@ -545,9 +561,6 @@ class JobStore:
                 return int(epoch)
         except sa.exc.IntegrityError:  # two inserted at once; the other one has it
             return None
-
-
-UTC_TIME = jobs.c.created_at.type
 
 
 def _alembic() -> Any:

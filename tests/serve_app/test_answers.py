@@ -10,8 +10,9 @@ from starlette.testclient import TestClient
 from serve_app.app import build_app
 from serve_app.auth import mint_token
 from serve_app.lifecycle import Status
-from serve_app.routes import answers
+from serve_app.routes import answers, service
 from serve_app.storage import run_uri
+from serve_app.store.journal import Notes
 from serve_app.validation import PLAIN
 from tests.conftest import CANARY, ORG, Idle
 from train_loop.plan import make_plan, this_machine
@@ -23,12 +24,15 @@ METRICS = {"last": POINT, "best": {"step": 1, "eval_loss": 1.0}, "eval_loss_befo
 
 
 @pytest.fixture
-def http(settings, store, local_job, mirror):
+def http(settings, store, local_job, mirror, monkeypatch):
     """As in conftest, over a cluster on which one job trains and another can be planned."""
 
+    monkeypatch.setattr(service, "FRESH_S", -60.0)  # ask the actor, however fresh the store's row is
+
     class Busy(Idle):
-        def live_statuses(self, request_ids):
-            return {i: {"phase": "training", "step": 1, "total_steps": 2, "epoch": 0.5, "metrics": METRICS} for i in request_ids}
+        def live_statuses(self, jobs):
+            live = {"phase": "training", "step": 1, "total_steps": 2, "epoch": 0.5, "metrics": METRICS}
+            return {job.request_id: live for job in jobs}
 
         def plan(self, spec):
             return make_plan(JobSpec.model_validate(local_job()), mirror, this_machine())
@@ -42,9 +46,9 @@ def play(http, store, settings, job):
     """Jobs in every state, with all that a job leaves behind: (waiting, running, failed, completed)."""
     ids = [http.post("/job/", json=job | {"experiment_name": name}).json()["request_id"] for name in "abcd"]
     for request_id in ids[1:]:
-        store.start_attempt(request_id, 0)
-        store.journal.add_points(request_id, [{"step": 0, "eval_loss": 2.0, "time": 1.0}, POINT])
-        store.journal.add_log(request_id, 1, 0, [(1.0, "a line")])
+        store.start_attempt(request_id, 0, 1)
+        points = [{"step": 0, "eval_loss": 2.0, "time": 1.0}, POINT]
+        store.report(request_id, 1, Notes(points=points, lines=[(0, 1.0, "a line")]))
     store.finish(ids[2], 1, Status.FAILED, message="no", error_code="x", error_message="no")
     folder = Path(run_uri(settings, ORG, ids[3]))
     (folder / "adapter").mkdir(parents=True)

@@ -210,6 +210,13 @@ def test_a_plan_is_made_and_shown(here: Here, tmp_path: Path) -> None:
     assert list(here.client.iter_jobs(ORG)) == []
 
 
+def test_cancel_says_what_becomes_of_the_job(here: Here) -> None:
+    waiting, running = here.submitted("waiting"), here.submitted("running")
+    here.store.start_attempt(running, 0, 1)
+    assert here.run("cancel", waiting).stdout == "CANCELED: Canceled before it started.\n"
+    assert here.run("cancel", running).stdout == "RUNNING: it stops at its next step\n"
+
+
 def test_commands_read_resume_and_remove(here: Here) -> None:
     request_id = here.submitted()
     here.play(request_id, Status.FAILED)

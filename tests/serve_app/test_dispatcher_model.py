@@ -19,67 +19,21 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from serve_app.cluster import Node
 from serve_app.dispatcher import DISPATCHER, LEASE_S, Passes
 from serve_app.lifecycle import FINAL, Status
 from serve_app.settings import Profile, Settings
 from serve_app.store.jobs import Conflict, JobStore, StaleAttempt
 from serve_app.store.tables import metadata
 from tests.conftest import DOCUMENTED, ORG, OTHER_ORG, with_fields
+from tests.serve_app.simulated import GPUS, NODES, SimCluster, World
 from train_loop.errors import Cause
 from train_loop.spec import JobSpec
 
 RUNS = int(os.environ.get("TUNEYARD_MODEL_RUNS", "60"))
-NODES = 2
-GPUS = 2
 
 
 class Killed(BaseException):
     """The process is gone."""
-
-
-class World:
-    """The simulated cluster and its clock."""
-
-    def __init__(self):
-        self.now = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
-        self.actors = {}  # (request_id, attempt) → whether it has started to work
-        self.unseen = {}  # actors on a machine that the cluster thinks dead: they may still act
-        self.nodes_up = NODES
-
-    def clock(self):
-        return self.now
-
-
-class SimCluster:
-    """serve_app.cluster.Cluster over a World."""
-
-    def __init__(self, world):
-        self.world = world
-
-    def attempts(self):
-        return set(self.world.actors)
-
-    def start(self, job):
-        self.world.actors.setdefault((job.request_id, job.attempt), False)
-
-    def ask_to_stop(self, attempt):
-        return None  # the actor reads the wish from the store as well
-
-    def end(self, attempt):
-        self.world.actors.pop(attempt, None)
-
-    def leftovers(self, request_id):
-        return 0
-
-    def nodes(self):
-        return [Node(f"node-{i}", {"GPU": float(GPUS)}, False) for i in range(self.world.nodes_up)]
-
-    def growth(self, bundle):
-        return NODES * GPUS
-
-    def ask_for(self, bundles):
-        return None
 
 
 class Gated:

@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 from serve_app.app import build_app
 from serve_app.auth import mint_token
 from serve_app.lifecycle import Status
+from serve_app.routes import health, jobs, journal, secrets
 from serve_app.settings import Settings
 from serve_app.store.jobs import JobStore
 from serve_app.store.journal import Notes
@@ -48,6 +49,19 @@ def test_the_documented_request_is_accepted_in_every_encoding(http, store, job, 
     assert accepted["experiment_name"] == job["experiment_name"]
     assert "4 CPU workers" in accepted["message"]
     assert store.get(accepted["request_id"]).spec["train_config"]["hyperparameters"]["warmup_ratio"] == 0.03
+
+
+def test_every_path_works_with_and_without_its_slash():
+    taken = {r.path for room in (health, journal, jobs, secrets) for r in room.router.routes}
+    assert len(taken) > 30
+    assert taken == {p.rstrip("/") for p in taken} | {p.rstrip("/") + "/" for p in taken}
+
+
+def test_a_path_or_method_that_is_not_there_is_a_problem_in_words(http):
+    assert "/docs" in http.get("/jobs/").json()["detail"]
+    refused = http.put("/job/list/")
+    assert (refused.status_code, refused.json()["detail"]) == (405, "this path is for GET")
+    assert refused.headers["Allow"] == "GET"
 
 
 def test_reading_a_job(http, job):
@@ -480,3 +494,13 @@ def test_another_org_learns_nothing_on_any_route(http, settings, job, secret_id)
     assert reached == {403, 404}
     assert http.get(f"/job/{ours}").json()["status"] == "QUEUED"
     assert [s["secret_id"] for s in http.get("/secret/list/", params={"org_id": ORG}).json()["secrets"]] == [secret_id]
+
+
+def test_what_the_cluster_can_never_hold_is_refused_with_what_it_has(http, store, job):
+    store.set_capacity({"h100": 3, "a100": 8, "cpu": 0})
+    refused = fields(http.post("/job/", json=job))["infra_config.node_count"]
+    assert refused["message"] == "4 workers of h100 are more than this cluster can have, 3; it has a100 (8), h100 (3)"
+    elastic = with_fields(job, {"infra_config.min_node_count": 1})
+    assert http.post("/job/", json=elastic).status_code == 200
+    none = with_fields(job, {"infra_config.gpu_type": "cpu", "experiment_name": "b"})
+    assert "it has a100 (8)" in fields(http.post("/job/", json=none))["infra_config.gpu_type"]["message"]

@@ -309,6 +309,22 @@ def test_an_arn_gives_the_keys_that_secrets_manager_holds(vault, cloud, data):
 # --- how it fails ---
 
 
+def test_a_role_must_be_on_the_operators_list_when_stored_and_when_used(settings, store, cloud):
+    def vault(*allowed):
+        return SecretVault(store, settings.secret_key.get_secret_value(), [], ["*"], AwsIdentity(cloud), allowed)
+
+    role = {"role_arn": f"arn:aws:iam::123456789012:role/of-{ORG}"}
+    made = vault("arn:aws:iam::*:role/of-{org}").create(ORG, "n", "aws", role).secret_id
+    with pytest.raises(ApiError) as caught:
+        vault("arn:aws:iam::*:role/of-{org}").create(OTHER_ORG, "n", "aws", role)
+    assert [e["field"] for e in caught.value.errors] == ["data.role_arn"]
+    assert "TUNEYARD_ALLOWED_ROLE_ARNS" in caught.value.detail
+    assert refused(vault(), made).code == "role_not_allowed"
+    held = put(cloud, "any", json.dumps(role))  # nor by way of Secrets Manager
+    assert refused(vault("arn:aws:iam::*:role/of-{org}"), held, OTHER_ORG).code == "role_not_allowed"
+    assert settings.allowed_role_arns == ["*"]
+
+
 def test_an_arn_is_judged_again_when_it_is_used(vault, cloud):
     arn = put(cloud, f"tuneyard/{OTHER_ORG}/keys", json.dumps(KEYS))
     assert refused(vault, arn).code == "secret_not_allowed"

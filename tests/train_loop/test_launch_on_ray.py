@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from ray.cluster_utils import Cluster
 
 from tests.conftest import TINY
 from train_loop.errors import Cause, ModelError, RunFault, Stopped
@@ -62,29 +65,32 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(num_cpus=4, namespace=NAMESPACE, logging_level="warning", log_to_driver=False, dashboard_host="127.0.0.1")
-    yield
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "dashboard_host": "127.0.0.1", "include_dashboard": True})
+    ray.init(address=made.address, namespace=NAMESPACE, logging_level="warning", log_to_driver=False)
+    yield made
     ray.shutdown()
+    made.shutdown()
 
 
 @pytest.fixture
 def start(cluster, local_job, tmp_path, mirror):
     """Start an attempt at the test's job; returns what it ends with, and its monitor."""
-    attempts = []
+    monitors, specs = [], []
     with ThreadPoolExecutor() as pool:
 
-        def begin(changes=None, **placement):
-            base = {"infra_config": {"gpu_type": "cpu", "gpu_count": 2}, f"{HP}.max_steps": 3000, f"{HP}.save_steps": 5}
-            spec = JobSpec.model_validate(local_job(base | (changes or {})))
-            name = f"monitor-{tmp_path.name}-{len(attempts)}"
-            attempts.append(Recorder.options(name=name).remote())
+        def begin(changes=None, resources=None, **placement):
+            if not specs:
+                base = {"infra_config": {"gpu_type": "cpu", "gpu_count": 2}, f"{HP}.max_steps": 3000, f"{HP}.save_steps": 5}
+                specs.append(JobSpec.model_validate(local_job(base | (changes or {}))))
+            name = f"monitor-{tmp_path.name}-{len(monitors)}"
+            monitors.append(Recorder.options(name=name).remote())
             found = ActorMonitor(name, NAMESPACE)
-            place = Placement(resources={"CPU": 0.5}, data_cpus=0.5, **placement)
-            end = pool.submit(launch, spec, tmp_path.name, RunFiles(str(tmp_path / "run"), str(mirror), found.keys), place, found)
-            return end, attempts[-1]
+            files = RunFiles(str(tmp_path / "run"), str(mirror), found.keys)
+            place = Placement(resources={"CPU": 0.5} | (resources or {}), data_cpus=0.5, **placement)
+            return pool.submit(launch, specs[0], tmp_path.name, files, place, found), monitors[-1]
 
         yield begin
-        for monitor in attempts:
+        for monitor in monitors:
             ray.get(monitor.ask_to_stop.remote(-1))  # whatever still runs
 
 
@@ -123,7 +129,7 @@ def test_a_killed_worker_ends_the_attempt_and_a_smaller_one_completes_the_job(st
     assert isinstance(error, RunFault)
     assert error.cause == Cause.WORKER_DIED
 
-    end, monitor = start({f"{HP}.max_steps": 60}, num_workers=1)
+    end, monitor = start(num_workers=1)
     manifest = end.result(WAIT_S)
     (resumed,) = events(monitor, "resumed")
     first = int(resumed.removeprefix("resumed from the checkpoint of step "))
@@ -134,7 +140,7 @@ def test_a_killed_worker_ends_the_attempt_and_a_smaller_one_completes_the_job(st
     assert steps == list(range(61))
 
     (tmp_path / "run/manifest.json").unlink()
-    end, monitor = start({f"{HP}.max_steps": 60})
+    end, monitor = start()
     again = end.result(WAIT_S)
     assert again["adapter_files"] == manifest["adapter_files"]
     assert ray.get(monitor.seen.remote())[1] == ["preparing_data"]  # nothing was trained again
@@ -166,3 +172,21 @@ def test_a_stopped_attempt_leaves_a_checkpoint_of_the_step_it_stopped_at(start, 
     assert step >= 8
     assert phases[-2:] == ["saving", "training"]
     assert (tmp_path / f"run/checkpoints/step-{step:08d}/complete.json").is_file()
+
+
+def test_a_notice_saves_a_checkpoint_at_once_and_the_attempt_ends_as_preempted(cluster, start, tmp_path):
+    node = cluster.add_node(num_cpus=1, resources={"spot": 1})
+    end, monitor = start({f"{HP}.save_steps": 100_000}, resources={"spot": 1}, num_workers=1)
+    wait_for_step(end, monitor, 2)
+    notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back", "--deadline-remaining-seconds", "20"]
+    ray_command = Path(sys.executable).parent / "ray"
+    subprocess.run([ray_command, "drain-node", "--address", cluster.address, "--node-id", node.node_id, *notice], check=True)
+    error = end.exception(WAIT_S)
+    cluster.remove_node(node)
+    assert isinstance(error, RunFault)
+    assert error.cause == Cause.PREEMPTED
+    (told,) = events(monitor, "preempted")
+    step = int(told.removesuffix(" is saved").rpartition(" ")[2])
+    assert told.startswith("the machine of worker 0 will be taken back by ")
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == [f"step-{step:08d}"]
+    assert ray.get(monitor.seen.remote())[0] > step  # it went on

@@ -194,6 +194,12 @@ def test_a_wrong_field_is_not_called_unsupported_too():
     assert errors_of({"train_config.hyperparameters.neftune_noise_alpha": "x"}).popitem()[1][0] == "float_parsing"
 
 
+def test_a_refused_value_is_shown_as_it_was_written_and_not_at_length():
+    assert errors_of({"train_config.export": {"merge": True}})["train_config.export.merge"][1] == "true is not supported yet"
+    long = errors_of({"train_config.adapter_config.modules_to_save": ["x" * 5000]})
+    assert len(long["train_config.adapter_config.modules_to_save"][1]) < 200
+
+
 def test_full_fine_tuning_has_a_lower_learning_rate_of_its_own():
     train = DOCUMENTED["train_config"] | {"train_type": "full"}
     for given in (None, {}, {"learning_rate": None}):

@@ -1,0 +1,56 @@
+"""A cluster that exists only in memory, for the real dispatcher to work on."""
+
+import datetime as dt
+
+from serve_app.cluster import Node
+
+NODES = 2
+GPUS = 2
+
+
+class World:
+    """The simulated cluster and its clock."""
+
+    def __init__(self):
+        self.now = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+        self.actors = {}  # (request_id, attempt) → whether it has started to work
+        self.told_to_stop = set()
+        self.unseen = {}  # actors on a machine that the cluster thinks dead: they may still act
+        self.nodes_up = NODES
+        self.growth = NODES * GPUS
+        self.stuck = 0  # processes of ended actors that are still there
+        self.asked = []
+
+    def clock(self):
+        return self.now
+
+
+class SimCluster:
+    """serve_app.cluster.Cluster over a World."""
+
+    def __init__(self, world):
+        self.world = world
+
+    def attempts(self):
+        return set(self.world.actors)
+
+    def start(self, job):
+        self.world.actors.setdefault((job.request_id, job.attempt), False)
+
+    def ask_to_stop(self, attempt):
+        self.world.told_to_stop.add(attempt)
+
+    def end(self, attempt):
+        self.world.actors.pop(attempt, None)
+
+    def leftovers(self, request_id):
+        return self.world.stuck
+
+    def nodes(self):
+        return [Node(f"node-{i}", {"GPU": float(GPUS)}, False) for i in range(self.world.nodes_up)]
+
+    def growth(self, bundle):
+        return self.world.growth
+
+    def ask_for(self, bundles):
+        self.world.asked = list(bundles)

@@ -1,0 +1,50 @@
+"""What is out of date goes, and nothing else."""
+
+import datetime as dt
+
+import boto3
+
+from serve_app.housekeeping import clean
+from serve_app.storage import Upload, abandoned_uploads, abort_upload
+from serve_app.store.jobs import JobStore
+from tests.conftest import DOCUMENTED
+from train_loop.spec import JobSpec
+
+
+def test_idempotency_keys_go_after_a_day(store, settings):
+    now = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    clock = JobStore(store.engine, lambda: now)
+    job, _ = clock.insert(JobSpec.model_validate(DOCUMENTED), "queued", "key", "hash")
+    now += dt.timedelta(hours=23)
+    assert clock.forget_expired_keys() == 0
+    assert clock.replay(job.org_id, "key", "hash") == job
+    now += dt.timedelta(hours=2)
+    assert clock.forget_expired_keys() == 1
+    assert clock.get(job.request_id) == job
+    assert clean(settings, store) == {"idempotency_keys": 0, "uploads": 0}
+
+
+def test_uploads_that_were_cut_off_are_given_up(settings, s3):
+    keys = {"aws_access_key_id": s3.access_key_id, "aws_secret_access_key": s3.secret_access_key}
+    client = boto3.client("s3", endpoint_url=s3.endpoint_url, region_name="us-east-1", **keys)
+    client.create_bucket(Bucket="runs")
+    ours = settings.model_copy(
+        update={
+            "storage_uri": "s3://runs/ours",
+            "storage_endpoint_url": s3.endpoint_url,
+            "storage_access_key_id": s3.access_key_id,
+            "storage_secret_access_key": type(settings.jwt_secret)(s3.secret_access_key),
+        }
+    )
+    begun = {key: client.create_multipart_upload(Bucket="runs", Key=key)["UploadId"] for key in ("ours/a", "theirs/b")}
+    for key, upload_id in begun.items():
+        client.upload_part(Bucket="runs", Key=key, UploadId=upload_id, PartNumber=1, Body=b"x")
+    now = dt.datetime.now(dt.UTC)
+    assert list(abandoned_uploads(ours, now - dt.timedelta(days=1))) == []
+    found = list(abandoned_uploads(ours, now + dt.timedelta(minutes=1)))
+    assert found == [Upload("ours/a", begun["ours/a"])]
+    abort_upload(ours, found[0])
+    left = client.list_multipart_uploads(Bucket="runs").get("Uploads", [])
+    assert [u["Key"] for u in left] == ["theirs/b"]
+    client.put_object(Bucket="runs", Key="ours/whole", Body=b"x")
+    assert list(abandoned_uploads(ours, now + dt.timedelta(minutes=1))) == []
