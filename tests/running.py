@@ -93,13 +93,15 @@ class Running:
         *,
         every_s: float = 0.5,
         timeout_s: float = FINISH_S,
+        client: Client | None = None,
+        org: str = ORG,
     ) -> dict[str, Any]:
         """The job once `until` holds of it. A service that is away meanwhile is asked again."""
         deadline = time.monotonic() + timeout_s
         job: dict[str, Any] = {}
         while time.monotonic() < deadline:
             try:
-                job = self.client.get(request_id, ORG)
+                job = (client or self.client).get(request_id, org)
             except (httpx.TransportError, ApiError) as error:
                 if not is_transient(error):
                     raise
