@@ -290,10 +290,12 @@ def test_temporary_keys_are_kept_until_shortly_before_they_expire(vault, monkeyp
     assert vault.reveal(ORG, mine) != first
 
 
-def test_a_job_asks_for_its_roles_keys_once(http, job, cloud, monkeypatch):
+def test_a_job_asks_for_its_roles_keys_once(http, store, job, cloud, monkeypatch):
     monkeypatch.setenv("TUNEYARD_AWS_ENDPOINT_URL", cloud)
     secret_id = http.post("/secret/", json={"org": ORG, "name": "n", "type": "aws", "data": ROLE}).json()["secret_id"]
-    actor = JobActor(http.post("/job/", json=with_fields(job, {SECRET: secret_id})).json()["request_id"], 1)
+    request_id = http.post("/job/", json=with_fields(job, {SECRET: secret_id})).json()["request_id"]
+    store.start_attempt(request_id, 0, 1)
+    actor = JobActor(request_id, 1)
     keys = asyncio.run(actor.keys()).dataset
     assert keys.session_token
     assert asyncio.run(actor.keys()).dataset == keys
