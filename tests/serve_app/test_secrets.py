@@ -1,6 +1,5 @@
 """Every kind of secret: what is taken, what a run gets, and that no value ever shows. AWS is a local moto server."""
 
-import asyncio
 import json
 import pathlib
 import traceback
@@ -18,9 +17,9 @@ from serve_app.app import build_app
 from serve_app.auth import mint_token
 from serve_app.aws import AwsIdentity
 from serve_app.errors import ApiError
-from serve_app.job_actor import JobActor
 from serve_app.secret_types import TYPES, AwsKeys, AwsRole, parse, parse_untyped
 from serve_app.secrets import SecretVault
+from serve_app.settings import Settings
 from serve_app.store.tables import secrets
 from tests.conftest import CANARY, ORG, OTHER_ORG, Idle, fields, with_fields
 from train_loop.data.sources import Credentials
@@ -290,13 +289,13 @@ def test_temporary_keys_are_kept_until_shortly_before_they_expire(vault, monkeyp
     assert vault.reveal(ORG, mine) != first
 
 
-def test_a_job_asks_for_its_roles_keys_once(http, job, cloud, monkeypatch):
+def test_a_vault_asks_for_a_roles_keys_once(store, cloud, settings, monkeypatch):
     monkeypatch.setenv("TUNEYARD_AWS_ENDPOINT_URL", cloud)
-    secret_id = http.post("/secret/", json={"org": ORG, "name": "n", "type": "aws", "data": ROLE}).json()["secret_id"]
-    actor = JobActor(http.post("/job/", json=with_fields(job, {SECRET: secret_id})).json()["request_id"], 1)
-    keys = asyncio.run(actor.keys()).dataset
-    assert keys.session_token
-    assert asyncio.run(actor.keys()).dataset == keys
+    vault = SecretVault.from_settings(store, Settings.load())  # as a job actor has it, for all of its workers
+    role = vault.create(ORG, "n", "aws", ROLE).secret_id
+    keys = vault.reveal(ORG, role)
+    assert keys["session_token"]
+    assert vault.reveal(ORG, role) == keys
 
 
 @pytest.mark.parametrize("data", [KEYS, KEYS | {"endpoint_url": "https://storage.example"}, ROLE], ids=["aws", "s3", "role"])
