@@ -10,12 +10,11 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayError
 
-from serve_app.scheduler import Bundle, Room
+from serve_app.scheduler import Bundle
 from serve_app.settings import Profile
 from serve_app.store.jobs import Job
 
 DISPATCHER = "dispatcher"
-AUTOSCALED_FOREVER = 1_000_000  # a node group without a bound
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,6 @@ class Cluster(Protocol):
 
     def nodes(self) -> list[Node]:
         """The machines that are alive."""
-        ...
-
-    def growth(self, bundle: Bundle) -> int:
-        """How many such bundles the autoscaler could make room for, in all; 0 without one."""
         ...
 
     def ask_for(self, bundles: Sequence[Bundle]) -> None:
@@ -142,21 +137,6 @@ class RayCluster:
 
         draining = state.get_draining_nodes()
         return [Node(node["NodeID"], node["Resources"], node["NodeID"] in draining) for node in ray.nodes() if node["Alive"]]
-
-    def growth(self, bundle: Bundle) -> int:
-        from ray._private.state import state
-
-        config = state.get_cluster_config()
-        if config is None:
-            return 0
-        count = 0
-        for group in config.node_group_configs:
-            # A group's resources don't name its accelerator type, which a node gets when it is there.
-            here = {name: float(amount) for name, amount in group.resources.items()}
-            plain = {name: amount for name, amount in bundle.items() if name in here or not name.startswith("accelerator_type:")}
-            most = AUTOSCALED_FOREVER if group.max_count < 0 else group.max_count
-            count += most * Room.of([here]).count(plain)
-        return count
 
     def ask_for(self, bundles: Sequence[Bundle]) -> None:
         from ray.autoscaler.sdk import request_resources

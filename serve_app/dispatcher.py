@@ -254,26 +254,34 @@ class Passes:
         too_large = {}
         for gang, _ in decision.lacking:
             needed = gang.per_node * gang.min_nodes
-            most = max(empty.count(gang.bundle), self.cluster.growth(gang.bundle))
-            if most < needed:
-                too_large[gang.request_id] = (needed, most, due[gang.request_id].spec["infra_config"]["gpu_type"])
+            kind = due[gang.request_id].spec["infra_config"]["gpu_type"]
+            most = self._most(kind, empty)
+            if most is not None and most < needed:
+                too_large[gang.request_id] = (needed, most, kind)
         self._unplaceable = {k: self._unplaceable.get(k, now) for k in too_large}
         for request_id, (needed, most, kind) in too_large.items():
             if (now - self._unplaceable[request_id]).total_seconds() > UNPLACEABLE_S:
                 text = f"The job needs {needed} workers of {kind}; this cluster and its autoscaler can have {most}."
                 self.store.refuse(request_id, "too_large", text)
 
+    def _most(self, kind: str, empty: Room) -> int | None:
+        """The most workers of a gpu_type that there can ever be; None where nobody knows, for Ray does not tell."""
+        profile = self.settings.profiles.get(kind)
+        if profile is None:
+            return 0
+        if profile.max_workers is not None:
+            return profile.max_workers
+        return None if self.settings.autoscales else empty.count(bundle_of(profile))
+
     def _publish_capacity(self, taking: list[Mapping[str, float]], now: dt.datetime) -> None:
         """Let the ingress know, without asking Ray, what can be accepted."""
         if self._capacity is not None and (now - self._capacity_at).total_seconds() < CAPACITY_S:
             return
         room = Room.of(taking)
-        bundles = {name: bundle_of(profile) for name, profile in self.settings.profiles.items()}
         before = self._capacity or {}
+        most = {kind: self._most(kind, room) for kind in self.settings.profiles}
         # The most ever seen: a machine that is away for a while shouldn't have jobs refused.
-        found = {
-            name: max(room.count(bundle), self.cluster.growth(bundle), before.get(name, 0)) for name, bundle in bundles.items()
-        }
+        found = {kind: max(count, before.get(kind, 0)) for kind, count in most.items() if count is not None}
         if found != self._capacity:
             self.store.set_capacity(found)
         self._capacity, self._capacity_at = found, now

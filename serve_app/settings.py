@@ -43,6 +43,11 @@ class Profile(BaseModel):
     memory_gib: float | None = Field(None, gt=0, description="Memory of one GPU, in GiB.")
     tflops: float | None = Field(None, gt=0, description="Dense 16-bit TFLOP/s of one GPU, for time estimates.")
     price_per_hour: float | None = Field(None, ge=0, description="Price of one worker's hour, in your currency.")
+    max_workers: int | None = Field(
+        None,
+        ge=0,
+        description="Most workers of this kind that the cluster and its autoscaler can have; default see `autoscales`.",
+    )
 
 
 CLUSTER_PROFILES = {
@@ -100,6 +105,11 @@ class Settings(BaseSettings):
     max_queued_jobs_per_org: int = Field(1000, ge=1, description="Jobs of one org waiting; one more is a 429.")
     rate_limit: str = Field("1200/minute", description="Requests of one org to one ingress replica, as <n>/<second|minute|hour>.")
     max_workers: int | None = Field(None, description="Most workers of all running jobs; default no limit.")
+    autoscales: bool | None = Field(
+        None,
+        description="Whether machines come when there is no room: then a job too large for those there waits, else it is "
+        "refused. Default yes, but not embedded.",
+    )
     data_cpus: float = Field(1.0, gt=0, description="CPUs of one data preparation task.")
     status_timeout_s: float = Field(1.0, gt=0, description="How long a status query waits for the job actor, in seconds.")
     cancel_grace_s: float = Field(60, ge=0, description="Seconds a canceled job has to save before it is ended.")
@@ -129,6 +139,7 @@ class Settings(BaseSettings):
             "model_mirror": self.model_mirror or str(home / "models"),
             "profiles": self.profiles or (EMBEDDED_PROFILES if self.embedded else CLUSTER_PROFILES),
             "jwt_secret": self.jwt_secret or _read_secret(home / "jwt.key"),
+            "autoscales": not self.embedded if self.autoscales is None else self.autoscales,
             "secret_key": self.secret_key or _read_secret(home / "secret.key"),
         }
         if self.embedded and not self.allowed_s3_endpoints:

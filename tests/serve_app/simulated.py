@@ -17,7 +17,6 @@ class World:
         self.told_to_stop = set()
         self.unseen = {}  # actors on a machine that the cluster thinks dead: they may still act
         self.nodes_up = NODES
-        self.growth = NODES * GPUS
         self.stuck = 0  # processes of ended actors that are still there
         self.asked = []
 
@@ -48,9 +47,6 @@ class SimCluster:
 
     def nodes(self):
         return [Node(f"node-{i}", {"GPU": float(GPUS)}, False) for i in range(self.world.nodes_up)]
-
-    def growth(self, bundle):
-        return self.world.growth
 
     def ask_for(self, bundles):
         self.world.asked = list(bundles)

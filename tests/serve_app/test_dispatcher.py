@@ -19,12 +19,13 @@ from train_loop.spec import JobSpec
 class Bench:
     """A dispatcher, its store and its world."""
 
-    def __init__(self):
+    def __init__(self, max_workers=None, autoscales=True):
         engine = sa.create_engine("sqlite://", poolclass=sa.pool.StaticPool, connect_args={"check_same_thread": False})
         metadata.create_all(engine)
         self.world = World()
         self.store = JobStore(engine, self.world.clock)
-        config = Settings(home=Path("/nonexistent"), profiles={"h100": Profile(resources={"GPU": 1})}, cancel_grace_s=20)
+        h100 = Profile(resources={"GPU": 1}, max_workers=max_workers)
+        config = Settings(home=Path("/nonexistent"), profiles={"h100": h100}, cancel_grace_s=20, autoscales=autoscales)
         self.passes = Passes(config, self.store, SimCluster(self.world), self.world.clock)
 
     def submit(self, name="job", nodes=1, **infra):
@@ -82,7 +83,19 @@ def test_an_elastic_job_goes_on_smaller_after_a_node_is_lost(bench):
     assert [e.kind for e in bench.store.journal.events(elastic)] == ["queued", "started", "node_lost", "started"]
 
 
-def test_a_job_no_cluster_can_hold_fails_with_the_reason_after_a_while(bench):
+def test_a_job_waits_for_machines_where_some_may_come(bench):
+    huge = bench.submit(nodes=50)
+    for _ in range(3):
+        bench.passes.run()
+        bench.later(UNPLACEABLE_S)
+    assert bench.job(huge).status is Status.QUEUED
+    assert len(bench.world.asked) == 50 * GPUS
+    assert bench.store.capacity() == {}
+
+
+@pytest.mark.parametrize("limits", [{"max_workers": 4}, {"autoscales": False}])
+def test_a_job_no_cluster_can_hold_fails_with_the_reason_after_a_while(limits):
+    bench = Bench(**limits)
     huge = bench.submit(nodes=50)
     bench.passes.run()
     bench.later(UNPLACEABLE_S / 2)
@@ -95,10 +108,14 @@ def test_a_job_no_cluster_can_hold_fails_with_the_reason_after_a_while(bench):
     assert job.error_message == "The job needs 100 workers of h100; this cluster and its autoscaler can have 4."
 
 
-def test_the_ingress_is_told_what_the_cluster_can_have(bench):
-    bench.world.growth = 40
-    bench.passes.run()
-    assert bench.store.capacity() == {"h100": 40}
+def test_the_ingress_is_told_what_the_cluster_can_have():
+    for bench, most in ((Bench(max_workers=40), 40), (Bench(autoscales=False), 2 * GPUS)):
+        bench.passes.run()
+        assert bench.store.capacity() == {"h100": most}
+        bench.world.nodes_up = 1  # for a while
+        bench.later(60)
+        bench.passes.run()
+        assert bench.store.capacity() == {"h100": most}
 
 
 def test_cancel_before_training_ends_the_run_at_once(bench):

@@ -1,0 +1,136 @@
+"""What the dispatcher sees and does of a real Ray: job actors and what they started, nodes an autoscaler brings and takes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+
+from serve_app.cluster import RayCluster, actor_name
+from serve_app.embedded.ports import free_ports
+
+pytestmark = pytest.mark.service
+NAMESPACE = "tuneyard-test"
+SLOT = {"slot": 1.0}
+PATIENCE_S = 120
+# By its module: the package leaves out the default settings that the name stands for.
+PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+
+
+def until(condition, what):
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A Ray of this test's own with Ray's fake node provider: raylets on this machine play the cloud's nodes."""
+    import ray
+    from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+
+    folder, mark = tmp_path_factory.mktemp("ray"), uuid.uuid4().hex
+    gcs_port, client_port, agent_port = free_ports(3)
+    where = {"gcs_address": f"127.0.0.1:{gcs_port}", "head_node_id": FAKE_HEAD_NODE_ID}
+    config = {
+        "cluster_name": "fake",
+        "max_workers": 2,
+        "idle_timeout_minutes": 0.05,
+        "provider": {"type": "external", "module": PROVIDER, "launch_multiple": True} | where,
+        "head_node_type": "ray.head.default",
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+            "slots": {"resources": {"CPU": 1, "slot": 2}, "node_config": {}, "min_workers": 0, "max_workers": 2},
+        },
+        **{"upscaling_speed": 1.0, "auth": {}, "docker": {}, "file_mounts": {}, "cluster_synced_files": []},
+        **{"file_mounts_sync_continuously": False, "rsync_exclude": [], "rsync_filter": []},
+        **{f"{name}_commands": [] for name in ("initialization", "setup", "head_setup", "worker_setup")},
+        **{f"{name}_start_ray_commands": [] for name in ("head", "worker")},
+    }
+    (folder / "autoscaling.json").write_text(json.dumps(config))
+
+    short = f"/tmp/tuneyard-test-{mark[:8]}"  # sockets below it must stay under 108 characters
+    env = os.environ | {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "TUNEYARD_INSTANCE": mark,
+        "RAY_AUTH_MODE": "disabled",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "1",
+        "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+    }
+    head = [
+        *("ray", "start", "--head", "--node-ip-address=127.0.0.1", f"--port={gcs_port}", f"--temp-dir={short}"),
+        *("--min-worker-port=0", "--max-worker-port=0", f"--ray-client-server-port={client_port}"),
+        *(
+            f"--dashboard-agent-listen-port={agent_port}",
+            "--num-cpus=1",
+            "--include-dashboard=false",
+            f"--autoscaling-config={folder / 'autoscaling.json'}",
+        ),
+    ]
+    started = subprocess.run(head, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    try:
+        assert started.returncode == 0, started.stdout + started.stderr
+        ray.init(address=f"127.0.0.1:{gcs_port}", namespace=NAMESPACE, log_to_driver=False)
+        yield RayCluster(NAMESPACE)
+    finally:
+        ray.shutdown()
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("TUNEYARD_INSTANCE") == mark:
+                    process.kill()
+            except psutil.Error:
+                continue
+        shutil.rmtree(short, ignore_errors=True)
+
+
+def slots(cluster):
+    return [node for node in cluster.nodes() if "slot" in node.resources]
+
+
+def test_nodes_come_for_what_is_asked_and_go_again(cluster):
+    assert slots(cluster) == []
+    cluster.ask_for([SLOT] * 3)
+    until(lambda: len(slots(cluster)) == 2, "two nodes for three workers")
+    assert not any(node.draining for node in slots(cluster))
+    cluster.ask_for([])
+    until(lambda: slots(cluster) == [], "no nodes")
+
+
+def test_an_attempts_actor_is_seen_and_ends_with_all_that_it_started(cluster):
+    import ray
+
+    @ray.remote(num_cpus=0)
+    class Child:
+        def ping(self):
+            return True
+
+    @ray.remote(num_cpus=0)
+    class Parent:
+        def __init__(self):
+            self.child = Child.remote()
+            ray.get(self.child.ping.remote())
+
+        def ping(self):
+            return True
+
+    request_id = str(uuid.uuid4())
+    parent = Parent.options(name=actor_name(request_id, 2), namespace=NAMESPACE, lifetime="detached").remote()
+    assert ray.get(parent.ping.remote())
+    assert cluster.attempts() == {(request_id, 2)}
+    assert cluster.leftovers(request_id) == 1
+    assert cluster.leftovers(str(uuid.uuid4())) == 0
+    cluster.end((request_id, 1))  # which never was
+    assert ray.get(parent.ping.remote())
+    cluster.end((request_id, 2))
+    until(lambda: cluster.attempts() == set() and cluster.leftovers(request_id) == 0, "nothing is left")
+    cluster.end((request_id, 2))
