@@ -275,36 +275,30 @@ def strike(service: Service, request_id: str, phase: str, victims: Sequence[Vict
         service.wait_ready()
 
 
-def survives(
-    service: Service,
-    table: Table,
-    name: str,
-    phases: Sequence[str],
-    victims: Sequence[Victim],
-    changes: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Run one job, kill the victims in each of the phases, and hold its result against the undisturbed one.
+Strike = tuple[str, Sequence[Victim]]  # in which phase, whom
+
+
+def survives(service: Service, table: Table, name: str, strikes: Sequence[Strike]) -> dict[str, Any]:
+    """Run one job, strike in each of the phases, and hold its result against the undisturbed one.
 
     Returns the job, which is COMPLETED.
     """
-    struck: list[tuple[Row, float]] = []
-    for phase in phases:
-        row = Row(" + ".join(v.name for v in victims), phase)
-        table.rows.append(row)
-        struck.append((row, 0.0))
-    with service.held() if phases[0] == "queued" else contextlib.nullcontext():
-        request_id = service.submit(name, changes)
-        if phases[0] == "queued":
-            strike(service, request_id, "queued", victims)
-            struck[0] = (struck[0][0], time.monotonic())
-    for i, phase in enumerate(phases):
-        if phase != "queued":
-            strike(service, request_id, phase, victims)
-            struck[i] = (struck[i][0], time.monotonic())
+    made = [Row(" + ".join(v.name for v in victims), phase) for phase, victims in strikes]
+    table.rows += made
+    struck_at = []
+    queued = strikes[0][0] == "queued"
+    with service.held() if queued else contextlib.nullcontext():
+        request_id = service.submit(name)
+        if queued:
+            strike(service, request_id, *strikes[0])
+            struck_at.append(time.monotonic())
+    for phase, victims in strikes[queued:]:
+        strike(service, request_id, phase, victims)
+        struck_at.append(time.monotonic())
     job = service.wait(request_id)
     ended = time.monotonic()
     result = service.result(job) if job["status"] == "COMPLETED" else None
-    for row, at in struck:
+    for row, at in zip(made, struck_at, strict=True):
         row.outcome, row.attempts, row.seconds = job["status"], job["attempt"], ended - at
         if result is not None:
             row.final_loss, row.same = result.final_loss, result == table.undisturbed
