@@ -15,7 +15,7 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from serve_app import errors, logs
 from serve_app.auth import Verifier
-from serve_app.cluster import DISPATCHER, actor_name, poke_dispatcher
+from serve_app.cluster import DISPATCHER, ON_HEAD, actor_name, poke_dispatcher
 from serve_app.dispatcher import Dispatcher
 from serve_app.planner import TIMEOUT_S, plan_in_worker
 from serve_app.quota import RateLimit
@@ -145,7 +145,8 @@ def deploy(settings: Settings) -> None:
     """
     settings.require_shared_store(sum(node["Alive"] for node in ray.nodes()))
     JobStore.open(settings.database_url).require_current()
-    options = {"name": DISPATCHER, "namespace": settings.ray_namespace, "lifetime": "detached", "get_if_exists": True}
+    named = {"name": DISPATCHER, "namespace": settings.ray_namespace}
+    options = named | {"lifetime": "detached", "get_if_exists": True, "resources": ON_HEAD}
     dispatcher = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)(Dispatcher).options(**options).remote()
     ingress: Any = Ingress
     serve.run(ingress.bind(), name="tuneyard", route_prefix="/")

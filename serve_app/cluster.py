@@ -15,6 +15,8 @@ from serve_app.settings import Profile
 from serve_app.store.jobs import Job
 
 DISPATCHER = "dispatcher"
+# An actor that takes nothing doesn't keep the autoscaler from its node; the head stays.
+ON_HEAD = {"node:__internal_head__": 0.001}
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class RayCluster:
             "namespace": self._namespace,
             "lifetime": "detached",
             "get_if_exists": True,
+            "resources": ON_HEAD,
         }
         ray.remote(num_cpus=0, max_concurrency=1000)(JobActor).options(**options).remote(job.request_id, job.attempt)
 
