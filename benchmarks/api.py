@@ -126,7 +126,7 @@ def seed(store: JobStore, count: int) -> None:
             rows = [
                 row
                 | {"request_id": str(uuid.uuid4()), "experiment_name": f"seed-{start + i}", "spec": spec, "metrics": {}}
-                | {"created_at": now, "updated_at": now}
+                | {"created_at": now, "updated_at": now, "waiting_since": now}
                 for i in range(5000)
             ]
             tx.execute(sa.insert(jobs), rows)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 OUTCOME = "outcome.json"  # how training ended; written when the adapter is in storage
-WORKER_NICENESS = 15
+WORKER_NICENESS = 15  # Ray's own default for all its workers
 TELL_S = 10.0  # a worker that ends itself waits so long for the monitor to hear why
 ROOM_WAITS = 10  # times that Ray Train waits for room for the workers, a minute each
 
@@ -282,6 +282,17 @@ def _train(
     return outcome
 
 
+def _give_way() -> None:
+    """Let everything else on the machine go first, so that a status query needn't wait for a step.
+
+    On Linux niceness is a thread's own and inherited by those it starts; gloo has started some by now.
+    """
+    threads = Path("/proc/self/task")
+    for thread in threads.iterdir() if threads.is_dir() else [Path("0")]:
+        with contextlib.suppress(ProcessLookupError):
+            os.setpriority(os.PRIO_PROCESS, int(thread.name), WORKER_NICENESS)
+
+
 def _worker(config: dict[str, Any]) -> None:
     """One Ray Train worker. Raises UserError or RunFault: torch's own errors would have to be known where `launch` runs."""
     import ray.train
@@ -290,8 +301,7 @@ def _worker(config: dict[str, Any]) -> None:
     from train_loop.loop import run
     from train_loop.model.load import model_folder
 
-    # Ray's own default for all its workers. Where the others have less, a status query needn't wait for a step.
-    os.setpriority(os.PRIO_PROCESS, 0, WORKER_NICENESS)
+    _give_way()
     monitor: ActorMonitor = config["monitor"]
     files: RunFiles = config["files"]
     spec = JobSpec.model_validate_json(config["spec"])
