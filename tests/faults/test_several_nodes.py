@@ -94,9 +94,7 @@ def test_a_lost_node_is_no_retry_and_fewer_nodes_take_the_same_steps(nodes, tabl
     for step in (5, 12):
         nodes.until(request_id, lambda job, step=step: job["phase"] == "training" and job["step"] >= step, f"step {step}")
         attempt = nodes.look(request_id)["attempt"]
-        raylet = nodes.node_of_a_worker()
-        raylet.kill()
-        raylet.wait()
+        nodes.node_of_a_worker().kill()
         nodes.until(request_id, lambda job, attempt=attempt: job["attempt"] > attempt, "another attempt")
     started = time.monotonic()
     job = nodes.finished(request_id)
