@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import structlog
@@ -41,6 +41,7 @@ MAX_KEPT_LINES = 20_000  # while the store is away
 REPORTED = frozenset({"phase", "step", "total_steps", "epoch", "eta_s", "progress", "metrics"})
 
 Ending = Callable[[], Job]  # writes how the attempt ended
+Answer = TypeVar("Answer")
 
 
 class JobActor:
@@ -55,7 +56,7 @@ class JobActor:
         self.store = JobStore.open(self.settings.database_url)
         self.attempt = attempt
         self.log = log.bind(request_id=request_id, attempt=attempt)
-        job = self.store.get(request_id)
+        job = self._patiently(lambda: self.store.get(request_id))
         if job is None or job.attempt != attempt or not job.open:
             raise StaleAttempt(f"attempt {attempt} of job {request_id} isn't open")
         self.job: Job = job
@@ -89,7 +90,7 @@ class JobActor:
 
     async def keys(self) -> Keys:
         """The run's credentials, opened afresh from the vault each time."""
-        return await asyncio.to_thread(self._keys)
+        return await asyncio.to_thread(self._patiently, self._keys)
 
     async def on_phase(self, name: str) -> None:
         self.live["phase"], self.step_at = name, time.monotonic()
@@ -127,8 +128,8 @@ class JobActor:
         self.ended.set()
         self.flusher.join()
         try:
-            self._until_written(self._report)
-            self._until_written(ending)
+            self._patiently(self._report)
+            self._patiently(ending)
         except StaleAttempt:
             self.log.info("the attempt was closed from outside")
         poke_dispatcher(self.settings.ray_namespace)
@@ -257,18 +258,17 @@ class JobActor:
             return False
         text = f"no step for {silent_s:.0f} s, and the workers don't see to it themselves."
         with contextlib.suppress(StaleAttempt):
-            self._until_written(lambda: self.store.record_fault(self.job.request_id, self.attempt, Cause.HANG, text))
+            self._patiently(lambda: self.store.record_fault(self.job.request_id, self.attempt, Cause.HANG, text))
         self._exit()
         return True
 
-    def _until_written(self, write: Ending) -> None:
-        """Write, for as long as it takes the store to come back. Raises StaleAttempt."""
+    def _patiently(self, ask: Callable[[], Answer]) -> Answer:
+        """Ask the store, for as long as it takes it to come back."""
         while True:
             try:
-                write()
-                return
+                return ask()
             except (OperationalError, InterfaceError) as error:
-                self.log.warning("the job store is away; the attempt's end waits for it", error=type(error).__name__)
+                self.log.warning("the job store is away; waiting for it", error=type(error).__name__)
                 time.sleep(FLUSH_S)
 
     def _exit(self) -> None:
