@@ -19,7 +19,7 @@ from tests.faults.conftest import SETTINGS
 from tests.faults.harness import Row, Service
 from tests.running import members
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.faults_full]
 SLOTS = 3
 
 
