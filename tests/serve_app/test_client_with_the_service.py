@@ -251,6 +251,8 @@ def test_ctrl_c_ends_the_looking_and_not_the_job(here: Here, arguments: tuple[st
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background job, such as these tests may be, ignores the signal, and its children with it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline()
