@@ -29,7 +29,7 @@ from tests.serve_app.simulated import GPUS, NODES, SimCluster, World
 from train_loop.errors import Cause
 from train_loop.spec import JobSpec
 
-RUNS = int(os.environ.get("TUNEYARD_MODEL_RUNS", "60"))
+RUNS = int(os.environ.get("TUNEYARD_MODEL_RUNS", "40"))
 
 
 class Killed(BaseException):

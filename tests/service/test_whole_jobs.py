@@ -149,7 +149,7 @@ def test_what_is_wrong_with_a_dataset_is_said_in_a_sentence(service):
 
 def test_a_running_job_can_be_canceled_and_resumed_from_its_checkpoint(service):
     hp = "train_config.hyperparameters"
-    changes = {f"{hp}.max_steps": 400, "dataset_config.preprocessing.max_reject_ratio": 0.1}
+    changes = {f"{hp}.max_steps": 150, "dataset_config.preprocessing.max_reject_ratio": 0.1}
     request_id = service.client.submit(service.job("long", changes))["request_id"]
     service.wait(request_id, lambda job: job["status"] == "FAILED" or job["step"] >= 3)
     service.client.cancel(request_id, ORG)  # at once: the command takes as long to start as the job may take to end
@@ -162,7 +162,7 @@ def test_a_running_job_can_be_canceled_and_resumed_from_its_checkpoint(service):
     stopped_at = job["step"]
     service.client.resume(request_id, ORG)
     job = service.wait(request_id)
-    assert (job["status"], job["attempt"], job["step"]) == ("COMPLETED", 2, 400)
+    assert (job["status"], job["attempt"], job["step"]) == ("COMPLETED", 2, 150)
     query = {"org": ORG, "request_id": request_id}
     resumed = [e for e in service.client.events(**query)["events"] if e["kind"] == "resumed"]
     assert [e["message"] for e in resumed] == [f"resumed from the checkpoint of step {stopped_at}"]
@@ -172,14 +172,14 @@ def test_a_running_job_can_be_canceled_and_resumed_from_its_checkpoint(service):
 
 def test_a_run_whose_processes_are_killed_goes_on_from_its_checkpoint(service):
     hp = "train_config.hyperparameters"
-    changes = {f"{hp}.max_steps": 400, f"{hp}.save_steps": 5, "dataset_config.preprocessing.max_reject_ratio": 0.1}
+    changes = {f"{hp}.max_steps": 150, f"{hp}.save_steps": 5, "dataset_config.preprocessing.max_reject_ratio": 0.1}
     request_id = service.client.submit(service.job("killed", changes))["request_id"]
     service.wait(request_id, lambda job: job["status"] == "FAILED" or job["step"] >= 12)
     actors = [p for p in members(service.state()["instance"]) if p.info["cmdline"][0].startswith("ray::JobActor")]
     assert len(actors) == 1
     actors[0].kill()
     job = service.wait(request_id)
-    assert (job["status"], job["attempt"], job["step"]) == ("COMPLETED", 2, 400)
+    assert (job["status"], job["attempt"], job["step"]) == ("COMPLETED", 2, 150)
     answer = service.client.events(request_id, ORG)
     assert any(e["kind"] == "resumed" for e in answer["events"])
 

@@ -83,7 +83,8 @@ def start(cluster, local_job, tmp_path, mirror):
                 base = {"infra_config": {"gpu_type": "cpu", "gpu_count": 2}, f"{HP}.max_steps": 3000, f"{HP}.save_steps": 5}
                 specs.append(JobSpec.model_validate(local_job(base | (changes or {}))))
             name = f"monitor-{tmp_path.name}-{len(monitors)}"
-            monitors.append(Recorder.options(name=name).remote())
+            # On the head, as job actors are: Ray puts an actor that takes nothing anywhere, and a test takes nodes away.
+            monitors.append(Recorder.options(name=name, resources={"node:__internal_head__": 0.001}).remote())
             found = ActorMonitor(name, NAMESPACE)
             files = RunFiles(str(tmp_path / "run"), str(mirror), found.keys)
             place = Placement(resources={"CPU": 0.5} | (resources or {}), data_cpus=0.5, **placement)
