@@ -26,7 +26,7 @@ def _kill_everything(service: Service) -> None:
 @pytest.mark.parametrize("end", [_down, _kill_everything], ids=["down", "kill-9"])
 def test_jobs_go_on_after_the_whole_service_was_away(service, table, end, request):
     name = request.node.callspec.id
-    finished = [job for job in service.client.list_jobs(ORG)["jobs"] if job["status"] == "COMPLETED"]
+    finished = list(service.client.iter_jobs(ORG, status="COMPLETED"))
     assert finished
     running = service.submit(f"{name}-running")
     service.until(running, lambda job: job["phase"] == "training" and job["step"] >= 5, "its fifth step")
