@@ -285,8 +285,14 @@ def _train(
 def _give_way() -> None:
     """Let everything else on the machine go first, so that a status query needn't wait for a step.
 
-    On Linux niceness is a thread's own and inherited by those it starts; gloo has started some by now.
+    On Linux niceness is a thread's own and inherited by those it starts; gloo has started some by now. Where the kernel groups
+    threads by session (autogroup), it counts within the session only, and whoever asks from another one is starved: so the
+    worker gets a session of its own, whose niceness counts among sessions (sched(7)).
     """
+    with contextlib.suppress(OSError):  # not on this system
+        os.setpgid(0, os.getpgid(os.getppid()))  # Ray has made it the leader of a group, and such a one can't leave the session
+        os.setsid()
+        Path("/proc/self/autogroup").write_text(str(WORKER_NICENESS))
     threads = Path("/proc/self/task")
     for thread in threads.iterdir() if threads.is_dir() else [Path("0")]:
         with contextlib.suppress(ProcessLookupError):
