@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from ray import serve
 from ray.exceptions import GetTimeoutError, RayError
+from starlette.routing import Route
 
 from serve_app import errors, logs
 from serve_app.auth import Verifier
@@ -104,6 +105,9 @@ def build_app(settings: Settings, store: JobStore, runtime: Runtime) -> FastAPI:
     app.state.service = Service(store, settings, vault, runtime, verifier, RateLimit(settings.rate_limit))
     for room in (health, journal, jobs, secrets):
         app.include_router(room.router)
+    for path in (app.docs_url, app.openapi_url):
+        (route,) = [r for r in app.routes if isinstance(r, Route) and r.path == path]
+        app.add_route(f"{path}/", route.endpoint, include_in_schema=False)
     errors.install(app)
 
     def openapi() -> dict[str, Any]:

@@ -105,7 +105,8 @@ class Passes:
         self._unplaceable: dict[str, dt.datetime] = {}
         self._capacity: dict[str, int] | None = None
         self._capacity_at = self._since
-        self._ended_at: dict[str, dt.datetime] = {}
+        self._ended_at: dict[Attempt, dt.datetime] = {}
+        self._clear: set[Attempt] = set()
 
     def run(self) -> bool:
         """One pass; whether the next one should come soon."""
@@ -127,7 +128,8 @@ class Passes:
                     busy = True
                     self._cancel(job, attempt in alive)
                 elif job.retry_at is not None:
-                    busy = True  # admission has the next word
+                    # Admission has the next word, once the wait is over and nothing is left of the attempt before.
+                    busy = busy or (job.retry_at <= self._now() and attempt not in self._clear)
                 elif attempt not in alive:
                     self._missing(job, nodes)
                 elif self._silent_s(job) > (self.settings.heartbeat_timeout_s if job.heartbeat_at else START_S):
@@ -184,6 +186,7 @@ class Passes:
         decision = decide([self._gang(j) for j in due.values()], running, taking, self._limits(), shares, now)
         for gang, num_nodes in decision.starts:
             self._start(due[gang.request_id], num_nodes)
+        self._clear &= {(job.request_id, job.attempt) for job in waiting}
         told = {job.request_id: job.queue_position for job in waiting}
         self.store.set_queue_positions({k: place for k, place in decision.positions.items() if told[k] != place})
         self._ask_for_room(running, decision)
@@ -192,12 +195,14 @@ class Passes:
 
     def _is_clear(self, job: Job) -> bool:
         """Whether nothing is left of the job's earlier attempts, for as long as that is worth waiting for."""
-        if job.attempt == 0:
+        attempt = (job.request_id, job.attempt)
+        if job.attempt == 0 or attempt in self._clear:
             return True
-        since = self._ended_at.setdefault(job.request_id, self._now())
+        since = self._ended_at.setdefault(attempt, self._now())
         clear = self.cluster.leftovers(job.request_id) == 0 or (self._now() - since).total_seconds() > LEFTOVERS_S
         if clear:
-            del self._ended_at[job.request_id]
+            del self._ended_at[attempt]
+            self._clear.add(attempt)
         return clear
 
     def _start(self, job: Job, num_nodes: int) -> None:

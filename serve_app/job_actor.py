@@ -68,6 +68,7 @@ class JobActor:
         self.overtime = False
         self.started = time.monotonic()
         self.why: UserError | RunFault | None = None  # told by a worker that ends itself
+        self.workers_on = set[str]()
         self.placement = self._placement()
         self.clock = StepClock(self.placement.hang_floor_s, self.placement.hang_factor)
         self.step_at = self.started
@@ -113,6 +114,13 @@ class JobActor:
 
     async def stop_requested(self) -> bool:
         return self.stop
+
+    async def on_place(self, node_id: str) -> None:
+        """A worker runs on that machine."""
+        self.workers_on.add(node_id)
+
+    async def places(self) -> set[str]:
+        return self.workers_on
 
     async def on_failure(self, why: UserError | RunFault) -> None:
         self.why = self.why or why

@@ -75,6 +75,7 @@ class Console:
     def __init__(self, keys: Any = None) -> None:
         self._keys = keys
         self._failure: UserError | RunFault | None = None
+        self._places = set[str]()
         self._step = -1
 
     def keys(self) -> Any:
@@ -99,6 +100,13 @@ class Console:
 
     def stop_requested(self) -> bool:
         return False
+
+    def on_place(self, node_id: str) -> None:
+        self._places.add(node_id)
+
+    def places(self) -> set[str]:
+        places, self._places = self._places, set()
+        return places
 
     def on_failure(self, error: UserError | RunFault) -> None:
         self._failure = self._failure or error

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from train_loop.errors import Cause, RunFault, Stopped, TrainingError, UserError
@@ -22,6 +23,7 @@ TELLING = (
     Cause.INTERNAL,
 )
 MAX_WRAPPERS = 20
+REACH_S = 5.0
 NODE_GONE = ("its node has died", "node it was running on is dead", "is dead because its owner has died")
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "NCCL", "recv timeout")
 CHILD_GONE = ("DataLoader worker",)
@@ -59,6 +61,24 @@ def classify(error: BaseException, spec: JobSpec) -> End:
     if _says(error, CHILD_GONE):
         return RunFault(Cause.WORKER_DIED, f"A process of the run died: {_first_line(error)}")
     return _internal(error)
+
+
+def machine_lost(node_ids: Collection[str]) -> bool:
+    """Whether one of these Ray nodes is gone: Ray says so, or its raylet can't be reached.
+
+    Ray takes up to half a minute to miss a machine that went without a word, while the death of its workers shows at once.
+    """
+    import ray
+
+    return any(not (node["Alive"] and _answers(node)) for node in ray.nodes() if node["NodeID"] in node_ids)
+
+
+def _answers(node: Mapping[str, Any]) -> bool:
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), REACH_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def _ours(error: BaseException | None) -> End | None:

@@ -23,7 +23,7 @@ from train_loop.data.shards import PreparedDataset
 from train_loop.data.sources import FIRST_CONTACT_S, Credentials, SourceFile, filesystem_for, find_files
 from train_loop.errors import Cause, RunFault, Stopped, UserError
 from train_loop.export import verify
-from train_loop.faults import classified
+from train_loop.faults import classified, machine_lost
 from train_loop.hang import FACTOR, FLOOR_S, StepClock, Watchdog
 from train_loop.scratch import scratch_folder
 from train_loop.spec import JobSpec
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 OUTCOME = "outcome.json"  # how training ended; written when the adapter is in storage
 WORKER_NICENESS = 15  # Ray's own default for all its workers
+SESSION_NICENESS = 10  # a tenth of what others get while they want all
 TELL_S = 10.0  # a worker that ends itself waits so long for the monitor to hear why
 ROOM_WAITS = 10  # times that Ray Train waits for room for the workers, a minute each
 
@@ -139,8 +140,14 @@ def launch(spec: JobSpec, request_id: str, files: RunFiles, placement: Placement
     def prepare(source: FileSystem, found: list[SourceFile], run_path: str) -> PreparedDataset:
         return _prepare_on_ray(spec, found, files, placement, run_path)
 
-    with classified(spec), outages_told(lambda text: tell.on_event.remote("storage_away", text)):
-        return _attempt(spec, request_id, files, tell.on_phase.remote, tell.on_event.remote, prepare, train)
+    try:
+        with classified(spec), outages_told(lambda text: tell.on_event.remote("storage_away", text)):
+            return _attempt(spec, request_id, files, tell.on_phase.remote, tell.on_event.remote, prepare, train)
+    except RunFault as fault:
+        # Whoever trained with a machine that went without a word only sees a connection closed, or nothing at all.
+        if fault.cause in (Cause.WORKER_DIED, Cause.HANG) and machine_lost(ray.get(tell.places.remote())):
+            raise RunFault(Cause.NODE_LOST, f"The machine of a worker is gone. {fault.message}") from fault
+        raise
 
 
 def launch_local(spec: JobSpec, request_id: str, files: RunFiles, monitor: Monitor) -> dict[str, Any]:
@@ -292,7 +299,7 @@ def _give_way() -> None:
     with contextlib.suppress(OSError):  # not on this system
         os.setpgid(0, os.getpgid(os.getppid()))  # Ray has made it the leader of a group, and such a one can't leave the session
         os.setsid()
-        Path("/proc/self/autogroup").write_text(str(WORKER_NICENESS))
+        Path("/proc/self/autogroup").write_text(str(SESSION_NICENESS))
     threads = Path("/proc/self/task")
     for thread in threads.iterdir() if threads.is_dir() else [Path("0")]:
         with contextlib.suppress(ProcessLookupError):
@@ -314,6 +321,7 @@ def _worker(config: dict[str, Any]) -> None:
     storage, run_path = files.storage()
     rank = ray.train.get_context().get_world_rank()
     tell: Any = monitor.handle
+    tell.on_place.remote(ray.get_runtime_context().get_node_id())
 
     def send(lines: list[tuple[float, str]]) -> None:
         # Waits for the delivery, or the last lines would be lost with the process. Without a monitor the run is over anyway.

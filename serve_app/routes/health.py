@@ -13,6 +13,7 @@ router = APIRouter(tags=["health"])
 
 @router.get("/healthz", responses=documented(Health, "It does."))
 @router.get("/healthz/", include_in_schema=False)
+@router.head("/healthz", include_in_schema=False)
 def healthz() -> Response:
     """The process answers."""
     return reply({"status": "ok"})
@@ -20,6 +21,7 @@ def healthz() -> Response:
 
 @router.get("/readyz", responses=documented(Health, "They do."))
 @router.get("/readyz/", include_in_schema=False)
+@router.head("/readyz", include_in_schema=False)
 def readyz(here: Here) -> Response:
     """The store answers and the dispatcher lives; 503 says which doesn't."""
     here.store.ping()

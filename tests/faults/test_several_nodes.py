@@ -63,14 +63,16 @@ class OnSeveralNodes(Service):
                 process.kill()
             shutil.rmtree(self.ray_dir, ignore_errors=True)
 
-    def node_of_a_worker(self) -> psutil.Process:
-        """The raylet of a node that trains."""
+    def lose_a_node_that_trains(self) -> None:
+        """A machine goes with everything on it: its raylet first."""
         answer = httpx.get(f"{self.up['dashboard_url']}/api/v0/actors", params={"detail": 1, "limit": 10_000}, timeout=30)
         actors = answer.raise_for_status().json()["data"]["result"]["result"]
         busy = {a["node_id"] for a in actors if a["class_name"] == "RayTrainWorker" and a["state"] == "ALIVE"}
         raylets = [psutil.Process(pid) for node, pid in self.up["raylets"].items() if node in busy]
         assert raylets
-        return raylets[0]
+        lost = [raylets[0], *raylets[0].children(recursive=True)]
+        for process in lost:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ def test_a_lost_node_is_no_retry_and_fewer_nodes_take_the_same_steps(nodes, tabl
     for step in (5, 12):
         nodes.until(request_id, lambda job, step=step: job["phase"] == "training" and job["step"] >= step, f"step {step}")
         attempt = nodes.look(request_id)["attempt"]
-        nodes.node_of_a_worker().kill()
+        nodes.lose_a_node_that_trains()
         nodes.until(request_id, lambda job, attempt=attempt: job["attempt"] > attempt, "another attempt")
     started = time.monotonic()
     job = nodes.finished(request_id)

@@ -13,6 +13,7 @@ from serve_app.store.jobs import JobStore
 from serve_app.store.tables import metadata
 from tests.conftest import DOCUMENTED, ORG, with_fields
 from tests.serve_app.simulated import GPUS, SimCluster, World
+from train_loop.errors import Cause
 from train_loop.spec import JobSpec
 
 
@@ -203,3 +204,22 @@ def test_a_resumed_job_of_an_org_with_history_waits_for_an_org_without(bench):
     bench.passes.forget()  # a restarted dispatcher knows the shares again from the store
     bench.passes.run()
     assert set(bench.world.actors) == {(newcomer.request_id, 1)}
+
+
+def test_passes_come_soon_only_while_a_retry_waits_for_what_its_last_attempt_left(bench):
+    request_id = bench.submit()
+    assert bench.passes.run() is False
+    bench.world.actors.clear()
+    bench.store.record_fault(request_id, 1, Cause.WORKER_DIED, "died")
+    bench.world.stuck = 1
+    assert bench.passes.run() is True
+    bench.world.stuck, bench.world.nodes_up = 0, 0
+    bench.passes.run()
+    assert bench.passes.run() is False  # nothing is left, and there is no room
+    bench.world.nodes_up = 1
+    bench.passes.run()
+    assert set(bench.world.actors) == {(request_id, 2)}
+    bench.world.actors.clear()
+    bench.store.record_fault(request_id, 2, Cause.WORKER_DIED, "died")
+    assert bench.job(request_id).retry_at > bench.world.now
+    assert bench.passes.run() is False  # it waits longer this time

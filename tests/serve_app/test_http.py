@@ -245,7 +245,10 @@ def test_health_and_docs_need_no_token(http):
     del http.headers["Authorization"]
     assert http.get("/healthz").json() == {"status": "ok"}
     assert http.get("/readyz").json() == {"status": "ready"}
-    assert http.get("/docs").status_code == 200
+    for path in ("/docs", "/docs/", "/openapi.json/"):
+        assert http.get(path).status_code == 200
+    for path in ("/healthz", "/readyz"):  # as load balancers ask
+        assert http.head(path).status_code == 200
     schema = http.get("/openapi.json").json()
     assert "multipart/form-data" in schema["paths"]["/job/"]["post"]["requestBody"]["content"]
     assert "learning_rate" in schema["components"]["schemas"]["Hyperparameters"]["properties"]

@@ -30,7 +30,7 @@ class Recorder:
 
     def __init__(self):
         self.step, self.stop_at, self.told = -1, None, None
-        self.phases, self.events, self.lines = [], [], []
+        self.phases, self.events, self.lines, self.nodes = [], [], [], set()
 
     def keys(self):
         return Keys()
@@ -49,6 +49,12 @@ class Recorder:
 
     def stop_requested(self):
         return self.stop_at is not None and self.step >= self.stop_at
+
+    def on_place(self, node_id):
+        self.nodes.add(node_id)
+
+    def places(self):
+        return self.nodes
 
     def on_failure(self, error):
         self.told = self.told or error
