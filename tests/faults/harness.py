@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import psutil
@@ -45,6 +45,16 @@ class Service(Running):
     def start(self) -> None:
         super().start()
         self.prepare_looking()
+
+    @contextlib.contextmanager
+    def up_with_data(self) -> Iterator[Self]:
+        """From start to down, with the dataset in its S3."""
+        self.start()
+        try:
+            self.upload()
+            yield self
+        finally:
+            self.down()
 
     def prepare_looking(self) -> None:
         """A connection for quick looks, which don't wait or try again."""

