@@ -305,6 +305,11 @@ def survives(service: Service, table: Table, name: str, strikes: Sequence[Strike
     for phase, victims in strikes[queued:]:
         strike(service, request_id, phase, victims)
         struck_at.append(time.monotonic())
+    return ends_well(service, table, request_id, made, struck_at)
+
+
+def ends_well(service: Service, table: Table, request_id: str, made: Sequence[Row], struck_at: Sequence[float]) -> dict[str, Any]:
+    """Wait for the job, fill in the rows of what it went through, and hold its result against the undisturbed one."""
     job = service.wait(request_id)
     ended = time.monotonic()
     result = service.result(job) if job["status"] == "COMPLETED" else None

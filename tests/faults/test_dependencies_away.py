@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import ORG
 from tests.faults.conftest import SETTINGS
-from tests.faults.harness import S3, Row, Service, Victim, survives
+from tests.faults.harness import S3, Row, Service, Victim, ends_well, survives
 
 pytestmark = pytest.mark.faults
 AWAY_S = 20
@@ -23,11 +23,7 @@ def test_a_job_waits_while_its_object_storage_is_away(service, table):
     while time.monotonic() < back_at:
         S3.kill(service)  # its supervisor starts it again
         time.sleep(0.1)
-    job = service.finished(request_id)
-    result = service.result(job)
-    row.outcome, row.attempts, row.seconds = job["status"], job["attempt"], time.monotonic() - back_at
-    row.final_loss, row.same = result.final_loss, result == table.undisturbed
-    assert row.same
+    ends_well(service, table, request_id, [row], [back_at])
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +62,7 @@ def test_the_api_says_so_while_the_database_is_away_and_the_job_that_trains_comp
         assert [(a.status_code, "Retry-After" in a.headers) for a in answers] == [(503, True)] * 3
         time.sleep(1)
     postgres.ensure_postgres_running()
-    job = service.finished(request_id)
-    result = service.result(job)
-    row.outcome, row.attempts, row.seconds = job["status"], job["attempt"], time.monotonic() - back_at
-    row.final_loss, row.same = result.final_loss, result == table.undisturbed
-    assert row.same
+    ends_well(service, table, request_id, [row], [back_at])
     assert [j["experiment_name"] for j in service.client.iter_jobs(ORG)] == ["database-away"]
 
 
