@@ -35,7 +35,6 @@ def test_null_means_the_default():
         ("train_config.adapter_config.init", "pissa"),
         ("train_config.adapter_config.modules_to_save", ["lm_head"]),
         ("dataset_details.dataset_type", "parquet"),
-        ("dataset_details.dataset_format", "alpaca"),
         ("dataset_details.dataset_path", "s3://bucket/prefix/"),
     ],
 )
@@ -57,6 +56,7 @@ def test_what_is_not_built_yet_is_refused_by_name(field, value):
         ("train_config.adapter_config.targets", []),
         ("train_config.adapter_config.targets", ["all-linear", "q_proj"]),
         ("dataset_config.preprocessing.prompt.max_length", 8),
+        ("dataset_config.preprocessing.prompt.template", "{% for m in messages %}"),
         ("dataset_config.split.ratios", [0.9, 0.2]),
         ("dataset_config.split.ratios", [0, 1]),
         ("dataset_details.dataset_path", "http://bucket/key"),

@@ -1,5 +1,8 @@
+import copy
+
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from train_loop.data.formats import RowRejected
 from train_loop.data.tokenize import ChatTokenizer
@@ -80,7 +83,28 @@ def test_truncation(tokenizer):
 
 
 def test_a_template_that_attacks_or_fails_is_the_users_error(tokenizer):
-    for template in ("{{ messages.__class__.__mro__ }}", "{{ raise_exception('no') }}", "{{ nothing.at.all }}"):
+    for template in ("{{ messages.__class__.__mro__ }}", "{{ nothing.at.all }}", "{{ 1 / 0 }}", "{{ 'a' + messages }}"):
         with pytest.raises(DatasetError) as caught:
             encode(tokenizer, template=template)
         assert caught.value.field == "dataset_config.preprocessing.prompt.template"
+        assert caught.value.code == "template_error"
+
+
+def test_a_model_without_a_chat_template_learns_from_text_alone(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(DatasetError, match="no chat template of its own") as caught:
+        encode(bare)
+    assert caught.value.code == "no_chat_template"
+    assert trained_text(bare, encode(bare, {"text": "Once upon a time."})) == "Once upon a time.<|im_end|>"
+
+
+def test_text_is_trained_on_whole_with_one_beginning_and_one_end(tokenizer):
+    begins = copy.deepcopy(tokenizer)
+    begins.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    begins.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begins.bos_token_id)])
+    for text in ("Tea.", "<s>Tea.", "Tea.</s>"):
+        sample = encode(begins, {"text": text}, system="Not for text.", train_on="last_assistant")
+        assert begins.decode(sample.input_ids) == "<s>Tea.</s>"
+        assert (sample.labels == sample.input_ids).all()
+    assert len(encode(begins, {"text": "Tea. " * 50}, max_length=16).input_ids) == 16
