@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, TypedDict
 
-# `role` (system, user, assistant, tool) and `content`; of an assistant perhaps `tool_calls`, `reasoning_content`, and `loss` False,
-# where it isn't trained on; of a tool `tool_call_id` and `name`.
+# `role` (system, user, assistant, tool) and `content`; of an assistant also `tool_calls`, `reasoning_content`, and `loss` False
+# if it is not trained on; of a tool `tool_call_id` and `name`.
 Message = dict[str, Any]
 
 
