@@ -7,8 +7,9 @@ from tokenizers.processors import TemplateProcessing
 from train_loop.data.formats import RowRejected
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import DatasetError
-from train_loop.spec import Prompt
+from train_loop.spec import JobSpec, Prompt
 
+ROLES = ["user", "assistant"] * 3
 CHAT = {
     "messages": [
         {"role": "user", "content": "One?"},
@@ -88,6 +89,36 @@ def test_a_template_that_attacks_or_fails_is_the_users_error(tokenizer):
             encode(tokenizer, template=template)
         assert caught.value.field == "dataset_config.preprocessing.prompt.template"
         assert caught.value.code == "template_error"
+
+
+def test_a_template_that_floods_is_stopped_before_its_text_is_tokenised(tokenizer):
+    for template in ("{% for i in range(99999) %}{{ 'x' * 99 }}{% endfor %}", "{% for i in range(999999) %}x{% endfor %}"):
+        with pytest.raises(DatasetError) as caught:
+            encode(tokenizer, template=template)
+        assert caught.value.code == "template_error"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt.max_length": 50},
+        {"prompt.max_length": 50, "truncation": "left"},
+        {"prompt.system": "Be brief."},
+        {"prompt.template": "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"},
+        {"train_on": "all"},
+        {"train_on": "last_assistant"},
+    ],
+)
+def test_every_setting_of_a_job_reaches_its_tokens(tokenizer, local_job, changes):
+    def tokens(changes):
+        job = local_job({f"dataset_config.preprocessing.{name}": value for name, value in changes.items()})
+        sample = ChatTokenizer.of(JobSpec.model_validate(job), tokenizer).encode(talk)
+        return sample.input_ids.tolist(), sample.labels.tolist()
+
+    talk = {"messages": [{"role": role, "content": f"Words {i}."} for i, role in enumerate(ROLES)]}
+    assert tokens(changes) != tokens({})
+    if changes.get("truncation"):
+        assert tokens(changes) != tokens({k: v for k, v in changes.items() if k != "truncation"})
 
 
 def test_a_model_without_a_chat_template_learns_from_text_alone(tokenizer):

@@ -8,6 +8,7 @@ shows a turn otherwise once later ones follow (Qwen 3 takes the thinking out) gi
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from train_loop.spec import JobSpec, Prompt
 IGNORE_INDEX = -100
 TEMPLATE_FIELD = "dataset_config.preprocessing.prompt.template"
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+MAX_LAYOUT_CHARS = 1 << 20  # a template's own; longer texts must be mostly what the row says
 PROBE = {"system": "Be of help.", "user": "Ask.", "assistant": "Fine."}
 
 
@@ -65,7 +67,7 @@ class ChatTokenizer:
             return self._truncate(Sample(input_ids, input_ids))
         messages, tools = self._with_system(conversation["messages"]), conversation.get("tools")
         self._check_tools(messages, tools)
-        wanted = [m.get("loss", True) for m in messages if m["role"] == "assistant"]
+        wanted = [messages[i].get("loss", True) for i in _of_assistant(messages)]
         if self.train_on == "last_assistant":
             wanted[:-1] = [False] * (len(wanted) - 1)
         messages = [{k: v for k, v in m.items() if k != "loss"} for m in messages]
@@ -117,6 +119,12 @@ class ChatTokenizer:
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False) -> str:
         text: str = self._apply(messages, tools, tokenize=False, add_generation_prompt=prompt)
+        if len(text) > MAX_LAYOUT_CHARS and len(text) > 4 * len(json.dumps([messages, tools], ensure_ascii=False)):
+            raise DatasetError(
+                f"the chat template makes {len(text):,} characters of a short row. Correct prompt.template, or leave it null.",
+                field=TEMPLATE_FIELD,
+                code="template_error",
+            )
         return text
 
     def _probe(self, *roles: str, prompt: bool = False) -> str:
@@ -188,14 +196,16 @@ class ChatTokenizer:
         out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         input_ids = np.array(out["input_ids"], dtype=np.int32)
         starts, ends = np.array(out["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
-        everything = self.train_on == "all"
+        everything = self.train_on == "all"  # then turns of weight 0 are taken out
         spoken = np.full(len(input_ids), everything)
-        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        for i, is_wanted in zip(turns, wanted, strict=True):
-            if is_wanted is everything:
-                continue  # of all tokens, those of turns with weight 0 are taken out
+        kept = self._kept(len(input_ids))
+        low, high = starts[kept].min(initial=len(text)), ends[kept].max(initial=0)
+        turns = [(i, w) for i, w in zip(_of_assistant(messages), wanted, strict=True) if w is not everything]
+        for i, is_wanted in turns if self.truncation == "right" else reversed(turns):
             if (span := self._span(text, messages, i, tools)) is not None:
-                spoken[(starts >= span[0]) & (ends <= span[1])] = is_wanted
+                spoken[np.searchsorted(starts, span[0]) : np.searchsorted(ends, span[1], side="right")] = is_wanted
+                if span[1] >= high if self.truncation == "right" else span[0] <= low:
+                    break  # the turns from here on are cut off
         return input_ids, spoken
 
     def _span(self, text: str, messages: list[Message], i: int, tools: Sequence[Any] | None) -> tuple[int, int] | None:
@@ -221,15 +231,23 @@ class ChatTokenizer:
             )
         return None
 
+    def _kept(self, length: int) -> slice:
+        """Which tokens of a sample truncation keeps. Raises RowRejected."""
+        limit = self.prompt.max_length
+        if length > limit and self.truncation == "reject":
+            raise RowRejected(f"{length} tokens, more than max_length {limit}")
+        return slice(0, limit) if self.truncation == "right" else slice(max(0, length - limit), length)
+
     def _truncate(self, sample: Sample) -> Sample:
         limit, length = self.prompt.max_length, len(sample.input_ids)
-        if length > limit:
-            if self.truncation == "reject":
-                raise RowRejected(f"{length} tokens, more than max_length {limit}")
-            kept = slice(0, limit) if self.truncation == "right" else slice(length - limit, length)
-            sample = Sample(sample.input_ids[kept], sample.labels[kept])
+        kept = self._kept(length)
+        sample = Sample(sample.input_ids[kept], sample.labels[kept])
         if not sample.is_supervised:
             raise RowRejected(
                 f"no supervised token left after truncation to {limit} tokens" if length > limit else "nothing to learn from"
             )
         return sample
+
+
+def _of_assistant(messages: Sequence[Message]) -> list[int]:
+    return [i for i, m in enumerate(messages) if m["role"] == "assistant"]
