@@ -21,6 +21,7 @@ from tokenizers.processors import TemplateProcessing
 
 from train_loop.data.formats import RowRejected, to_conversation
 from train_loop.data.tokenize import ChatTokenizer
+from train_loop.errors import DatasetError
 from train_loop.spec import Prompt
 
 
@@ -194,10 +195,13 @@ def test_the_templates_own_system_message_is_for_rows_without_one(family):
     assert default not in family.tokenizer.decode(encode(family, system="Be brief.").input_ids)
 
 
-def test_tools_are_rendered_and_calls_trained_on_or_the_row_is_refused(family):
+def test_tools_are_rendered_and_calls_trained_on_or_the_job_is_refused(family):
     if not family.has_tools:
-        with pytest.raises(RowRejected, match="tools, which the chat template doesn't render"):
+        with pytest.raises(DatasetError, match="rows have tools, which the chat template doesn't render") as caught:
             encode(family, **TOOL_TALK)
+        assert caught.value.code == "tools_not_rendered"
+        with pytest.raises(DatasetError):
+            encode(family, TOOL_TALK["messages"])  # calls, but no list of tools
         return
     for template in (None, family.marked):
         sample = encode(family, **TOOL_TALK, template=template)

@@ -166,9 +166,11 @@ class ChatTokenizer:
         template = self._template(tools)
         called = any(m.get("tool_calls") for m in messages)
         if (tools and not re.search(r"\btools\b", template)) or (called and "tool_calls" not in template):
-            raise RowRejected(
-                "it has tools, which the chat template doesn't render: name a base model whose template does, or give "
-                "prompt.template one"
+            raise DatasetError(
+                "rows have tools, which the chat template doesn't render: name a base model whose template does, or give "
+                "prompt.template one.",
+                field=TEMPLATE_FIELD,
+                code="tools_not_rendered",
             )
 
     # --- which tokens are trained on ---
