@@ -35,20 +35,6 @@ def _lower(value: Any) -> Any:
     return value.strip().lower() if isinstance(value, str) else value
 
 
-def _jinja(template: str) -> str:
-    import jinja2
-
-    try:
-        # Tags of transformers' own, which Jinja's parser doesn't know.
-        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
-            re.sub(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})", r"\1\2with\3", template)
-        )
-    except jinja2.TemplateSyntaxError as error:
-        message = "template is not Jinja: {said} (line {line})"
-        raise PydanticCustomError("jinja", message, {"said": str(error.message), "line": error.lineno}) from None
-    return template
-
-
 # --- dataset_config ---------------------------------------------------------------------------------------------
 
 
@@ -59,7 +45,7 @@ class Prompt(Section):
     max_length: int = Field(
         4096, ge=16, le=1_048_576, strict=True, description="Longest sample, in tokens; at most the model's context."
     )
-    template: Annotated[str, AfterValidator(_jinja)] | None = Field(
+    template: str | None = Field(
         None,
         max_length=65_536,
         description="Jinja chat template, rendered in a sandbox; null is the tokenizer's own.",
@@ -293,7 +279,7 @@ class DatasetDetails(Section):
     )
     dataset_format: Annotated[
         Literal["sharegpt", "openai", "alpaca", "prompt_completion", "text", "preference", "auto"],
-        OnlyYet("sharegpt", "openai", "alpaca", "prompt_completion", "text", "auto"),
+        NotYet("preference"),
     ] = Field("sharegpt", description="Shape of a row; auto tells it by the keys of each.")
     source_type: Annotated[Literal["s3", "gcs", "hf", "local"], NotYet("gcs", "hf")] = Field(
         "s3", description="Where the dataset lives; local is a path, for runs without the service."

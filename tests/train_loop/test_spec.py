@@ -56,7 +56,6 @@ def test_what_is_not_built_yet_is_refused_by_name(field, value):
         ("train_config.adapter_config.targets", []),
         ("train_config.adapter_config.targets", ["all-linear", "q_proj"]),
         ("dataset_config.preprocessing.prompt.max_length", 8),
-        ("dataset_config.preprocessing.prompt.template", "{% for m in messages %}"),
         ("dataset_config.split.ratios", [0.9, 0.2]),
         ("dataset_config.split.ratios", [0, 1]),
         ("dataset_details.dataset_path", "http://bucket/key"),
