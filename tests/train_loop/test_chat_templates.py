@@ -7,6 +7,7 @@ and without, where turns are found by comparing renderings.
 import copy
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,11 +106,15 @@ def unmarked(template):
 
 @pytest.fixture(params=FAMILIES, ids=lambda f: f.name, scope="module")
 def family(request, tokenizer):
+    return made_as(request.param, tokenizer)
+
+
+def made_as(one, tokenizer):
+    """The tiny tokenizer with the tokens and the template of a family."""
     made = copy.deepcopy(tokenizer)
     # Line ends are pieces of their own, as with the families' tokenizers: the text after a prompt doesn't move its tokens.
     splits = [Split(Regex("\n+"), "isolated"), made.backend_tokenizer.pre_tokenizer]
     made.backend_tokenizer.pre_tokenizer = SplitsInTurn(splits)
-    one = request.param
     made.add_special_tokens({"additional_special_tokens": list(one.tokens)})
     if one.bos:
         made.add_special_tokens({"bos_token": one.bos})
@@ -138,6 +143,22 @@ def said(family, messages):
 
 
 def test_each_answer_and_its_end_of_turn_is_trained_on_and_nothing_else(family):
+    assert trained_text(family, encode(family)) == said(family, TALK)
+
+
+@pytest.mark.parametrize(
+    ("published", "like"),
+    [
+        *[("llama3", "llama3"), ("llama3_1", "llama3"), ("llama3_2", "llama3"), ("qwen2_5", "qwen2.5"), ("qwen3", "qwen3")],
+        *[("qwen3_instruct_2507", "qwen2.5"), ("gemma", "gemma2"), ("gemma3", "gemma2"), ("phi3", "phi3"), ("phi3_5", "phi3")],
+    ],
+)
+def test_the_published_templates_are_labelled_as_the_short_ones(tokenizer, published, like):
+    trl = find_spec("trl")  # which has copies of them
+    if trl is None:
+        pytest.skip("trl isn't installed")
+    family = made_as(BY_NAME[like], tokenizer)
+    family.tokenizer.chat_template = (Path(trl.origin).parent / f"chat_templates/{published}.jinja").read_text()
     assert trained_text(family, encode(family)) == said(family, TALK)
 
 

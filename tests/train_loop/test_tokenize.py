@@ -91,6 +91,15 @@ def test_a_template_that_attacks_or_fails_is_the_users_error(tokenizer):
         assert caught.value.code == "template_error"
 
 
+def test_a_template_that_shows_only_content_in_parts_trains_on_nothing_by_mistake(tokenizer):
+    parts = (
+        "{% for m in messages %}{{ m.role }}:{% if m.content is not string %}{% for p in m.content %}{{ p.text }}{% endfor %}"
+        "{% endif %}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    with pytest.raises(DatasetError, match="leaves out what the assistant says"):
+        encode(tokenizer, template=parts)
+
+
 def test_a_template_that_floods_is_stopped_before_its_text_is_tokenised(tokenizer):
     for template in ("{% for i in range(99999) %}{{ 'x' * 99 }}{% endfor %}", "{% for i in range(999999) %}x{% endfor %}"):
         with pytest.raises(DatasetError) as caught:

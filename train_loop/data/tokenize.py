@@ -143,6 +143,12 @@ class ChatTokenizer:
         """What a template puts around the last answer only: before it, in its turn (Qwen 3's empty thinking), and after the
         end-of-turn token (a line end, Phi 3's end of sequence)."""
         opening, prompt = self._probe("user", "assistant"), self._probe("user", prompt=True)
+        if opening and PROBE["assistant"] not in opening:  # such as a vision model's, which looks for parts
+            raise DatasetError(
+                "the chat template leaves out what the assistant says in plain text: give prompt.template one that shows it.",
+                field=TEMPLATE_FIELD,
+                code="template_error",
+            )
         head = opening.removeprefix(prompt).partition(PROBE["assistant"])[0] if opening.startswith(prompt) else ""
         last = opening.partition(PROBE["assistant"])[2]
         inner = self._probe("user", "assistant", "user").partition(PROBE["assistant"])[2]
@@ -226,8 +232,8 @@ class ChatTokenizer:
                     return len(before), len(before) + len(shown)
         if is_last:
             raise DatasetError(
-                "the chat template rewrites earlier turns, so the assistant's tokens can't be told apart: give "
-                "prompt.template one with {% generation %} marks.",
+                "the chat template rewrites earlier turns, or shows an answer otherwise than after its own prompt, so the "
+                "assistant's tokens can't be told apart: give prompt.template one with {% generation %} marks.",
                 field=TEMPLATE_FIELD,
                 code="template_error",
             )
