@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Sequence as SplitsInTurn
@@ -257,6 +257,7 @@ words = st.text(st.sampled_from("ab .,\n日é🚢<|>{}%"), min_size=1, max_size=
 talks = st.lists(st.tuples(words, words), min_size=1, max_size=4)
 
 
+@settings(max_examples=40, deadline=None)
 @given(pairs=talks, limit=st.integers(16, 80), truncation=st.sampled_from(["right", "left"]))
 def test_any_conversation_is_trained_on_exactly_where_the_assistant_speaks(family, pairs, limit, truncation):
     talk = [{"role": r, "content": c} for pair in pairs for r, c in zip(("user", "assistant"), pair, strict=True)]

@@ -81,6 +81,8 @@ def test_rows_of_every_shape_train_the_same_lazily_and_eagerly(local_job, tmp_pa
     for lazy in (True, False):
         job["dataset_config"]["preprocessing"]["lazy_tokenize"] = lazy
         assert run(job, tmp_path, mirror, f"lazy-{lazy}")["dataset"]["rejected"] == 0
+    exported = (tmp_path / "lazy-True/adapter/chat_template.jinja").read_text()
+    assert exported == job["dataset_config"]["preprocessing"]["prompt"]["template"]
     lazy, eager = adapter(tmp_path, "lazy-True"), adapter(tmp_path, "lazy-False")
     assert all(torch.equal(lazy[k], eager[k]) for k in lazy)
 
