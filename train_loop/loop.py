@@ -82,6 +82,8 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
     ctx.beat("slow")
 
     tokenizer = load_tokenizer(ctx.model_folder)
+    if pre.prompt.template is not None:
+        tokenizer.chat_template = pre.prompt.template  # exported with the adapter: inference must render as training did
     chat = None if prepared.eager else ChatTokenizer.of(spec, tokenizer)
     shards = ShardSet.open(prepared, ctx.storage, f"{ctx.run_path}/data", ctx.scratch / f"data-{ctx.rank}")
     train_ids, eval_ids = shards.ids("train"), shards.ids("eval")

@@ -243,7 +243,7 @@ def show(conversation: Conversation, sample: Sample, chat: ChatTokenizer) -> dic
     return {
         "tokens": len(trained),
         "trained_tokens": int(trained.sum()),
-        "turns": len(conversation["messages"]),
+        "turns": len(conversation.get("messages", [])),
         "segments": segments,
     }
 

@@ -279,8 +279,8 @@ class DatasetDetails(Section):
     )
     dataset_format: Annotated[
         Literal["sharegpt", "openai", "alpaca", "prompt_completion", "text", "preference", "auto"],
-        OnlyYet("sharegpt", "openai"),
-    ] = Field("sharegpt", description="Shape of a row.")
+        NotYet("preference"),
+    ] = Field("sharegpt", description="Shape of a row; auto tells it by the keys of each.")
     source_type: Annotated[Literal["s3", "gcs", "hf", "local"], NotYet("gcs", "hf")] = Field(
         "s3", description="Where the dataset lives; local is a path, for runs without the service."
     )

@@ -1,3 +1,4 @@
+import json
 from itertools import pairwise
 
 import pytest
@@ -5,6 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train_loop.data.formats import RowRejected, to_conversation
+
+WEATHER = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+SAID = '{"name": "weather", "arguments": {"city": "Oslo"}}'
 
 
 def chat(*turns):
@@ -29,8 +33,188 @@ def test_both_sharegpt_shapes_become_the_same_conversation(row):
 
 
 def test_openai_text_parts_are_joined():
-    row = {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, {"role": "assistant", "content": "Hello"}]}
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "Hello"}]}
     assert to_conversation(row, "openai") == chat(("user", "Hi"), ("assistant", "Hello"))
+
+
+def test_a_developer_message_is_the_system_message():
+    row = chat(("developer", "Be kind."), ("user", "Hi"), ("assistant", "Hello"))
+    assert to_conversation(row, "openai") == chat(("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"))
+
+
+@pytest.mark.parametrize(
+    ("row", "dataset_format", "turns"),
+    [
+        ({"instruction": "Add.", "input": "1, 2", "output": "3"}, "alpaca", [("user", "Add.\n1, 2"), ("assistant", "3")]),
+        ({"instruction": "Sing.", "input": "", "output": "La"}, "alpaca", [("user", "Sing."), ("assistant", "La")]),
+        (
+            {"instruction": "b", "output": "B", "system": "Up.", "history": [["a", "A"]]},
+            "alpaca",
+            [("system", "Up."), ("user", "a"), ("assistant", "A"), ("user", "b"), ("assistant", "B")],
+        ),
+        ({"prompt": "a", "completion": "A"}, "prompt_completion", [("user", "a"), ("assistant", "A")]),
+        (
+            {"query": "b", "response": "B", "history": [["a", "A"]], "system": "Up."},
+            "prompt_completion",
+            [("system", "Up."), ("user", "a"), ("assistant", "A"), ("user", "b"), ("assistant", "B")],
+        ),
+    ],
+)
+def test_rows_of_one_question_and_one_answer(row, dataset_format, turns):
+    assert to_conversation(row, dataset_format) == to_conversation(row, "auto") == chat(*turns)
+
+
+def test_of_a_prompt_of_messages_only_the_completion_is_trained_on():
+    row = {
+        "prompt": chat(("system", "Up."), ("user", "a"), ("assistant", "A"), ("user", "b"))["messages"],
+        "completion": [{"role": "assistant", "content": "B"}],
+    }
+    messages = to_conversation(row, "prompt_completion")["messages"]
+    assert [m.get("loss", True) for m in messages if m["role"] == "assistant"] == [False, True]
+
+
+def test_text_rows():
+    assert to_conversation({"text": " As it is.\n"}, "text") == {"text": " As it is.\n"}
+    with pytest.raises(RowRejected, match="empty text"):
+        to_conversation({"text": " "}, "text")
+
+
+MIXED = [
+    {"text": "Once."},
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "messages": None},
+    {"conversation": [{"human": "Hi", "assistant": "Hello"}]},
+    chat(("user", "Hi"), ("assistant", "Hello")) | {"text": "rendered before"},
+    {"instruction": "Hi", "input": "", "output": "Hello", "text": "rendered before"},
+    {"prompt": "Hi", "completion": "Hello"},
+    {"query": "Hi", "response": "Hello"},
+]
+
+
+def test_a_mixed_dataset_is_told_row_by_row():
+    text, *others = [to_conversation(row, "auto") for row in MIXED]
+    assert text == {"text": "Once."}
+    assert others == [chat(("user", "Hi"), ("assistant", "Hello"))] * 6
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"question": "Hi"}, "of no known shape: a row has the keys messages; conversations; instruction and output; prompt and"),
+        (
+            chat(("user", "Hi")) | {"prompt": "a", "completion": "b"},
+            "fits openai and prompt_completion: name one of them in dataset_f",
+        ),
+        ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "a preference row holds"),
+        ({"messages": [], "rejected_response": "b"}, "a preference row holds"),
+    ],
+)
+def test_a_row_of_no_or_several_shapes_is_rejected_with_those_that_there_are(row, reason):
+    with pytest.raises(RowRejected, match=reason):
+        to_conversation(row, "auto")
+
+
+def called(content="", **arguments):
+    function = {"name": "weather", "arguments": arguments}
+    return {
+        "role": "assistant",
+        "content": content,
+        "tool_calls": [{"type": "function", "function": function, "id": "call00001"}],
+    }
+
+
+@pytest.mark.parametrize("tools", [[WEATHER], json.dumps([WEATHER]), [{"type": "function", "function": WEATHER}]])
+@pytest.mark.parametrize(
+    ("dataset_format", "turns"),
+    [
+        ("sharegpt", [("human", "Hi"), ("function_call", SAID), ("observation", "3"), ("gpt", "Cold.")]),
+        ("sharegpt", [("human", "Hi"), ("function_call", SAID), ("tool", "3"), ("gpt", "Cold.")]),
+        ("openai", [("user", "Hi"), ("tool_call", SAID), ("tool_response", "3"), ("assistant", "Cold.")]),
+    ],
+)
+def test_calls_written_as_turns_become_tool_calls(dataset_format, turns, tools):
+    row = sharegpt(*turns) if dataset_format == "sharegpt" else chat(*turns)
+    assert to_conversation(row | {"tools": tools}, dataset_format) == {
+        "messages": [
+            {"role": "user", "content": "Hi"},
+            called(city="Oslo"),
+            {"role": "tool", "content": "3", "tool_call_id": "call00001", "name": "weather"},
+            {"role": "assistant", "content": "Cold."},
+        ],
+        "tools": [{"type": "function", "function": WEATHER}],
+    }
+
+
+@pytest.mark.parametrize("arguments", [{"city": "Oslo"}, '{"city": "Oslo"}'])
+def test_openai_calls_are_paired_with_their_results_by_id(arguments):
+    def call(name):
+        return {"id": f"call_of_{name}", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call("weather"), call("time")]},
+        {"role": "tool", "tool_call_id": "call_of_time", "content": "noon"},
+        {"role": "tool", "tool_call_id": "call_of_weather", "content": [{"type": "text", "text": "3"}]},
+        {"role": "assistant", "content": "Cold at noon."},
+    ]
+    calling, noon, cold = to_conversation({"messages": messages}, "openai")["messages"][1:4]
+    assert calling["content"] == ""
+    assert [c["function"] for c in calling["tool_calls"]] == [
+        {"name": "weather", "arguments": {"city": "Oslo"}},
+        {"name": "time", "arguments": {"city": "Oslo"}},
+    ]
+    assert noon == {"role": "tool", "content": "noon", "tool_call_id": calling["tool_calls"][1]["id"], "name": "time"}
+    assert cold == {"role": "tool", "content": "3", "tool_call_id": calling["tool_calls"][0]["id"], "name": "weather"}
+    messages[2]["tool_call_id"] = "call_of_nobody"
+    with pytest.raises(RowRejected, match="answers no call"):
+        to_conversation({"messages": messages}, "openai")
+
+
+def test_the_old_function_call_of_openai():
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": '{"city": "Oslo"}'}},
+        {"role": "function", "name": "weather", "content": "3"},
+        {"role": "assistant", "content": "Cold."},
+    ]
+    made = to_conversation({"messages": messages, "functions": [WEATHER]}, "openai")
+    assert made["messages"][1] == called(city="Oslo")
+    assert made["tools"] == [{"type": "function", "function": WEATHER}]
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"loss": False}, {"weight": 0.0}])
+def test_an_answer_of_weight_0_is_kept_and_not_trained_on(mark):
+    row = chat(("user", "a"), ("assistant", "A"), ("user", "b"), ("assistant", "B"))
+    row["messages"][1] |= mark
+    row["messages"][3] |= {"weight": 1, "loss": True}
+    expected = chat(("user", "a"), ("assistant", "A"), ("user", "b"), ("assistant", "B"))
+    expected["messages"][1]["loss"] = False
+    assert to_conversation(row, "openai") == expected
+
+
+@pytest.mark.parametrize(
+    ("turn", "reason"),
+    [
+        ({"weight": 0.5}, "weight must be 0 or 1"),
+        ({"loss": "yes"}, "loss must be 0 or 1"),
+        ({"weight": 0}, "no assistant turn to learn from: each has weight 0"),
+        ({"content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}, "need model_type vlm"),
+        (
+            {"tool_calls": [{"function": {"name": "x", "arguments": "[1]"}}]},
+            "arguments of a tool call must be an object, not a list",
+        ),
+        ({"tool_calls": [{"function": {"name": "x", "arguments": "{"}}]}, "arguments of a tool call is not JSON"),
+        ({"tool_calls": [{"function": {}}]}, "a tool call must be an object with a name"),
+        ({"role": "tool_call", "content": "[]"}, "a function_call without a call"),
+        ({"role": "user", "tool_calls": [{"name": "x"}]}, "tool calls in a turn of user"),
+        ({"role": "user", "weight": 1}, "weight in a turn of user"),
+        ({"role": "tool"}, "a tool's result must follow an assistant turn"),
+    ],
+)
+def test_unusable_turns_say_why(turn, reason):
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"} | turn]}
+    with pytest.raises(RowRejected, match=reason):
+        to_conversation(row, "openai")
 
 
 def test_turns_are_normalised():
@@ -48,7 +232,11 @@ def test_turns_are_normalised():
         (sharegpt(("human", "Hi"), ("robot", "Beep")), "unknown role"),
         (sharegpt(("human", "Hi"), ("gpt", 3)), "not a string"),
         (sharegpt(("human", "Hi"), ("system", "late"), ("gpt", "x")), "must come first"),
-        (sharegpt(("human", "Hi"), ("function_call", "x"), ("gpt", "y")), "tool calls are not supported yet"),
+        (sharegpt(("human", "Hi"), ("function_call", "x"), ("gpt", "y")), "a tool call is not JSON"),
+        (sharegpt(("human", "Hi"), ("function_call", SAID), ("gpt", "y")), "a tool call without its result"),
+        (sharegpt(("human", "Hi"), ("gpt", "x")) | {"tools": "{"}, "tools is not JSON"),
+        (sharegpt(("human", "Hi"), ("gpt", "x")) | {"tools": ["x"]}, "a tool must be an object with a name"),
+        (sharegpt(("human", "Hi"), ("gpt", "x")) | {"images": ["a.png"]}, "images need model_type vlm"),
         ({"conversations": ["x"]}, "a turn must be an object"),
     ],
 )
@@ -57,21 +245,37 @@ def test_unusable_rows_say_why(row, reason):
         to_conversation(row, "sharegpt")
 
 
+ROLE_NAMES = st.sampled_from(["human", "gpt", "user", "assistant", "system", "tool", "function_call", "observation"])
+scalars = st.none() | st.booleans() | st.integers() | st.text(max_size=5) | ROLE_NAMES | st.just(SAID)
+KEYS = [
+    *("from", "value", "role", "content", "conversations", "conversation", "messages", "human", "assistant", "system", "tools"),
+    *("tool_calls", "function", "name", "arguments", "weight", "loss", "instruction", "input", "output", "history", "prompt"),
+    *("completion", "query", "response", "text"),
+]
 anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-    lambda v: (
-        st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(["from", "value", "conversations", "conversation", "human"]), v)
-    ),
-    max_leaves=12,
+    scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(KEYS), v, max_size=6), max_leaves=12
 )
+turns = st.lists(
+    st.fixed_dictionaries(
+        {"role": ROLE_NAMES, "content": st.sampled_from(["a", "b", SAID]) | anything},
+        optional={"weight": scalars, "loss": scalars},
+    ),
+    max_size=7,
+)
+FORMATS = ["sharegpt", "openai", "alpaca", "prompt_completion", "text", "auto"]
 
 
-@given(anything)
-def test_any_json_is_either_a_good_conversation_or_rejected(row):
+@given(anything | st.fixed_dictionaries({"messages": turns}), st.sampled_from(FORMATS))
+def test_any_json_is_either_a_good_conversation_or_rejected(row, dataset_format):
     try:
-        messages = to_conversation(row, "sharegpt")["messages"]
+        made = to_conversation(row, dataset_format)
     except RowRejected:
         return  # any other exception fails the test
-    roles = [m["role"] for m in messages]
+    assert json.loads(json.dumps(made)) == made
+    if "text" in made:
+        return
+    roles = [m["role"] for m in made["messages"]]
     assert roles[-1] == "assistant"
-    assert all(a != b for a, b in pairwise(roles))
+    assert next(r for r in roles if r != "system") == "user"
+    assert all(a != b or a == "tool" for a, b in pairwise(roles))
+    assert all(isinstance(m["content"], str) for m in made["messages"])

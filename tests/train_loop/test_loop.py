@@ -8,7 +8,7 @@ import torch
 from pyarrow.fs import LocalFileSystem
 from safetensors.torch import load_file
 
-from tests.conftest import TINY
+from tests.conftest import TINY, write_jsonl
 from train_loop.__main__ import Console, main
 from train_loop.data.packing import collate
 from train_loop.data.tokenize import ChatTokenizer
@@ -56,6 +56,35 @@ def test_packing_and_lazy_tokenisation_do_not_change_the_run(local_job, tmp_path
     run(local_job(quiet | changes), tmp_path, mirror)
     a, b = ([json.loads(x).get("loss") for x in (tmp_path / n / "metrics.jsonl").open()] for n in ("reference", "run"))
     assert [x for x in a if x] == pytest.approx([x for x in b if x], rel=1e-4)
+
+
+def test_rows_of_every_shape_train_the_same_lazily_and_eagerly(local_job, tmp_path, mirror):
+    tool = {"name": "weather", "parameters": {"type": "object", "properties": {}}}
+    calling = [("human", "Warm?"), ("function_call", '{"name": "weather", "arguments": {}}'), ("tool", "3"), ("gpt", "Cold.")]
+    mixed = [
+        {"text": "Once upon a time there was a ship."},
+        {"instruction": "Say hello.", "input": "", "output": "Hello."},
+        {"conversations": [{"from": r, "value": v} for r, v in calling], "tools": [tool]},
+        {"prompt": [{"role": "user", "content": "Hi"}], "completion": "Hello"},
+    ]
+    job = local_job(
+        {
+            "dataset_details.dataset_format": "auto",
+            "dataset_config.split": {"type": "none"},
+            "dataset_config.preprocessing.prompt.template": (Path(__file__).parent / "templates/qwen3.jinja").read_text(),
+            "train_config.hyperparameters.max_steps": 2,
+            "train_config.torch_dtype": "float32",
+            "model_details.quantization": None,
+        }
+    )
+    write_jsonl(Path(job["dataset_details"]["dataset_path"]), mixed * 3)
+    for lazy in (True, False):
+        job["dataset_config"]["preprocessing"]["lazy_tokenize"] = lazy
+        assert run(job, tmp_path, mirror, f"lazy-{lazy}")["dataset"]["rejected"] == 0
+    exported = (tmp_path / "lazy-True/adapter/chat_template.jinja").read_text()
+    assert exported == job["dataset_config"]["preprocessing"]["prompt"]["template"]
+    lazy, eager = adapter(tmp_path, "lazy-True"), adapter(tmp_path, "lazy-False")
+    assert all(torch.equal(lazy[k], eager[k]) for k in lazy)
 
 
 def test_it_learns_and_leaves_a_complete_run_folder(local_job, tmp_path, mirror):

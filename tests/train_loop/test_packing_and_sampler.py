@@ -61,17 +61,46 @@ def test_packed_padded_and_single_samples_give_the_same_loss(model):
     assert supervised_loss(model, padded).item() == pytest.approx(single, rel=1e-5)
 
 
-def test_packed_documents_do_not_see_each_other(model):
-    of = samples(2, seed=1)
-    one = collate(of, max_length=128, packing=True, pad_id=2)
-    first = max(range(2), key=lambda i: len(of[i].input_ids))  # packed first
-    changed = [Sample((s.input_ids + 7) if i == first else s.input_ids, s.labels) for i, s in enumerate(of)]
-    two = collate(changed, max_length=128, packing=True, pad_id=2)
-    length = len(of[first].input_ids)
+def token_losses(model, batch):
+    """The loss of each supervised position, ascending."""
     with torch.no_grad():
-        a, b = (model(input_ids=m.input_ids, position_ids=m.position_ids, use_cache=False).logits for m in (one, two))
-    assert not torch.allclose(a[0, :length], b[0, :length])
-    torch.testing.assert_close(a[0, length:], b[0, length:])
+        out = model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=batch.attention_mask, use_cache=False
+        )
+    keep = batch.labels != -100
+    return torch.nn.functional.cross_entropy(out.logits[keep], batch.labels[keep], reduction="none").sort().values
+
+
+def test_packed_padded_and_single_samples_give_each_token_the_same_loss(model):
+    of = samples(9)
+    packed, padded = layouts(of)
+    assert packed.input_ids.shape[0] < padded.input_ids.shape[0]
+    alone = [token_losses(model, collate([s], max_length=64, packing=False, pad_id=2)) for s in of]
+    expected = torch.cat(alone).sort().values
+    torch.testing.assert_close(token_losses(model, packed), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(token_losses(model, padded), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changed", range(5))
+def test_packed_documents_do_not_see_each_other(model, changed):
+    of = samples(5, seed=1)
+
+    def logits(of):
+        batch = collate(of, max_length=40, packing=True, pad_id=2)
+        assert len(batch.input_ids) > 1
+        with torch.no_grad():
+            out = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+        rows = pack([len(s.input_ids) for s in of], 40)
+        ends = [np.cumsum([len(of[i].input_ids) for i in row]).tolist() for row in rows]
+        return {
+            i: out[r, end - len(of[i].input_ids) : end] for r, row in enumerate(rows) for i, end in zip(row, ends[r], strict=True)
+        }
+
+    before = logits(of)
+    of[changed] = Sample(of[changed].input_ids + 7, of[changed].labels)
+    after = logits(of)
+    for i in range(5):
+        assert torch.allclose(before[i], after[i], atol=1e-5) is (i != changed)
 
 
 def test_the_chunked_loss_and_its_gradient_equal_plain_cross_entropy(model):

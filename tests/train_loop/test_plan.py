@@ -1,10 +1,11 @@
 """Plans: what they say must be what the run then does."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from tests.conftest import rows
+from tests.conftest import rows, write_jsonl
 from train_loop.__main__ import main
 from train_loop.errors import DatasetError
 from train_loop.plan import Hardware, make_plan, this_machine
@@ -100,3 +101,42 @@ def test_a_dataset_without_a_usable_row_has_no_plan(local_job, mirror, tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"text": "no turns"}\n')
     with pytest.raises(DatasetError, match="none of the 1 rows"):
         planned(job, mirror)
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize(
+    ("dataset_format", "row", "trained", "turns"),
+    [
+        ("openai", {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}, "Hello", 2),
+        ("alpaca", {"instruction": "Hi", "output": "Hello"}, "Hello", 2),
+        ("prompt_completion", {"query": "Hi", "response": "Hello"}, "Hello", 2),
+        ("text", {"text": "Once upon a time."}, "Once upon a time.", 0),
+        ("auto", {"text": "Once upon a time."}, "Once upon a time.", 0),
+        (
+            "sharegpt",
+            {
+                "conversations": [
+                    {"from": "human", "value": "Warm?"},
+                    {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo"}}'},
+                    {"from": "observation", "value": "3 degrees"},
+                    {"from": "gpt", "value": "Cold."},
+                ],
+                "tools": [TOOL],
+            },
+            '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>Cold.',
+            4,
+        ),
+    ],
+)
+def test_samples_of_every_format_are_shown(local_job, mirror, tmp_path, dataset_format, row, trained, turns):
+    template = (Path(__file__).parent / "templates/qwen2.5.jinja").read_text()
+    changes = {"dataset_details.dataset_format": dataset_format, "dataset_config.preprocessing.prompt.template": template}
+    job = local_job(changes)
+    write_jsonl(tmp_path / "rows.jsonl", [row] * 2)
+    sample = planned(job, mirror)["samples"][0]
+    assert "".join(s["text"] for s in sample["segments"] if s["trained"]) == trained + "<|im_end|>"
+    assert sample["turns"] == turns
+    if "tools" in row:
+        assert "weather" in sample["segments"][0]["text"]

@@ -35,7 +35,6 @@ def test_null_means_the_default():
         ("train_config.adapter_config.init", "pissa"),
         ("train_config.adapter_config.modules_to_save", ["lm_head"]),
         ("dataset_details.dataset_type", "parquet"),
-        ("dataset_details.dataset_format", "alpaca"),
         ("dataset_details.dataset_path", "s3://bucket/prefix/"),
     ],
 )

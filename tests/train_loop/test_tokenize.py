@@ -1,11 +1,15 @@
+import copy
+
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from train_loop.data.formats import RowRejected
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import DatasetError
-from train_loop.spec import Prompt
+from train_loop.spec import JobSpec, Prompt
 
+ROLES = ["user", "assistant"] * 3
 CHAT = {
     "messages": [
         {"role": "user", "content": "One?"},
@@ -80,7 +84,67 @@ def test_truncation(tokenizer):
 
 
 def test_a_template_that_attacks_or_fails_is_the_users_error(tokenizer):
-    for template in ("{{ messages.__class__.__mro__ }}", "{{ raise_exception('no') }}", "{{ nothing.at.all }}"):
+    for template in ("{{ messages.__class__.__mro__ }}", "{{ nothing.at.all }}", "{{ 1 / 0 }}", "{{ 'a' + messages }}"):
         with pytest.raises(DatasetError) as caught:
             encode(tokenizer, template=template)
         assert caught.value.field == "dataset_config.preprocessing.prompt.template"
+        assert caught.value.code == "template_error"
+
+
+def test_a_template_that_shows_only_content_in_parts_trains_on_nothing_by_mistake(tokenizer):
+    parts = (
+        "{% for m in messages %}{{ m.role }}:{% if m.content is not string %}{% for p in m.content %}{{ p.text }}{% endfor %}"
+        "{% endif %}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    with pytest.raises(DatasetError, match="leaves out what the assistant says"):
+        encode(tokenizer, template=parts)
+
+
+def test_a_template_that_floods_is_stopped_before_its_text_is_tokenised(tokenizer):
+    for template in ("{% for i in range(99999) %}{{ 'x' * 99 }}{% endfor %}", "{% for i in range(999999) %}x{% endfor %}"):
+        with pytest.raises(DatasetError) as caught:
+            encode(tokenizer, template=template)
+        assert caught.value.code == "template_error"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt.max_length": 50},
+        {"prompt.max_length": 50, "truncation": "left"},
+        {"prompt.system": "Be brief."},
+        {"prompt.template": "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"},
+        {"train_on": "all"},
+        {"train_on": "last_assistant"},
+    ],
+)
+def test_every_setting_of_a_job_reaches_its_tokens(tokenizer, local_job, changes):
+    def tokens(changes):
+        job = local_job({f"dataset_config.preprocessing.{name}": value for name, value in changes.items()})
+        sample = ChatTokenizer.of(JobSpec.model_validate(job), tokenizer).encode(talk)
+        return sample.input_ids.tolist(), sample.labels.tolist()
+
+    talk = {"messages": [{"role": role, "content": f"Words {i}."} for i, role in enumerate(ROLES)]}
+    assert tokens(changes) != tokens({})
+    if changes.get("truncation"):
+        assert tokens(changes) != tokens({k: v for k, v in changes.items() if k != "truncation"})
+
+
+def test_a_model_without_a_chat_template_learns_from_text_alone(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(DatasetError, match="no chat template of its own") as caught:
+        encode(bare)
+    assert caught.value.code == "no_chat_template"
+    assert trained_text(bare, encode(bare, {"text": "Once upon a time."})) == "Once upon a time.<|im_end|>"
+
+
+def test_text_is_trained_on_whole_with_one_beginning_and_one_end(tokenizer):
+    begins = copy.deepcopy(tokenizer)
+    begins.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    begins.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begins.bos_token_id)])
+    for text in ("Tea.", "<s>Tea.", "Tea.</s>"):
+        sample = encode(begins, {"text": text}, system="Not for text.", train_on="last_assistant")
+        assert begins.decode(sample.input_ids) == "<s>Tea.</s>"
+        assert (sample.labels == sample.input_ids).all()
+    assert len(encode(begins, {"text": "Tea. " * 50}, max_length=16).input_ids) == 16

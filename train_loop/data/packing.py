@@ -1,8 +1,7 @@
 """Lay a micro-batch's samples out as tensors, padded or packed.
 
 The batch size counts samples either way: packing only removes padding, so packed and unpacked runs take the same steps. Packed
-documents are isolated by position ids that restart at 0, from which transformers builds a block-diagonal mask (varlen attention
-on a GPU).
+documents are isolated by position ids that restart at 0, from which transformers builds a block-diagonal mask.
 """
 
 from __future__ import annotations

@@ -2,12 +2,17 @@
 
 Labels are IGNORE_INDEX except on what the assistant says, its end-of-turn token included: that is how the model learns to stop.
 Which characters those are comes from the template's own `{% generation %}` marks where it has them, else from rendering the
-conversation turn by turn and comparing.
+conversation turn by turn and comparing: a turn is what follows the prompt that inference would render for it. A template that
+shows a turn otherwise once later ones follow (Qwen 3 takes the thinking out) gives no such text, and the turn carries no loss.
 """
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +24,9 @@ from train_loop.spec import JobSpec, Prompt
 
 IGNORE_INDEX = -100
 TEMPLATE_FIELD = "dataset_config.preprocessing.prompt.template"
+GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+MAX_LAYOUT_CHARS = 1 << 20  # a template's own; longer texts must be mostly what the row says
+PROBE = {"system": "Be of help.", "user": "Ask.", "assistant": "Fine."}
 
 
 @dataclass(frozen=True)
@@ -54,78 +62,200 @@ class ChatTokenizer:
 
         Raises RowRejected for this row, DatasetError when the template itself is at fault.
         """
-        messages = conversation["messages"]
-        if self.prompt.system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.prompt.system}, *messages]
-        try:
-            if self.train_on != "all" and "{% generation" in self._template().replace("{%- ", "{% "):
-                input_ids, spoken = self._by_marks(messages)
-            else:
-                input_ids, spoken = self._by_prefixes(messages)
-        except TemplateError as error:
-            raise DatasetError(
-                f"the chat template can't render a row: {error}. Correct prompt.template, or leave it null.",
-                field=TEMPLATE_FIELD,
-                code="template_error",
-            ) from None
+        if "text" in conversation:
+            input_ids = self._document(conversation["text"])
+            return self._truncate(Sample(input_ids, input_ids))
+        messages, tools = self._with_system(conversation["messages"]), conversation.get("tools")
+        self._check_tools(messages, tools)
+        wanted = [messages[i].get("loss", True) for i in _of_assistant(messages)]
         if self.train_on == "last_assistant":
-            # Keep the last unbroken run of spoken tokens only.
-            starts = np.flatnonzero(spoken & ~np.concatenate([[False], spoken[:-1]]))
-            if len(starts):
-                spoken[: starts[-1]] = False
+            wanted[:-1] = [False] * (len(wanted) - 1)
+        messages = [{k: v for k, v in m.items() if k != "loss"} for m in messages]
+        if self.train_on != "all" and GENERATION_MARK.search(self._template(tools)):
+            input_ids, spoken = self._by_marks(messages, tools, wanted)
+        else:
+            input_ids, spoken = self._by_prefixes(messages, tools, wanted)
         return self._truncate(Sample(input_ids, np.where(spoken, input_ids, IGNORE_INDEX).astype(np.int32)))
 
-    def _template(self) -> str:
-        template: str | None = self.prompt.template or self.tokenizer.get_chat_template()
-        return template or ""
+    def _document(self, text: str) -> np.ndarray:
+        """Plain text as the model was pre-trained on: its own beginning, its end-of-sequence token."""
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            del ids[0]
+        if eos is not None and ids[-1:] != [eos]:
+            ids.append(eos)
+        return np.array(ids, dtype=np.int32)
 
-    def _render(self, messages: list[Message], **options: Any) -> str:
-        text: str = self.tokenizer.apply_chat_template(messages, chat_template=self.prompt.template, tokenize=False, **options)
+    # --- rendering ---
+
+    def _template(self, tools: Sequence[Any] | None) -> str:
+        if self.prompt.template is not None:
+            return self.prompt.template
+        try:
+            template: str = self.tokenizer.get_chat_template(tools=tools)
+        except ValueError:
+            raise DatasetError(
+                "the base model has no chat template of its own: give prompt.template one, or rows of dataset_format text.",
+                field=TEMPLATE_FIELD,
+                code="no_chat_template",
+            ) from None
+        return template
+
+    def _apply(self, messages: Sequence[Message], tools: Sequence[Any] | None, **options: Any) -> Any:
+        """What the tokenizer's apply_chat_template gives. Raises RowRejected where the template refuses these messages."""
+        template = self._template(tools)
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), tools=tools, chat_template=template, **options)
+        except Exception as error:  # a template is a program of someone else's: whatever goes wrong in it is its fault
+            if type(error) is TemplateError:  # its own raise_exception
+                raise RowRejected(f"the chat template refuses it: {error}") from error
+            what = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+            raise DatasetError(
+                f"the chat template can't render a row: {what}. Correct prompt.template, or leave it null.",
+                field=TEMPLATE_FIELD,
+                code="template_error",
+            ) from error
+
+    def _render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False) -> str:
+        text: str = self._apply(messages, tools, tokenize=False, add_generation_prompt=prompt)
+        if len(text) > MAX_LAYOUT_CHARS and len(text) > 4 * len(json.dumps([messages, tools], ensure_ascii=False)):
+            raise DatasetError(
+                f"the chat template makes {len(text):,} characters of a short row. Correct prompt.template, or leave it null.",
+                field=TEMPLATE_FIELD,
+                code="template_error",
+            )
         return text
 
-    def _by_marks(self, messages: list[Message]) -> tuple[np.ndarray, np.ndarray]:
-        out = self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.prompt.template,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        return np.array(out["input_ids"], dtype=np.int32), np.array(out["assistant_masks"], dtype=bool)
+    def _probe(self, *roles: str, prompt: bool = False) -> str:
+        """A rendered conversation of known words; empty where the template refuses it."""
+        try:
+            return self._render([{"role": role, "content": PROBE[role]} for role in roles], prompt=prompt)
+        except RowRejected:
+            return ""
 
-    def _by_prefixes(self, messages: list[Message]) -> tuple[np.ndarray, np.ndarray]:
-        text = self._render(messages)
+    @cached_property
+    def _takes_system(self) -> bool:
+        return PROBE["system"] in self._probe("system", "user", "assistant")
+
+    @cached_property
+    def _frame(self) -> tuple[str, str]:
+        """What a template puts around the last answer only: before it, in its turn (Qwen 3's empty thinking), and after the
+        end-of-turn token (a line end, Phi 3's end of sequence)."""
+        opening, prompt = self._probe("user", "assistant"), self._probe("user", prompt=True)
+        if opening and PROBE["assistant"] not in opening:  # such as a vision model's, which looks for parts
+            raise DatasetError(
+                "the chat template leaves out what the assistant says in plain text: give prompt.template one that shows it.",
+                field=TEMPLATE_FIELD,
+                code="template_error",
+            )
+        head = opening.removeprefix(prompt).partition(PROBE["assistant"])[0] if opening.startswith(prompt) else ""
+        last = opening.partition(PROBE["assistant"])[2]
+        inner = self._probe("user", "assistant", "user").partition(PROBE["assistant"])[2]
+        differ = (at for at, (a, b) in enumerate(zip(last, inner, strict=False)) if a != b)
+        common = next(differ, min(len(last), len(inner)))
+        # In whole tokens: `<|end|>\n` is common to `<|end|>\n<|endoftext|>` and `<|end|>\n<|user|>`.
+        edges = self.tokenizer(last, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        end = last[: max((end for _, end in edges if end <= common), default=0)].rstrip() or last.rstrip()
+        return head, last[len(end) :]
+
+    def _with_system(self, messages: list[Message]) -> list[Message]:
+        """With prompt.system where there is none; where the template takes none, it opens the first user turn."""
+        if self.prompt.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.prompt.system}, *messages]
+        if messages[0]["role"] != "system" or self._takes_system:
+            return messages
+        system, user, *rest = messages
+        return [user | {"content": f"{system['content']}\n\n{user['content']}"}, *rest]
+
+    def _check_tools(self, messages: list[Message], tools: Sequence[Any] | None) -> None:
+        template = self._template(tools)
+        called = any(m.get("tool_calls") for m in messages)
+        if (tools and not re.search(r"\btools\b", template)) or (called and "tool_calls" not in template):
+            raise DatasetError(
+                "rows have tools, which the chat template doesn't render: name a base model whose template does, or give "
+                "prompt.template one.",
+                field=TEMPLATE_FIELD,
+                code="tools_not_rendered",
+            )
+
+    # --- which tokens are trained on ---
+
+    def _by_marks(
+        self, messages: list[Message], tools: Sequence[Any] | None, wanted: list[bool]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        out = self._apply(messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        input_ids, spoken = np.array(out["input_ids"], dtype=np.int32), np.array(out["assistant_masks"], dtype=bool)
+        if not all(wanted):
+            edges = np.flatnonzero(np.diff(spoken.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
+            if len(edges) != len(wanted):
+                raise RowRejected(
+                    f"{len(wanted)} assistant turns, {len(edges)} pieces between the template's {{% generation %}} marks: "
+                    "which to train on can't be told"
+                )
+            for (start, end), keep in zip(edges, wanted, strict=True):
+                spoken[start:end] = keep
+        return input_ids, spoken
+
+    def _by_prefixes(
+        self, messages: list[Message], tools: Sequence[Any] | None, wanted: list[bool]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        text = self._render(messages, tools)
         out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         input_ids = np.array(out["input_ids"], dtype=np.int32)
-        if self.train_on == "all":
-            return input_ids, np.ones(len(input_ids), dtype=bool)
-        spoken = np.zeros(len(input_ids), dtype=bool)
-        starts, ends = np.array(out["offset_mapping"]).reshape(-1, 2).T
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(messages[:i], add_generation_prompt=True)
-            after = self._render(messages[: i + 1])
-            if not text.startswith(after) or not after.startswith(before):
-                raise DatasetError(
-                    "the chat template rewrites earlier turns, so the assistant's tokens can't be told apart: give "
-                    "prompt.template one with {% generation %} marks.",
-                    field=TEMPLATE_FIELD,
-                    code="template_error",
-                )
-            # What follows the end-of-turn token (a line end) belongs to the layout, not to the answer.
-            spoken |= (starts >= len(before)) & (ends <= len(after.rstrip()))
+        starts, ends = np.array(out["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        everything = self.train_on == "all"  # then turns of weight 0 are taken out
+        spoken = np.full(len(input_ids), everything)
+        kept = self._kept(len(input_ids))
+        low, high = starts[kept].min(initial=len(text)), ends[kept].max(initial=0)
+        turns = [(i, w) for i, w in zip(_of_assistant(messages), wanted, strict=True) if w is not everything]
+        for i, is_wanted in turns if self.truncation == "right" else reversed(turns):
+            if (span := self._span(text, messages, i, tools)) is not None:
+                spoken[np.searchsorted(starts, span[0]) : np.searchsorted(ends, span[1], side="right")] = is_wanted
+                if span[1] >= high if self.truncation == "right" else span[0] <= low:
+                    break  # the turns from here on are cut off
         return input_ids, spoken
+
+    def _span(self, text: str, messages: list[Message], i: int, tools: Sequence[Any] | None) -> tuple[int, int] | None:
+        """Where in `text` the assistant's turn `i` is, from the end of its prompt to the end of its turn.
+
+        None where the template shows it otherwise than it was said. Raises DatasetError if it does so with the last one.
+        """
+        head, layout = self._frame
+        is_last = i == len(messages) - 1
+        before = self._render(messages[:i], tools, prompt=True)
+        turn = text if is_last else self._render(messages[: i + 1], tools)
+        if text.startswith(before) and turn.startswith(before):
+            said = turn.removesuffix(layout).rstrip()[len(before) :]
+            for shown in (said, said.removeprefix(head)):
+                if shown and text.startswith(shown, len(before)):
+                    return len(before), len(before) + len(shown)
+        if is_last:
+            raise DatasetError(
+                "the chat template rewrites earlier turns, or shows an answer otherwise than after its own prompt, so the "
+                "assistant's tokens can't be told apart: give prompt.template one with {% generation %} marks.",
+                field=TEMPLATE_FIELD,
+                code="template_error",
+            )
+        return None
+
+    def _kept(self, length: int) -> slice:
+        """Which tokens of a sample truncation keeps. Raises RowRejected."""
+        limit = self.prompt.max_length
+        if length > limit and self.truncation == "reject":
+            raise RowRejected(f"{length} tokens, more than max_length {limit}")
+        return slice(0, limit) if self.truncation == "right" else slice(max(0, length - limit), length)
 
     def _truncate(self, sample: Sample) -> Sample:
         limit, length = self.prompt.max_length, len(sample.input_ids)
-        if length > limit:
-            if self.truncation == "reject":
-                raise RowRejected(f"{length} tokens, more than max_length {limit}")
-            kept = slice(0, limit) if self.truncation == "right" else slice(length - limit, length)
-            sample = Sample(sample.input_ids[kept], sample.labels[kept])
+        kept = self._kept(length)
+        sample = Sample(sample.input_ids[kept], sample.labels[kept])
         if not sample.is_supervised:
             raise RowRejected(
                 f"no supervised token left after truncation to {limit} tokens" if length > limit else "nothing to learn from"
             )
         return sample
+
+
+def _of_assistant(messages: Sequence[Message]) -> list[int]:
+    return [i for i, m in enumerate(messages) if m["role"] == "assistant"]

@@ -1,0 +1,274 @@
+"""Which tokens are trained on, under the templates of the families that people train.
+
+The templates in templates/ are short versions of the published ones, with `{% generation %}` marks; each is tested with the marks
+and without, where turns are found by comparing renderings.
+"""
+
+import copy
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Sequence as SplitsInTurn
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+
+from train_loop.data.formats import RowRejected, to_conversation
+from train_loop.data.tokenize import ChatTokenizer
+from train_loop.errors import DatasetError
+from train_loop.spec import Prompt
+
+
+@dataclass(frozen=True)
+class Family:
+    """A template's name, the end of a turn, the tokens that it needs, and what it does in its own way."""
+
+    name: str
+    end: str
+    tokens: tuple[str, ...] = ("<|im_start|>", "<|im_end|>")
+    bos: str | None = None
+    eos: str | None = None
+    before: str = ""  # of an answer, inside its turn
+    last: str = ""  # of the last answer only
+    has_system: bool = True
+    has_tools: bool = False
+
+
+FAMILIES = [
+    Family(
+        "llama3",
+        "<|eot_id|>",
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        "<|begin_of_text|>",
+        "<|eot_id|>",
+        has_tools=True,
+    ),
+    Family("qwen2.5", "<|im_end|>", has_tools=True),
+    Family("qwen3", "<|im_end|>", last="<think>\n\n</think>\n\n", has_tools=True),
+    Family("gemma2", "<end_of_turn>", ("<start_of_turn>", "<end_of_turn>"), "<bos>", "<eos>", has_system=False),
+    Family(
+        "mistral",
+        "</s>",
+        ("[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+        "<s>",
+        "</s>",
+        before=" ",
+        has_system=False,
+        has_tools=True,
+    ),
+    Family("phi3", "<|end|>", ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), eos="<|endoftext|>"),
+    Family("phi4", "<|im_end|>", ("<|im_start|>", "<|im_sep|>", "<|im_end|>")),
+    Family("smollm2", "<|im_end|>", bos="<|im_start|>", eos="<|im_end|>"),
+]
+TALK = [
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "First answer."},
+    {"role": "user", "content": "Two?"},
+    {"role": "assistant", "content": "Second: <b>näïve</b>\n\n日本 🚢"},
+    {"role": "user", "content": "Three?"},
+    {"role": "assistant", "content": "Third."},
+]
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+CALL = {"role": "function_call", "content": '{"name": "weather", "arguments": {"city": "Łódź"}}'}
+TOOL_TALK = to_conversation(
+    {
+        "messages": [
+            {"role": "user", "content": "Is it warm?"},
+            CALL,
+            {"role": "tool", "content": "21 degrees"},
+            {"role": "assistant", "content": "It is warm."},
+        ],
+        "tools": TOOLS,
+    },
+    "openai",
+)
+
+
+BY_NAME = {f.name: f for f in FAMILIES}
+
+
+def only(*names):
+    """Run a test with these families' templates alone."""
+    return pytest.mark.parametrize("family", [BY_NAME[n] for n in names], indirect=True, ids=names)
+
+
+def unmarked(template):
+    """The same template without marks; an `if` keeps the blanks around them as they were."""
+    return re.sub(r"\bendgeneration\b", "endif", re.sub(r"(\{%-?) generation\b", r"\1 if true", template))
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda f: f.name, scope="module")
+def family(request, tokenizer):
+    return made_as(request.param, tokenizer)
+
+
+def made_as(one, tokenizer):
+    """The tiny tokenizer with the tokens and the template of a family."""
+    made = copy.deepcopy(tokenizer)
+    # Line ends are pieces of their own, as with the families' tokenizers: the text after a prompt doesn't move its tokens.
+    splits = [Split(Regex("\n+"), "isolated"), made.backend_tokenizer.pre_tokenizer]
+    made.backend_tokenizer.pre_tokenizer = SplitsInTurn(splits)
+    made.add_special_tokens({"additional_special_tokens": list(one.tokens)})
+    if one.bos:
+        made.add_special_tokens({"bos_token": one.bos})
+        # As the families' own tokenizers do: plain text gets its beginning from the tokenizer, a chat from the template.
+        bos = (one.bos, made.bos_token_id)
+        made.backend_tokenizer.post_processor = TemplateProcessing(single=f"{one.bos} $A", special_tokens=[bos])
+    if one.eos:
+        made.add_special_tokens({"eos_token": one.eos})
+    marked = (Path(__file__).parent / f"templates/{one.name}.jinja").read_text()
+    made.chat_template = unmarked(marked)
+    return SimpleNamespace(**vars(one), tokenizer=made, marked=marked)
+
+
+def encode(family, messages=TALK, *, tools=None, train_on="assistant", truncation="right", **prompt):
+    chat = ChatTokenizer(family.tokenizer, Prompt(**{"max_length": 4096} | prompt), truncation, train_on)
+    return chat.encode({"messages": messages} | ({"tools": tools} if tools else {}))
+
+
+def trained_text(family, sample):
+    return family.tokenizer.decode(sample.labels[sample.labels != -100])
+
+
+def said(family, messages):
+    *earlier, last = (m["content"] + family.end for m in messages if m["role"] == "assistant")
+    return "".join(family.before + answer for answer in (*earlier, family.last + last))
+
+
+def test_each_answer_and_its_end_of_turn_is_trained_on_and_nothing_else(family):
+    assert trained_text(family, encode(family)) == said(family, TALK)
+
+
+@pytest.mark.parametrize(
+    ("published", "like"),
+    [
+        *[("llama3", "llama3"), ("llama3_1", "llama3"), ("llama3_2", "llama3"), ("qwen2_5", "qwen2.5"), ("qwen3", "qwen3")],
+        *[("qwen3_instruct_2507", "qwen2.5"), ("gemma", "gemma2"), ("gemma3", "gemma2"), ("phi3", "phi3"), ("phi3_5", "phi3")],
+    ],
+)
+def test_the_published_templates_are_labelled_as_the_short_ones(tokenizer, published, like):
+    trl = find_spec("trl")  # which has copies of them
+    if trl is None:
+        pytest.skip("trl isn't installed")
+    family = made_as(BY_NAME[like], tokenizer)
+    family.tokenizer.chat_template = (Path(trl.origin).parent / f"chat_templates/{published}.jinja").read_text()
+    assert trained_text(family, encode(family)) == said(family, TALK)
+
+
+def test_marks_and_comparing_agree(family):
+    compared = encode(family)
+    marked = encode(family, template=family.marked)
+    np.testing.assert_array_equal(marked.input_ids, compared.input_ids)
+    np.testing.assert_array_equal(marked.labels, compared.labels)
+
+
+def test_the_prompt_of_every_answer_is_what_inference_renders(family):
+    sample = encode(family)
+    for i in (1, 3, 5):
+        prompt = family.tokenizer.apply_chat_template(TALK[:i], add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert sample.input_ids[: len(prompt)].tolist() == prompt
+        assert sample.labels[len(prompt)] != -100
+        assert sample.labels[len(prompt) - 1] == -100
+
+
+def test_there_is_one_beginning_of_sequence(family):
+    ids = encode(family).input_ids.tolist()
+    assert ids[:2] != [ids[0], ids[0]]
+    if family.bos not in (None, *family.tokens):
+        assert ids.count(family.tokenizer.bos_token_id) == 1
+        assert ids[0] == family.tokenizer.bos_token_id
+
+
+def test_the_last_answer_alone_and_weights(family):
+    _, last = said(family, TALK).split("日本 🚢" + family.end)
+    weighted = [m | {"loss": False} if i in (1, 3) else m for i, m in enumerate(TALK)]
+    for template in (None, family.marked):
+        assert trained_text(family, encode(family, train_on="last_assistant", template=template)) == last
+        assert trained_text(family, encode(family, weighted, template=template)) == last
+    everything = encode(family, train_on="all")
+    assert (everything.labels == everything.input_ids).all()
+    most = encode(family, weighted, train_on="all")
+    assert "First answer." not in trained_text(family, most)
+    assert "One?" in trained_text(family, most)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_system_prompt_reaches_the_model_also_where_the_template_has_no_such_role(family, own):
+    talk = [{"role": "system", "content": "Be brief."}, *TALK] if own else TALK
+    text = family.tokenizer.decode(encode(family, talk, system=None if own else "Be brief.").input_ids)
+    assert text.count("Be brief.") == 1
+    assert text.index("Be brief.") < text.index("One?")
+    assert ("Be brief.\n\nOne?" in text) is not family.has_system
+    assert trained_text(family, encode(family, talk, system="Be long.")) == said(family, TALK)
+
+
+@only("qwen2.5", "smollm2")
+def test_the_templates_own_system_message_is_for_rows_without_one(family):
+    default = {"qwen2.5": "You are Qwen", "smollm2": "You are SmolLM"}[family.name]
+    assert default in family.tokenizer.decode(encode(family).input_ids)
+    assert default not in family.tokenizer.decode(encode(family, system="Be brief.").input_ids)
+
+
+def test_tools_are_rendered_and_calls_trained_on_or_the_job_is_refused(family):
+    if not family.has_tools:
+        with pytest.raises(DatasetError, match="rows have tools, which the chat template doesn't render") as caught:
+            encode(family, **TOOL_TALK)
+        assert caught.value.code == "tools_not_rendered"
+        with pytest.raises(DatasetError):
+            encode(family, TOOL_TALK["messages"])  # calls, but no list of tools
+        return
+    for template in (None, family.marked):
+        sample = encode(family, **TOOL_TALK, template=template)
+        trained, text = trained_text(family, sample), family.tokenizer.decode(sample.input_ids)
+        assert text.index('"weather"') < text.index("Is it warm?" if family.name != "llama3" else "Łódź")
+        assert trained.count(family.end) == 2
+        assert trained.index('"weather"') < trained.index("Łódź") < trained.index("It is warm.")
+        assert "21 degrees" not in trained
+        assert "Is it warm?" not in trained
+        assert "21 degrees" in text
+
+
+@only("llama3")
+def test_a_row_that_the_template_refuses_is_rejected_in_its_words(family):
+    twice = to_conversation({"messages": [TALK[0], CALL, CALL]}, "openai")
+    with pytest.raises(RowRejected, match="the chat template refuses it: one call a turn"):
+        encode(family, twice["messages"])
+
+
+@only("qwen3")
+def test_thinking_is_trained_on_where_the_template_shows_it(family):
+    inline = [m | {"content": f"<think>\nHm {i}\n</think>\n\n{m['content']}"} if i % 2 else m for i, m in enumerate(TALK)]
+    apart = [m | {"reasoning_content": f"Hm {i}"} if i % 2 else m for i, m in enumerate(TALK)]
+    for talk in (inline, apart):
+        # Earlier turns are shown without the thinking that inference would have them start with: they carry no loss.
+        sample = encode(family, talk)
+        assert trained_text(family, sample) == "<think>\nHm 5\n</think>\n\nThird.<|im_end|>"
+        assert "First answer." in family.tokenizer.decode(sample.input_ids)
+
+
+words = st.text(st.sampled_from("ab .,\n日é🚢<|>{}%"), min_size=1, max_size=20).map(str.strip).filter(bool)
+talks = st.lists(st.tuples(words, words), min_size=1, max_size=4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(pairs=talks, limit=st.integers(16, 80), truncation=st.sampled_from(["right", "left"]))
+def test_any_conversation_is_trained_on_exactly_where_the_assistant_speaks(family, pairs, limit, truncation):
+    talk = [{"role": r, "content": c} for pair in pairs for r, c in zip(("user", "assistant"), pair, strict=True)]
+    whole = encode(family, talk)
+    assert len(whole.input_ids) == len(whole.labels)
+    assert trained_text(family, whole) == said(family, talk)
+    assert ((whole.labels == -100) | (whole.labels == whole.input_ids)).all()
+    try:
+        cut = encode(family, talk, max_length=limit, truncation=truncation)
+    except RowRejected:
+        return
+    kept = slice(0, limit) if truncation == "right" else slice(max(0, len(whole.labels) - limit), None)
+    np.testing.assert_array_equal(cut.input_ids, whole.input_ids[kept])
+    np.testing.assert_array_equal(cut.labels, whole.labels[kept])
