@@ -24,7 +24,7 @@ def plan_job(spec: JobSpec, settings: Settings, vault: SecretVault) -> dict[str,
     if details.secret_id is not None:
         keys = Credentials.from_secret(vault.reveal(spec.org, details.secret_id))
     anonymous = keys is None and details.ownership == "public"
-    source = filesystem_for(details.dataset_path, keys, details.region, anonymous=anonymous)
+    source, _ = filesystem_for(details.dataset_path, keys, details.region, anonymous=anonymous)
     hardware = _hardware(settings.profiles[spec.infra_config.gpu_type], spec.infra_config.num_workers)
     return make_plan(spec, Path(settings.model_mirror), hardware, source)
 

@@ -76,12 +76,12 @@ class RunFiles:
         """The run's file system and folder."""
         return filesystem_for(self.storage_uri, self.keys().storage)
 
-    def source(self, spec: JobSpec) -> tuple[FileSystem, str]:
-        """The dataset's file system and path."""
+    def source(self, spec: JobSpec) -> FileSystem:
+        """The dataset's file system."""
         details = spec.dataset_details
         keys = self.keys().dataset
         anonymous = keys is None and details.ownership == "public"
-        return filesystem_for(details.dataset_path, keys, details.region, anonymous=anonymous)
+        return filesystem_for(details.dataset_path, keys, details.region, anonymous=anonymous)[0]
 
 
 @dataclass(frozen=True)
@@ -187,8 +187,8 @@ def _attempt(
     on_phase("preparing_data")
     # Rows that an earlier attempt prepared were reachable: their storage is waited for like the run's own.
     been_here = "index.json" in list_files(storage, f"{run_path}/data")
-    source, path = files.source(spec)
-    found = find_files(spec.dataset_details, source, path, patience_s=None if been_here else FIRST_CONTACT_S)
+    source = files.source(spec)
+    found = find_files(spec, source, patience_s=None if been_here else FIRST_CONTACT_S)
     if (prepared := prepared_before(spec, found, storage, run_path)) is not None:
         on_event("prepared", f"{describe(prepared)}; prepared by an earlier attempt")
     else:
@@ -224,7 +224,7 @@ def _prepare_on_ray(
     return prepare_with_ray(
         spec,
         found,
-        open_source=lambda: files.source(spec)[0],
+        open_source=lambda: files.source(spec),
         open_storage=lambda: files.storage()[0],
         run_path=run_path,
         load_tokenizer=(lambda: _chat_tokenizer(spec, files.model_mirror)) if eager else None,

@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow.fs import LocalFileSystem
 
-from tests.conftest import rows
-from train_loop.data import jsonl
+from tests.conftest import DOCUMENTED, rows, with_fields
+from train_loop.data import parts
 from train_loop.data.prepare import prepare_local
 from train_loop.data.shards import PreparedDataset, ShardSet, split_bounds
 from train_loop.data.sources import Credentials, filesystem_for, find_files
 from train_loop.errors import DatasetError
-from train_loop.spec import DatasetDetails, JobSpec
+from train_loop.spec import JobSpec
 
 LOCAL = LocalFileSystem()
 
@@ -23,7 +23,7 @@ def prepare(job, tmp_path, lines):
     with open(path, "w") as out:
         out.writelines(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
     run = str(tmp_path / "run")
-    prepared = prepare_local(spec, LOCAL, find_files(spec.dataset_details, LOCAL, path), LOCAL, run, None)
+    prepared = prepare_local(spec, LOCAL, find_files(spec, LOCAL), LOCAL, run, None)
     assert PreparedDataset.from_json((tmp_path / "run/data/index.json").read_text()) == prepared
     return prepared, ShardSet.open(prepared, LOCAL, f"{run}/data", tmp_path / "cache")
 
@@ -33,7 +33,7 @@ def test_rejected_lines_have_their_numbers_whatever_the_ranges(local_job, tmp_pa
     job = local_job({"dataset_config.preprocessing.max_reject_ratio": 0.5})
     seen = []
     for size in (64, 1 << 20):
-        monkeypatch.setattr(jsonl.plan_ranges, "__defaults__", (size,))
+        monkeypatch.setattr(parts, "RANGE_BYTES", size)
         prepared, shards = prepare(job, tmp_path, lines)
         rejected = [json.loads(line) for line in (tmp_path / "run/rejected.jsonl").read_text().splitlines()]
         assert [(r["line"], r["reason"].split(":")[0]) for r in rejected] == [
@@ -94,6 +94,7 @@ def bucket(s3):
     ("path", "changes", "code"),
     [
         ("s3://tuneyard/ds/missing.jsonl", {}, "object_not_found"),
+        ("s3://tuneyard/missing/", {}, "object_not_found"),
         ("s3://no-such-bucket/rows.jsonl", {}, "bucket_not_found"),
         ("s3://tuneyard/ds/empty.jsonl", {}, "dataset_empty"),
         ("s3://tuneyard/ds/rows.jsonl", {"secret_access_key": "wrong"}, "storage_access_denied"),
@@ -108,9 +109,9 @@ def test_storage_errors_say_what_to_mend_and_no_key(bucket, path, changes, code)
         "endpoint_url": bucket.endpoint_url,
     }
     keys = Credentials.from_secret(secret | changes)
-    details = DatasetDetails(dataset_path=path, secret_id="x")
+    spec = JobSpec.model_validate(with_fields(DOCUMENTED, {"dataset_details.dataset_path": path}))
     with pytest.raises(DatasetError) as caught:
-        find_files(details, *filesystem_for(path, keys))
+        find_files(spec, filesystem_for(path, keys)[0])
     assert caught.value.code == code
     assert bucket.secret_access_key not in caught.value.message + repr(keys)
     assert bucket.access_key_id not in caught.value.message + repr(keys)

@@ -21,7 +21,6 @@ def test_null_means_the_default():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("dataset_config.split", {"type": "file", "eval_path": "s3://bucket/eval.jsonl"}),
         ("model_details.revision", "main"),
         ("model_details.quantization.quant_bits", 8),
         ("train_config.type", "dpo"),
@@ -34,9 +33,7 @@ def test_null_means_the_default():
         ("train_config.adapter_config.use_dora", True),
         ("train_config.adapter_config.init", "pissa"),
         ("train_config.adapter_config.modules_to_save", ["lm_head"]),
-        ("dataset_details.dataset_type", "parquet"),
         ("dataset_details.dataset_format", "alpaca"),
-        ("dataset_details.dataset_path", "s3://bucket/prefix/"),
     ],
 )
 def test_what_is_not_built_yet_is_refused_by_name(field, value):

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from pyarrow import fs as pafs
 
 from train_loop.errors import DatasetError, RunFault
-from train_loop.spec import DatasetDetails
+from train_loop.spec import FileSplit, JobSpec
 from train_loop.storage import DENIED, NO_BUCKET, NO_OBJECT, patiently
 
 CONNECT_TIMEOUT_S = 5
 REQUEST_TIMEOUT_S = 20
 FIRST_CONTACT_S = 90  # an outage of the dataset's storage that is waited for before its address is taken to be wrong
 PATH = "dataset_details.dataset_path"
+EVAL_PATH = "dataset_config.split.eval_path"
+SUFFIXES = {
+    "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"),
+    "json": (".json", ".json.gz", ".json.zst"),
+    "parquet": (".parquet",),
+}
 SECRET = "dataset_details.secret_id"
 
 
@@ -38,12 +44,17 @@ class Credentials:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One object of a dataset. `path` is its name in the file system, `modified` an ISO 8601 time."""
+    """One object of a dataset. `path` is its name in the file system, `modified` an ISO 8601 time.
+
+    `name` is what tells it from the dataset's other files: its path below their prefix; "" where there is just one.
+    """
 
     path: str
     uri: str
     size_bytes: int
     modified: str
+    name: str = ""
+    is_eval: bool = False  # its rows are for evaluation only
 
 
 def filesystem_for(
@@ -51,7 +62,7 @@ def filesystem_for(
 ) -> tuple[pafs.FileSystem, str]:
     """The file system of `uri` and the path in it. Without credentials S3 uses the machine's own (role, profile)."""
     if not uri.startswith("s3://"):
-        return pafs.LocalFileSystem(), str(Path(uri.removeprefix("file://")).absolute())
+        return pafs.LocalFileSystem(), path_of(uri)
     options: dict[str, object] = {
         "connect_timeout": CONNECT_TIMEOUT_S,
         "request_timeout": REQUEST_TIMEOUT_S,
@@ -69,17 +80,24 @@ def filesystem_for(
             options |= {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme}
     elif anonymous:
         options["anonymous"] = True
-    return pafs.S3FileSystem(**options), uri.removeprefix("s3://")
+    return pafs.S3FileSystem(**options), path_of(uri)
 
 
-def explain(error: BaseException | None, uri: str) -> DatasetError:
+def path_of(uri: str) -> str:
+    """The path in its file system."""
+    if uri.startswith("s3://"):
+        return uri.removeprefix("s3://").rstrip("/")
+    return str(Path(uri.removeprefix("file://")).absolute())
+
+
+def explain(error: BaseException | None, uri: str, field: str = PATH) -> DatasetError:
     """The storage error as a sentence for the owner of `uri`: which thing is wrong, and how to mend it."""
-    text = str(error)
+    text, name = str(error), field.rpartition(".")[2]
     bucket = uri.removeprefix("s3://").partition("/")[0]
     if any(s in text for s in NO_BUCKET):
         return DatasetError(
-            f"bucket {bucket} doesn't exist: correct dataset_path ({uri}) or create the bucket.",
-            field=PATH,
+            f"bucket {bucket} doesn't exist: correct {name} ({uri}) or create the bucket.",
+            field=field,
             code="bucket_not_found",
         )
     if isinstance(error, PermissionError) or any(s in text for s in DENIED):
@@ -91,46 +109,86 @@ def explain(error: BaseException | None, uri: str) -> DatasetError:
         )
     if isinstance(error, FileNotFoundError) or any(s in text for s in NO_OBJECT):
         return DatasetError(
-            f"there is no object at {uri}: correct dataset_path or upload the file.",
-            field=PATH,
+            f"there is no object at {uri}: correct {name} or upload the file.",
+            field=field,
             code="object_not_found",
         )
     if isinstance(error, TimeoutError) or any(s in text for s in ("NETWORK_CONNECTION", "curlCode", "timed out", "Timeout")):
         return DatasetError(
             f"the storage of {uri} can't be reached: check the endpoint_url of the secret and that the storage is up.",
-            field=PATH,
+            field=field,
             code="storage_unreachable",
         )
-    return DatasetError(f"{uri} can't be read: {type(error).__name__}.", field=PATH, code="storage_error")
+    return DatasetError(f"{uri} can't be read: {type(error).__name__}.", field=field, code="storage_error")
 
 
-def find_files(details: DatasetDetails, filesystem: pafs.FileSystem, path: str, patience_s: float | None = 0) -> list[SourceFile]:
-    """The dataset's files. Raises DatasetError, with a code of its own for each cause.
+def find_files(spec: JobSpec, filesystem: pafs.FileSystem, patience_s: float | None = 0) -> list[SourceFile]:
+    """The dataset's files in name order, after them those that are for evaluation only.
 
-    An outage is waited out for `patience_s` (None: as long as for the run's own storage, then RunFault).
+    Raises DatasetError, with a code of its own for each cause. An outage is waited out for `patience_s` (None: as long as for
+    the run's own storage, then RunFault).
     """
-    uri = details.dataset_path
+    details, split = spec.dataset_details, spec.dataset_config.split
+    found = _files_at(details.dataset_path, PATH, details.dataset_type, filesystem, patience_s)
+    if not isinstance(split, FileSplit):
+        return found
+    held_out = _files_at(split.eval_path, EVAL_PATH, details.dataset_type, filesystem, patience_s)
+    paths = {f.path for f in held_out}
+    found = [f for f in found if f.path not in paths]
+    if not found:
+        raise DatasetError(
+            f"{split.eval_path} holds all of {details.dataset_path}: nothing is left to train on.",
+            field=EVAL_PATH,
+            code="dataset_empty",
+        )
+    return found + [replace(f, is_eval=True) for f in held_out]
 
-    def look() -> pafs.FileInfo:
+
+def _files_at(uri: str, field: str, dataset_type: str, filesystem: pafs.FileSystem, patience_s: float | None) -> list[SourceFile]:
+    path = path_of(uri)
+
+    def look() -> list[pafs.FileInfo]:
         info = filesystem.get_file_info(path)
         if info.type == pafs.FileType.NotFound:
             _check_bucket(filesystem, path, uri)
             raise FileNotFoundError(uri)
-        return info
+        if info.type == pafs.FileType.File and not uri.endswith("/"):
+            return [info]
+        return [i for i in filesystem.get_file_info(pafs.FileSelector(path, recursive=True)) if i.type == pafs.FileType.File]
 
     try:
-        info = patiently(look, f"looking for {uri}", patience_s)
+        there = patiently(look, f"looking for {uri}", patience_s)
     except OSError as error:
-        raise explain(error, uri) from None
+        raise explain(error, uri, field) from None
     except RunFault as fault:
         if patience_s is None:
             raise
-        raise explain(fault.__cause__, uri) from None
-    if info.type != pafs.FileType.File:
-        raise DatasetError(f"{uri} is a folder: name one object.", field=PATH, code="object_not_found")
-    if info.size == 0:
-        raise DatasetError(f"{uri} is empty: it has no rows to train on.", field=PATH, code="dataset_empty")
-    return [SourceFile(path, uri, info.size, info.mtime.isoformat() if info.mtime else "")]
+        raise explain(fault.__cause__, uri, field) from None
+    one = [i.path for i in there] == [path]
+    suffixes = SUFFIXES[dataset_type]
+    of_type = there if one else [i for i in there if i.path.endswith(suffixes) and not _is_hidden(i.path[len(path) :])]
+    if not of_type:
+        kinds = ", ".join(suffixes)
+        raise DatasetError(f"{uri} holds no file that ends in {kinds}.", field=field, code="object_not_found")
+    files = [
+        SourceFile(
+            path=i.path,
+            uri=uri if one else f"{uri.rstrip('/')}{i.path[len(path) :]}",
+            size_bytes=i.size,
+            modified=i.mtime.isoformat() if i.mtime else "",
+            name="" if one else i.path[len(path) + 1 :],
+        )
+        for i in of_type
+        if i.size > 0
+    ]
+    if not files:
+        raise DatasetError(f"{uri} is empty: it has no rows to train on.", field=field, code="dataset_empty")
+    return sorted(files, key=lambda f: f.name)
+
+
+def _is_hidden(path: str) -> bool:
+    """Whether it is one of those that tools leave beside data (_SUCCESS, .part)."""
+    return any(part.startswith((".", "_")) for part in path.split("/"))
 
 
 def _check_bucket(filesystem: pafs.FileSystem, path: str, uri: str) -> None:
