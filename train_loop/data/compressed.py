@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".gz", ".zst")
 GZIP = 31  # zlib's name of the format
+GZIP_MAGIC = b"\x1f"
 GZIP_OUT_BYTES = 256 << 10
 # zstandard gives all that its input holds at once, and a kilobyte may hold 40 MB.
 ZSTD_IN_BYTES = 1 << 10
@@ -49,11 +51,13 @@ def _gunzip(raw: Iterable[bytes]) -> Iterator[bytes]:
         while data:
             if any_done and not begun and not (data := data.lstrip(b"\0")):
                 break  # padding
+            before = member.copy()
             try:
                 out = member.decompress(data, GZIP_OUT_BYTES)
             except zlib.error:
-                if not any_done and not begun:
+                if not any_done and not begun and data[:1] != GZIP_MAGIC:
                     raise WrongType("it isn't gzip data") from None
+                yield from _up_to_the_damage(before, data)
                 raise Damaged("the gzip data is damaged from here on") from None
             begun = True
             if out:
@@ -66,6 +70,14 @@ def _gunzip(raw: Iterable[bytes]) -> Iterator[bytes]:
             yield out
         if not member.eof:
             raise Damaged("the file ends within its gzip data")
+
+
+def _up_to_the_damage(member: Any, data: bytes) -> Iterator[bytes]:
+    """What a call that failed had read by then."""
+    with contextlib.suppress(zlib.error):
+        for i in range(len(data)):
+            if out := member.decompress(data[i : i + 1]):
+                yield out
 
 
 def _unzstd(raw: Iterable[bytes]) -> Iterator[bytes]:
