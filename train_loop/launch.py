@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, Any
 from train_loop.context import LocalContext, Monitor, RayContext
 from train_loop.data.prepare import prepare_local, prepared_before
 from train_loop.data.shards import PreparedDataset
-from train_loop.data.sources import FIRST_CONTACT_S, Credentials, SourceFile, filesystem_for, find_files
+from train_loop.data.sources import (
+    FIRST_CONTACT_S,
+    Credentials,
+    DatasetKeys,
+    SourceFile,
+    dataset_filesystem,
+    filesystem_for,
+    find_files,
+)
 from train_loop.errors import Cause, RunFault, Stopped, UserError
 from train_loop.export import verify
 from train_loop.faults import classified
@@ -60,7 +68,7 @@ class Placement:
 class Keys:
     """Credentials of a run. They travel from the monitor to who needs them, and are never part of a plan or config."""
 
-    dataset: Credentials | None = None
+    dataset: DatasetKeys | None = None
     storage: Credentials | None = None
 
 
@@ -78,10 +86,7 @@ class RunFiles:
 
     def source(self, spec: JobSpec) -> FileSystem:
         """The dataset's file system."""
-        details = spec.dataset_details
-        keys = self.keys().dataset
-        anonymous = keys is None and details.ownership == "public"
-        return filesystem_for(details.dataset_path, keys, details.region, anonymous=anonymous)[0]
+        return dataset_filesystem(spec.dataset_details, self.keys().dataset)
 
 
 @dataclass(frozen=True)

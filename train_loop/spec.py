@@ -285,7 +285,7 @@ class DatasetDetails(Section):
         Literal["sharegpt", "openai", "alpaca", "prompt_completion", "text", "preference", "auto"],
         OnlyYet("sharegpt", "openai"),
     ] = Field("sharegpt", description="Shape of a row.")
-    source_type: Annotated[Literal["s3", "gcs", "hf", "local"], NotYet("gcs", "hf")] = Field(
+    source_type: Literal["s3", "gcs", "hf", "local"] = Field(
         "s3", description="Where the dataset lives; local is a path, for runs without the service."
     )
     ownership: Literal["public", "private"] = Field("private", description="private s3 and gcs need secret_id.")
@@ -293,7 +293,7 @@ class DatasetDetails(Section):
         None,
         min_length=1,
         max_length=640,
-        description="Secret that opens the bucket: of POST /secret/, or an ARN of AWS Secrets Manager that the operator allows.",
+        description="Secret that opens the dataset: of POST /secret/, or an ARN of AWS Secrets Manager that the operator allows.",
     )
     region: str | None = Field(None, max_length=64, description="AWS region of the bucket.")
 

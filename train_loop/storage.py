@@ -40,6 +40,9 @@ DENIED = (
     "Signature",
     "INVALID_CLIENT_TOKEN",
     "HTTP status 403",
+    # Google's
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
 )
 NO_BUCKET = ("NO_SUCH_BUCKET", "NoSuchBucket", "bucket does not exist")
 NO_OBJECT = ("NO_SUCH_KEY", "HTTP status 404")

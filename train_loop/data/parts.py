@@ -35,6 +35,7 @@ class Part:
     start: int
     end: int
     row_group: int | None = None
+    block_bytes: int = RANGE_BYTES  # held in memory at a time
 
 
 def plan_parts(filesystem: FileSystem, files: Sequence[SourceFile], dataset_type: str) -> list[Part]:
@@ -43,7 +44,7 @@ def plan_parts(filesystem: FileSystem, files: Sequence[SourceFile], dataset_type
     for file_index, file in enumerate(files):
 
         def add(start: int, end: int, row_group: int | None = None, at: int = file_index) -> None:
-            parts.append(Part(len(parts), at, files[at], dataset_type, start, end, row_group))
+            parts.append(Part(len(parts), at, files[at], dataset_type, start, end, row_group, RANGE_BYTES))
 
         if dataset_type == "parquet":
             first = 0

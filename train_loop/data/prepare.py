@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from train_loop.data import parts
 from train_loop.data.formats import RowRejected, to_conversation
 from train_loop.data.lines import Line, blocks
 from train_loop.data.parts import Part, plan_parts, read_part
@@ -253,7 +252,7 @@ def prepare_part(
 
     def go_on() -> None:
         # After an outage the part is read again, up to where it was.
-        for lines in islice(blocks(read_part(source, part), parts.RANGE_BYTES), len(done), None):
+        for lines in islice(blocks(read_part(source, part), part.block_bytes), len(done), None):
             table, summary = parse_block(lines, part, len(done), spec, chat)
             done.append(_save(storage, run_path, table, summary))
 
