@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train_loop.context import LocalContext, Monitor, RayContext
-from train_loop.data.prepare import prepare_local, prepared_before
+from train_loop.data.cache import cache_key, fetch, publish
+from train_loop.data.prepare import preparation_key, prepare_local, prepared_before
 from train_loop.data.shards import PreparedDataset
 from train_loop.data.sources import (
     FIRST_CONTACT_S,
@@ -196,8 +197,11 @@ def _attempt(
     found = find_files(spec, source, patience_s=None if been_here else FIRST_CONTACT_S)
     if (prepared := prepared_before(spec, found, storage, run_path)) is not None:
         on_event("prepared", f"{describe(prepared)}; prepared by an earlier attempt")
+    elif (prepared := fetch(storage, run_path, key := _cache_key(spec, found, files))) is not None:
+        on_event("prepared", f"{describe(prepared)}; prepared by another job")
     else:
         prepared = prepare(source, found, run_path)
+        publish(storage, run_path, key, prepared)
         on_event("prepared", describe(prepared))
 
     outcome = read_json(storage, f"{run_path}/{OUTCOME}")
@@ -206,6 +210,14 @@ def _attempt(
     if outcome["stopped"]:
         raise Stopped
     return _finish(spec, request_id, files, prepared, outcome, storage, run_path)
+
+
+def _cache_key(spec: JobSpec, found: list[SourceFile], files: RunFiles) -> str:
+    from train_loop.model.load import model_folder
+
+    lazy = spec.dataset_config.preprocessing.lazy_tokenize
+    tokenizer = None if lazy else model_folder(spec.model_details, Path(files.model_mirror), weights=False)
+    return cache_key(preparation_key(spec, found), tokenizer)
 
 
 def _finished(storage: FileSystem, run_path: str, request_id: str) -> dict[str, Any] | None:

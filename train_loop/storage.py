@@ -154,6 +154,15 @@ def download_file(storage: FileSystem, path: str, local: Path) -> None:
     patiently(copy, f"reading {path}")
 
 
+def copy_object(storage: FileSystem, source: str, path: str) -> None:
+    """Make or replace an object by a copy of another one (a file by a second name of it). Raises OSError when there is none."""
+    from pyarrow.fs import LocalFileSystem
+
+    # Files are replaced and never changed, so that two names can share one.
+    copy = os.link if isinstance(storage, LocalFileSystem) else storage.copy_file
+    patiently(lambda: _whole(storage, path, lambda to: copy(source, to)), f"writing {path}")
+
+
 def upload_folder(folder: Path, storage: FileSystem, path: str) -> list[dict[str, Any]]:
     """Copy the files of a local folder under `path`; return their name, size_bytes and sha256, by name."""
     files = []

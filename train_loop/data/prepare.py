@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from train_loop.data.tokenize import ChatTokenizer
 
 INDEX = "index.json"  # written last
+REJECTED = "rejected.jsonl"
 EXCERPT_CHARS = 200
 MAX_EVAL_LINES = 10_000
 MAX_LISTED = 1_000  # rejected rows of a block: a file that is all wrong mustn't fill the memory
@@ -275,7 +276,7 @@ def finish(
     ordered = sorted(summaries, key=lambda s: (s.part, s.block))
     rejected = rejected_lines(files, ordered)
     lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected)
-    write_bytes(storage, f"{run_path}/rejected.jsonl", lines.encode(errors="replace"))
+    write_bytes(storage, f"{run_path}/{REJECTED}", lines.encode(errors="replace"))
     prepared = assemble(spec, files, ordered, rejected)
     write_bytes(storage, f"{run_path}/data/{INDEX}", prepared.to_json().encode())
     return prepared
@@ -288,7 +289,7 @@ def preparation_key(spec: JobSpec, files: Sequence[SourceFile]) -> str:
         "layout": LAYOUT,
         "dataset_type": spec.dataset_details.dataset_type,
         "dataset_format": spec.dataset_details.dataset_format,
-        "base_model": spec.model_details.base_model,
+        "base_model": None if spec.dataset_config.preprocessing.lazy_tokenize else spec.model_details.base_model,
         "seed": spec.train_config.hyperparameters.seed,
         "files": [asdict(f) for f in files],
         "version": version("tuneyard"),
