@@ -27,7 +27,7 @@ from serve_app.settings import Settings
 from serve_app.storage import run_uri, storage_credentials
 from serve_app.store.jobs import Job, JobStore, StaleAttempt
 from serve_app.store.journal import Notes
-from train_loop.data.sources import Credentials
+from train_loop.data.sources import dataset_keys
 from train_loop.errors import Cause, RunFault, Stopped, UserError
 from train_loop.hang import StepClock
 from train_loop.launch import ActorMonitor, Keys, Placement, RunFiles, launch
@@ -189,11 +189,12 @@ class JobActor:
         settings, details = self.settings, self.spec.dataset_details
         dataset = None
         if details.secret_id is not None:
-            dataset = Credentials.from_secret(self._vault.reveal(self.job.org_id, details.secret_id))
+            data = self._vault.reveal(self.job.org_id, details.secret_id, details.source_type)
+            dataset = dataset_keys(details.source_type, data)
         keys = Keys(dataset=dataset, storage=storage_credentials(settings))
         for found in (keys.dataset, keys.storage):
             if found is not None:
-                self.redactor.hide(found.access_key_id, found.secret_access_key, found.session_token)
+                self.redactor.hide(*found.values())
         return keys
 
     @cached_property

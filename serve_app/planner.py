@@ -8,7 +8,7 @@ from typing import Any
 from serve_app.secrets import SecretVault
 from serve_app.settings import Profile, Settings
 from serve_app.store.jobs import JobStore
-from train_loop.data.sources import Credentials, filesystem_for
+from train_loop.data.sources import dataset_filesystem, dataset_keys
 from train_loop.errors import UserError
 from train_loop.spec import JobSpec
 
@@ -22,9 +22,8 @@ def plan_job(spec: JobSpec, settings: Settings, vault: SecretVault) -> dict[str,
     details = spec.dataset_details
     keys = None
     if details.secret_id is not None:
-        keys = Credentials.from_secret(vault.reveal(spec.org, details.secret_id))
-    anonymous = keys is None and details.ownership == "public"
-    source = filesystem_for(details.dataset_path, keys, details.region, anonymous=anonymous)
+        keys = dataset_keys(details.source_type, vault.reveal(spec.org, details.secret_id, details.source_type))
+    source = dataset_filesystem(details, keys)
     hardware = _hardware(settings.profiles[spec.infra_config.gpu_type], spec.infra_config.num_workers)
     return make_plan(spec, Path(settings.model_mirror), hardware, source)
 

@@ -160,7 +160,8 @@ TYPES: dict[str, tuple[type[SecretData], ...]] = {
     "hf": (HfToken,),
     "s3": (S3Keys,),
 }
-OPENS_S3 = ("aws", "s3")
+# The types that open a dataset of each source_type.
+OPENS = {"s3": ("aws", "s3"), "gcs": ("gcs",), "hf": ("hf",)}
 
 
 def data_schema() -> dict[str, Any]:

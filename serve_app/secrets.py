@@ -15,7 +15,7 @@ from cryptography.fernet import Fernet, InvalidToken
 from serve_app import endpoints
 from serve_app.aws import SECRET_ID, AwsIdentity, is_arn, is_listed, may_name
 from serve_app.errors import ApiError, field_error, invalid
-from serve_app.secret_types import OPENS_S3, AwsKeys, AwsRole, S3Keys, SecretData, parse
+from serve_app.secret_types import OPENS, AwsKeys, AwsRole, GcsServiceAccount, HfToken, S3Keys, SecretData, parse
 from serve_app.settings import Settings
 from serve_app.store.jobs import JobStore
 from serve_app.store.tables import secrets
@@ -113,10 +113,19 @@ class SecretVault:
         """Whether the operator lets this org name this secret of AWS Secrets Manager. Whether there is one isn't asked."""
         return may_name(org_id, arn, self._allowed_arns)
 
-    def reveal(self, org_id: str, secret_id: str) -> dict[str, str]:
-        """The keys to use now, for the job actor only: of a role, temporary ones. Raises DatasetError."""
+    def reveal(self, org_id: str, secret_id: str, source_type: str = "s3") -> dict[str, str]:
+        """The keys with which to open a dataset of this source_type now, for the job actor only: of a role, temporary ones.
+
+        Raises DatasetError.
+        """
         data = self._fetch(org_id, secret_id) if is_arn(secret_id) else self._stored(org_id, secret_id)
         match data:
+            case GcsServiceAccount() if source_type == "gcs":
+                return data.values()
+            case HfToken() if source_type == "hf":
+                return data.values()
+            case _ if source_type != "s3":
+                pass
             case AwsRole() if not is_listed(org_id, data.role_arn, self._allowed_roles):
                 listed = f"the operator's list (TUNEYARD_ALLOWED_ROLE_ARNS) doesn't let this org use {data.role_arn}."
                 raise _error("role_not_allowed", listed)
@@ -127,7 +136,8 @@ class SecretVault:
                 raise _error("endpoint_refused", f"the endpoint {host} of this secret may not be used here.")
             case AwsKeys() | S3Keys():
                 return data.values()
-        raise _error("secret_wrong_type", f"this secret doesn't open an s3 dataset: name one of type {' or '.join(OPENS_S3)}.")
+        wanted = " or ".join(OPENS[source_type])
+        raise _error("secret_wrong_type", f"this secret doesn't open a dataset of {source_type}: name one of type {wanted}.")
 
     def _fetch(self, org_id: str, arn: str) -> SecretData:
         if not self.may_name(org_id, arn):

@@ -111,6 +111,9 @@ class Settings(BaseSettings):
         "refused. Default yes, but not embedded.",
     )
     data_cpus: float = Field(1.0, gt=0, description="CPUs of one data preparation task.")
+    data_cache_bytes: int = Field(
+        100 << 30, ge=0, description="Prepared rows kept for later jobs of their org, in bytes; the least recently used go first."
+    )
     status_timeout_s: float = Field(1.0, gt=0, description="How long a status query waits for the job actor, in seconds.")
     cancel_grace_s: float = Field(60, ge=0, description="Seconds a canceled job has to save before it is ended.")
     heartbeat_timeout_s: float = Field(60, gt=0, description="Seconds of silence after which a job actor counts as dead.")

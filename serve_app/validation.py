@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from serve_app.aws import is_arn
 from serve_app.errors import field_error, invalid, validation_errors
-from serve_app.secret_types import OPENS_S3
+from serve_app.secret_types import OPENS
 from serve_app.secrets import Secret, SecretVault
 from serve_app.settings import Settings
 from train_loop.errors import DatasetError
@@ -105,9 +105,11 @@ def _dataset_secret(spec: JobSpec, vault: SecretVault) -> tuple[Secret | None, l
         return None, [field_error(field, error.message)]
     if secret is None:
         return None, [field_error(field, unknown)]
-    if spec.dataset_details.source_type == "s3" and secret.type not in OPENS_S3:
-        message = f"this secret is of type {secret.type}, and an s3 dataset needs one of type {' or '.join(OPENS_S3)}"
-        return None, [field_error(field, message, allowed=list(OPENS_S3))]
+    source_type = spec.dataset_details.source_type
+    opens = OPENS.get(source_type, ())
+    if secret.type not in opens:
+        message = f"this secret is of type {secret.type}, and a dataset of {source_type} needs one of type {' or '.join(opens)}"
+        return None, [field_error(field, message, allowed=list(opens))]
     return secret, []
 
 

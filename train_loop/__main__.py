@@ -1,6 +1,7 @@
 """`python -m train_loop job.json`: the same job without the service, on Ray or (`--local`) in this process.
 
-Bucket keys come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, ...): there is no vault here.
+Keys come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS,
+HF_TOKEN, ...): there is no vault here.
 """
 
 from __future__ import annotations
@@ -119,27 +120,33 @@ class Console:
         print(text, file=sys.stderr, flush=True)  # noqa: T201 - a console
 
 
-def _keys_from_environment() -> Any:
-    from train_loop.data.sources import Credentials
+def _keys_from_environment(spec: JobSpec) -> Any:
+    from train_loop.data.sources import Credentials, GoogleKey, HubToken
     from train_loop.launch import Keys
 
     env = os.environ
-    if "AWS_ACCESS_KEY_ID" not in env or "AWS_SECRET_ACCESS_KEY" not in env:
-        return Keys()
-    keys = Credentials(
-        access_key_id=env["AWS_ACCESS_KEY_ID"],
-        secret_access_key=env["AWS_SECRET_ACCESS_KEY"],
-        session_token=env.get("AWS_SESSION_TOKEN"),
-        endpoint_url=env.get("AWS_ENDPOINT_URL"),
-        region=env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION"),
-    )
-    return Keys(dataset=keys, storage=keys)
+    keys: Any = None
+    if "AWS_ACCESS_KEY_ID" in env and "AWS_SECRET_ACCESS_KEY" in env:
+        keys = Credentials(
+            access_key_id=env["AWS_ACCESS_KEY_ID"],
+            secret_access_key=env["AWS_SECRET_ACCESS_KEY"],
+            session_token=env.get("AWS_SESSION_TOKEN"),
+            endpoint_url=env.get("AWS_ENDPOINT_URL"),
+            region=env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION"),
+        )
+    dataset: Any = keys
+    if spec.dataset_details.source_type == "gcs":
+        path = env.get("GOOGLE_APPLICATION_CREDENTIALS")
+        dataset = GoogleKey(Path(path).read_text()) if path else None
+    elif spec.dataset_details.source_type == "hf":
+        dataset = HubToken(env["HF_TOKEN"]) if env.get("HF_TOKEN") else None
+    return Keys(dataset=dataset, storage=keys)
 
 
 def _run_local(spec: JobSpec, request_id: str, uri: str, mirror: str) -> dict[str, Any]:
     from train_loop.launch import RunFiles, launch_local
 
-    keys = _keys_from_environment()
+    keys = _keys_from_environment(spec)
     return launch_local(spec, request_id, RunFiles(uri, mirror, lambda: keys), Console(keys))
 
 
@@ -153,7 +160,7 @@ def _run_on_ray(spec: JobSpec, request_id: str, uri: str, mirror: str) -> dict[s
         ray.init(logging_level="warning", dashboard_host="127.0.0.1", namespace="tuneyard-cli")
     name = f"run-{request_id}"
     namespace = ray.get_runtime_context().namespace
-    monitor = ray.remote(num_cpus=0)(Console).options(name=name).remote(_keys_from_environment())
+    monitor = ray.remote(num_cpus=0)(Console).options(name=name).remote(_keys_from_environment(spec))
     found = ActorMonitor(name, namespace)
     gpus = spec.infra_config.gpu_type != "cpu" and ray.cluster_resources().get("GPU", 0) >= spec.infra_config.num_workers
     share = ray.cluster_resources().get("CPU", 1) / (2 * spec.infra_config.num_workers)

@@ -18,9 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train_loop.context import LocalContext, Monitor, RayContext
-from train_loop.data.prepare import prepare_local, prepared_before
+from train_loop.data.cache import cache_key, fetch, publish
+from train_loop.data.prepare import preparation_key, prepare_local, prepared_before
 from train_loop.data.shards import PreparedDataset
-from train_loop.data.sources import FIRST_CONTACT_S, Credentials, SourceFile, filesystem_for, find_files
+from train_loop.data.sources import (
+    FIRST_CONTACT_S,
+    Credentials,
+    DatasetKeys,
+    SourceFile,
+    dataset_filesystem,
+    filesystem_for,
+    find_files,
+)
 from train_loop.errors import Cause, RunFault, Stopped, UserError
 from train_loop.export import verify
 from train_loop.faults import classified, machine_lost
@@ -61,7 +70,7 @@ class Placement:
 class Keys:
     """Credentials of a run. They travel from the monitor to who needs them, and are never part of a plan or config."""
 
-    dataset: Credentials | None = None
+    dataset: DatasetKeys | None = None
     storage: Credentials | None = None
 
 
@@ -77,12 +86,9 @@ class RunFiles:
         """The run's file system and folder."""
         return filesystem_for(self.storage_uri, self.keys().storage)
 
-    def source(self, spec: JobSpec) -> tuple[FileSystem, str]:
-        """The dataset's file system and path."""
-        details = spec.dataset_details
-        keys = self.keys().dataset
-        anonymous = keys is None and details.ownership == "public"
-        return filesystem_for(details.dataset_path, keys, details.region, anonymous=anonymous)
+    def source(self, spec: JobSpec) -> FileSystem:
+        """The dataset's file system."""
+        return dataset_filesystem(spec.dataset_details, self.keys().dataset)
 
 
 @dataclass(frozen=True)
@@ -194,12 +200,15 @@ def _attempt(
     on_phase("preparing_data")
     # Rows that an earlier attempt prepared were reachable: their storage is waited for like the run's own.
     been_here = "index.json" in list_files(storage, f"{run_path}/data")
-    source, path = files.source(spec)
-    found = find_files(spec.dataset_details, source, path, patience_s=None if been_here else FIRST_CONTACT_S)
+    source = files.source(spec)
+    found = find_files(spec, source, patience_s=None if been_here else FIRST_CONTACT_S)
     if (prepared := prepared_before(spec, found, storage, run_path)) is not None:
         on_event("prepared", f"{describe(prepared)}; prepared by an earlier attempt")
+    elif (prepared := fetch(storage, run_path, key := _cache_key(spec, found, files))) is not None:
+        on_event("prepared", f"{describe(prepared)}; prepared by another job")
     else:
         prepared = prepare(source, found, run_path)
+        publish(storage, run_path, key, prepared)
         on_event("prepared", describe(prepared))
 
     outcome = read_json(storage, f"{run_path}/{OUTCOME}")
@@ -208,6 +217,14 @@ def _attempt(
     if outcome["stopped"]:
         raise Stopped
     return _finish(spec, request_id, files, prepared, outcome, storage, run_path)
+
+
+def _cache_key(spec: JobSpec, found: list[SourceFile], files: RunFiles) -> str:
+    from train_loop.model.load import model_folder
+
+    lazy = spec.dataset_config.preprocessing.lazy_tokenize
+    tokenizer = None if lazy else model_folder(spec.model_details, Path(files.model_mirror), weights=False)
+    return cache_key(preparation_key(spec, found), tokenizer)
 
 
 def _finished(storage: FileSystem, run_path: str, request_id: str) -> dict[str, Any] | None:
@@ -231,7 +248,7 @@ def _prepare_on_ray(
     return prepare_with_ray(
         spec,
         found,
-        open_source=lambda: files.source(spec)[0],
+        open_source=lambda: files.source(spec),
         open_storage=lambda: files.storage()[0],
         run_path=run_path,
         load_tokenizer=(lambda: _chat_tokenizer(spec, files.model_mirror)) if eager else None,

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from train_loop.data.formats import Conversation, RowRejected, to_conversation
-from train_loop.data.jsonl import ByteRange, read_lines
+from train_loop.data.glance import glance
 from train_loop.data.packing import pack
 from train_loop.data.prepare import decode_row
 from train_loop.data.sampler import BatchPlan
-from train_loop.data.sources import SourceFile, explain, filesystem_for, find_files
+from train_loop.data.sources import SourceFile, filesystem_for, find_files
 from train_loop.data.tokenize import IGNORE_INDEX, ChatTokenizer, Sample
 from train_loop.errors import DatasetError
 from train_loop.loss import CHUNK_TOKENS
@@ -32,9 +32,6 @@ from train_loop.spec import JobSpec, RandomSplit
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
-SAMPLE_RANGES = 9  # the head and eight places drawn at random
-RANGE_BYTES = 64 << 10
-ROWS_PER_RANGE = 32
 SHOWN_SAMPLES = 3
 NUM_BATCHES = 64  # micro-batches drawn from the sample to find a large one
 START_S = 45.0  # placing workers, importing, loading, saving: measured on one machine, small model
@@ -90,24 +87,20 @@ def this_machine() -> Hardware:
     return Hardware("cpu", memory, CPU_FLOPS_PER_CORE * len(os.sched_getaffinity(0)))
 
 
-def make_plan(spec: JobSpec, mirror: Path, hardware: Hardware, source: tuple[FileSystem, str] | None = None) -> dict[str, Any]:
-    """The plan of a job, as JSON. `source` is the dataset's file system and path; None opens it without keys.
+def make_plan(spec: JobSpec, mirror: Path, hardware: Hardware, source: FileSystem | None = None) -> dict[str, Any]:
+    """The plan of a job, as JSON. `source` is the dataset's file system; None opens it without keys.
 
     Raises UserError, as the job would, where model or dataset can't be read.
     """
     folder = model_folder(spec.model_details, mirror, weights=False)
     shape = model_shape(spec, folder)
     tokenizer = load_tokenizer(folder)
-    filesystem, path = source or filesystem_for(spec.dataset_details.dataset_path, None, anonymous=True)
-    sample = look(spec, filesystem, find_files(spec.dataset_details, filesystem, path), ChatTokenizer.of(spec, tokenizer))
+    filesystem = source or filesystem_for(spec.dataset_details.dataset_path, None, anonymous=True)[0]
+    files = find_files(spec, filesystem)
+    sample = look(spec, filesystem, [f for f in files if not f.is_eval], ChatTokenizer.of(spec, tokenizer))
     hp, pre, workers = spec.train_config.hyperparameters, spec.dataset_config.preprocessing, spec.infra_config.num_workers
 
-    split = spec.dataset_config.split
-    ratios = split.ratios if isinstance(split, RandomSplit) else [1.0]
-    # As split_bounds has it: a split with a share gets a row at least, unless there are too few for all.
-    enough = sample.num_rows >= sum(r > 0 for r in ratios)
-    eval_rows = max(1, round(sample.num_rows * ratios[1])) if enough and len(ratios) > 1 and ratios[1] > 0 else 0
-    train_rows = max(1, min(round(sample.num_rows * ratios[0]), sample.num_rows - eval_rows)) if enough else sample.num_rows
+    train_rows, eval_rows = split_rows(spec, filesystem, files, sample.num_rows)
     limit = pre.prompt.max_length
     kept = [min(n, limit) for n in sample.lengths]
     batches = BatchPlan(
@@ -178,57 +171,48 @@ def model_shape(spec: JobSpec, folder: Path) -> ModelShape:
     )
 
 
+def split_rows(spec: JobSpec, filesystem: FileSystem, files: Sequence[SourceFile], num_rows: int) -> tuple[int, int]:
+    """Rows to train and to evaluate on, of `num_rows` that aren't for evaluation only. Raises DatasetError."""
+    split = spec.dataset_config.split
+    if held_out := [f for f in files if f.is_eval]:
+        return num_rows, glance(filesystem, held_out, spec.dataset_details.dataset_type).num_rows
+    ratios = split.ratios if isinstance(split, RandomSplit) else [1.0]
+    # As split_bounds has it: a split with a share gets a row at least, unless there are too few for all.
+    if num_rows < sum(r > 0 for r in ratios):
+        return num_rows, 0
+    eval_rows = max(1, round(num_rows * ratios[1])) if len(ratios) > 1 and ratios[1] > 0 else 0
+    return max(1, min(round(num_rows * ratios[0]), num_rows - eval_rows)), eval_rows
+
+
 def look(spec: JobSpec, filesystem: FileSystem, files: Sequence[SourceFile], chat: ChatTokenizer) -> DatasetSample:
-    """Read the head and some random ranges of the first file. Raises DatasetError when nothing in them is usable."""
-    file = files[0]
-    whole = file.size_bytes <= SAMPLE_RANGES * RANGE_BYTES
-    picked = random.Random(file.size_bytes)  # the same job gives the same plan
-    starts = [0, *sorted(picked.randrange(file.size_bytes) for _ in range(SAMPLE_RANGES - 1))]
-    ranges = [(0, file.size_bytes)] if whole else [(s, min(s + RANGE_BYTES, file.size_bytes)) for s in starts]
+    """Read some rows of the files. Raises DatasetError when nothing in them is usable."""
     untruncated = replace(chat, prompt=chat.prompt.model_copy(update={"max_length": 1 << 20}), truncation="right")
     lengths: list[int] = []
     supervised: list[int] = []
     shown: list[dict[str, Any]] = []
     rejects: list[str] = []
-    read = read_bytes = 0
-    for start, end in ranges:
-        lines = read_lines(filesystem, ByteRange(0, 0, file, start, end))
-        for at, line in enumerate(_reading(lines, file.uri)):
-            if at >= ROWS_PER_RANGE and not whole:
-                break
-            if line.data is not None and not line.data.strip():
-                continue
-            read, read_bytes = read + 1, read_bytes + len(line.data or b"") + 1
-            if whole and read > SAMPLE_RANGES * ROWS_PER_RANGE:
-                continue  # only counted
-            try:
-                conversation = to_conversation(decode_row(line.data), spec.dataset_details.dataset_format)
-                length = len(untruncated.encode(conversation).input_ids)
-                sample = chat.encode(conversation)
-            except RowRejected as error:
-                rejects.append(error.reason)
-                continue
-            lengths.append(length)
-            supervised.append(int((sample.labels != IGNORE_INDEX).sum()))
-            if len(shown) < SHOWN_SAMPLES:
-                shown.append(show(conversation, sample, chat))
+    seen = glance(filesystem, files, spec.dataset_details.dataset_type)
+    for line in seen.lines:
+        try:
+            conversation = to_conversation(decode_row(line), spec.dataset_details.dataset_format)
+            length = len(untruncated.encode(conversation).input_ids)
+            sample = chat.encode(conversation)
+        except RowRejected as error:
+            rejects.append(error.reason)
+            continue
+        lengths.append(length)
+        supervised.append(int((sample.labels != IGNORE_INDEX).sum()))
+        if len(shown) < SHOWN_SAMPLES:
+            shown.append(show(conversation, sample, chat))
     if not lengths:
         raise DatasetError(
-            f"none of the {read} rows looked at in {file.uri} can be used (dataset_format "
+            f"none of the {seen.num_read} rows looked at in {files[0].uri} can be used (dataset_format "
             f"{spec.dataset_details.dataset_format}): {rejects[0] if rejects else 'only blank lines'}.",
             field="dataset_details.dataset_format",
             code="no_usable_rows" if rejects else "dataset_empty",
         )
-    rows = read if whole else round(file.size_bytes / (read_bytes / read))
     usable = len(lengths) / (len(lengths) + len(rejects))
-    return DatasetSample(round(rows * usable), whole, lengths, supervised, len(rejects), read, shown)
-
-
-def _reading(lines: Any, uri: str) -> Any:
-    try:
-        yield from lines
-    except OSError as error:
-        raise explain(error, uri) from None
+    return DatasetSample(round(seen.num_rows * usable), seen.exact, lengths, supervised, len(rejects), seen.num_read, shown)
 
 
 def show(conversation: Conversation, sample: Sample, chat: ChatTokenizer) -> dict[str, Any]:

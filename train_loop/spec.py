@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from train_loop.section import NOT_SUPPORTED_YET, Fault, NotYet, OnlyYet, Rule, Section, held_to
+from train_loop.section import Fault, NotYet, OnlyYet, Rule, Section, held_to
 
 BUCKET = re.compile(r"[a-z0-9][a-z0-9._\-]{1,220}[a-z0-9]")  # Google's may have `_`, and dots may make them long
 # The hub's own rule; each part also becomes a folder's name in the mirror, so `..` and 300 letters must not pass.
@@ -94,8 +94,10 @@ class NoSplit(Section):
 class FileSplit(Section):
     """Evaluation rows come from a file of their own."""
 
-    type: Annotated[Literal["file"], NotYet("file")]
-    eval_path: str = Field(description="URI of the evaluation file.")
+    type: Literal["file"]
+    eval_path: str = Field(
+        min_length=1, max_length=2048, description="URI of the evaluation file, of the dataset's type and format; or a prefix."
+    )
 
 
 class DatasetConfig(Section):
@@ -271,17 +273,19 @@ class DatasetDetails(Section):
 
     dataset_name: str = Field("", max_length=256, description="Free text.")
     dataset_path: str = Field(
-        min_length=1, max_length=2048, description="s3://bucket/key, gs://bucket/key, or the id of a dataset of the hub."
+        min_length=1,
+        max_length=2048,
+        description="s3://bucket/key, s3://bucket/prefix/, gs:// likewise, or the id of a dataset of the hub.",
     )
     dataset_description: str = Field("", max_length=4096, description="Free text.")
-    dataset_type: Annotated[Literal["jsonl", "zip", "json", "parquet"], OnlyYet("jsonl")] = Field(
-        "jsonl", description="File type."
+    dataset_type: Annotated[Literal["jsonl", "zip", "json", "parquet"], NotYet("zip")] = Field(
+        "jsonl", description="File type; jsonl and json may be compressed, .gz or .zst."
     )
     dataset_format: Annotated[
         Literal["sharegpt", "openai", "alpaca", "prompt_completion", "text", "preference", "auto"],
         NotYet("preference"),
     ] = Field("sharegpt", description="Shape of a row; auto tells it by the keys of each.")
-    source_type: Annotated[Literal["s3", "gcs", "hf", "local"], NotYet("gcs", "hf")] = Field(
+    source_type: Literal["s3", "gcs", "hf", "local"] = Field(
         "s3", description="Where the dataset lives; local is a path, for runs without the service."
     )
     ownership: Literal["public", "private"] = Field("private", description="private s3 and gcs need secret_id.")
@@ -289,7 +293,7 @@ class DatasetDetails(Section):
         None,
         min_length=1,
         max_length=640,
-        description="Secret that opens the bucket: of POST /secret/, or an ARN of AWS Secrets Manager that the operator allows.",
+        description="Secret that opens the dataset: of POST /secret/, or an ARN of AWS Secrets Manager that the operator allows.",
     )
     region: str | None = Field(None, max_length=64, description="AWS region of the bucket.")
 
@@ -400,8 +404,6 @@ def dataset_is_where_it_is_said(dataset_details: DatasetDetails) -> Iterator[Fau
         yield Fault(field, f"dataset_path must start with {scheme} when source_type is {source}")
     elif scheme is not None and not _is_object(path, scheme):
         yield Fault(field, f"dataset_path must be {scheme}bucket/key")
-    elif source == "s3" and path.endswith("/"):
-        yield Fault(field, "a prefix is not supported yet, name one object", NOT_SUPPORTED_YET)
     elif source == "hf" and not HUB_ID.fullmatch(path):
         yield Fault(field, "dataset_path must be the id of a dataset of the hub, such as owner/name, when source_type is hf")
 

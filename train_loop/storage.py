@@ -40,6 +40,9 @@ DENIED = (
     "Signature",
     "INVALID_CLIENT_TOKEN",
     "HTTP status 403",
+    # Google's
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
 )
 NO_BUCKET = ("NO_SUCH_BUCKET", "NoSuchBucket", "bucket does not exist")
 NO_OBJECT = ("NO_SUCH_KEY", "HTTP status 404")
@@ -149,6 +152,15 @@ def download_file(storage: FileSystem, path: str, local: Path) -> None:
             shutil.copyfileobj(source, out, BLOCK_BYTES)
 
     patiently(copy, f"reading {path}")
+
+
+def copy_object(storage: FileSystem, source: str, path: str) -> None:
+    """Make or replace an object by a copy of another one (a file by a second name of it). Raises OSError when there is none."""
+    from pyarrow.fs import LocalFileSystem
+
+    # Files are replaced and never changed, so that two names can share one.
+    copy = os.link if isinstance(storage, LocalFileSystem) else storage.copy_file
+    patiently(lambda: _whole(storage, path, lambda to: copy(source, to)), f"writing {path}")
 
 
 def upload_folder(folder: Path, storage: FileSystem, path: str) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What is out of date goes, and nothing else."""
 
 import datetime as dt
+import os
 
 import boto3
 
@@ -21,7 +22,7 @@ def test_idempotency_keys_go_after_a_day(store, settings):
     now += dt.timedelta(hours=2)
     assert clock.forget_expired_keys() == 1
     assert clock.get(job.request_id) == job
-    assert clean(settings, store) == {"idempotency_keys": 0, "uploads": 0}
+    assert clean(settings, store) == {"idempotency_keys": 0, "uploads": 0, "cached_datasets": 0}
 
 
 def test_uploads_that_were_cut_off_are_given_up(settings, s3):
@@ -48,3 +49,21 @@ def test_uploads_that_were_cut_off_are_given_up(settings, s3):
     assert [u["Key"] for u in left] == ["theirs/b"]
     client.put_object(Bucket="runs", Key="ours/whole", Body=b"x")
     assert list(abandoned_uploads(ours, now + dt.timedelta(minutes=1))) == []
+
+
+def test_prepared_rows_that_were_used_longest_ago_go_when_they_are_too_many(store, settings, tmp_path):
+    ours = settings.model_copy(update={"storage_uri": str(tmp_path), "data_cache_bytes": 250})
+    for at, entry in enumerate(["org-a/data-cache/old", "org-b/data-cache/used", "org-a/data-cache/new", "org-a/run/data"]):
+        folder = tmp_path / entry
+        folder.mkdir(parents=True)
+        for name in ("index.json", "shard"):
+            (folder / name).write_bytes(b"x" * 50)
+            os.utime(folder / name, (at, at))
+    (tmp_path / "org-b/data-cache/used/used").touch()
+    assert clean(ours, store)["cached_datasets"] == 1
+    assert {str(p.parent.relative_to(tmp_path)) for p in tmp_path.rglob("shard")} == {
+        "org-b/data-cache/used",
+        "org-a/data-cache/new",
+        "org-a/run/data",
+    }
+    assert clean(ours, store)["cached_datasets"] == 0

@@ -405,6 +405,17 @@ def test_a_secret_of_another_org_or_kind_or_none(vault):
         assert refused(vault, vault.create(ORG, "n", type_, data).secret_id).code == "secret_wrong_type"
 
 
+@pytest.mark.parametrize(("type_", "data", "source_type"), [("hf", HF, "hf"), ("gcs", GCS, "gcs")])
+def test_a_token_or_service_account_opens_its_own_source_only(vault, type_, data, source_type):
+    secret_id = vault.create(ORG, "n", type_, data).secret_id
+    assert vault.reveal(ORG, secret_id, source_type) == data
+    other = "gcs" if source_type == "hf" else "hf"
+    with pytest.raises(DatasetError, match=f"doesn't open a dataset of {other}: name one of type {other}"):
+        vault.reveal(ORG, secret_id, other)
+    with pytest.raises(DatasetError, match="name one of type hf"):
+        vault.reveal(ORG, vault.create(ORG, "n", "aws", KEYS).secret_id, "hf")
+
+
 def test_another_key_opens_nothing_and_shows_nothing(vault, store):
     secret_id = vault.create(ORG, "n", "aws", KEYS).secret_id
     other = SecretVault(store, Fernet.generate_key().decode(), [])

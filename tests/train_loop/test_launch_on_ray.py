@@ -1,5 +1,6 @@
 """Attempts on Ray: how each way of ending one is told, and what the next one goes on from."""
 
+import gzip
 import json
 import signal
 import subprocess
@@ -9,13 +10,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
+from pyarrow.fs import LocalFileSystem
 from ray.cluster_utils import Cluster
 
-from tests.conftest import TINY
+from tests.conftest import TINY, rows
+from train_loop.data import parts
+from train_loop.data.pipeline import prepare_with_ray
+from train_loop.data.prepare import prepare_local
+from train_loop.data.sources import find_files
+from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import Cause, ModelError, RunFault, Stopped
 from train_loop.launch import ActorMonitor, Keys, Placement, RunFiles, launch
+from train_loop.model.load import load_tokenizer
 from train_loop.spec import JobSpec
 
 pytestmark = pytest.mark.service
@@ -197,3 +207,38 @@ def test_a_notice_saves_a_checkpoint_at_once_and_the_attempt_ends_as_preempted(c
     assert told.startswith("the machine of worker 0 will be taken back by ")
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == [f"step-{step:08d}"]
     assert ray.get(monitor.seen.remote())[0] > step  # it went on
+
+
+def test_rows_prepared_in_parallel_are_those_prepared_one_by_one(cluster, local_job, tmp_path, mirror, monkeypatch):
+    monkeypatch.setattr(parts, "RANGE_BYTES", 2000)
+    local = LocalFileSystem()
+    made = [*({"conversations": r["conversations"]} for r in rows(80) if "conversations" in r), {}]
+    text = "".join(json.dumps(row) + "\n" for row in made).encode()
+    (tmp_path / "prefix").mkdir()
+    (tmp_path / "prefix/1.jsonl").write_bytes(text)
+    (tmp_path / "prefix/2.jsonl.gz").write_bytes(gzip.compress(text))
+    pq.write_table(pa.Table.from_pylist(made), tmp_path / "rows.parquet", row_group_size=15)
+    for path, dataset_type, lazy in [("prefix/", "jsonl", True), ("rows.parquet", "parquet", False)]:
+        at = {"dataset_details.dataset_path": f"{tmp_path}/{path}", "dataset_details.dataset_type": dataset_type}
+        how = {"dataset_config.preprocessing.max_reject_ratio": 0.5, "dataset_config.preprocessing.lazy_tokenize": lazy}
+        spec = JobSpec.model_validate(local_job(at | how))
+        files = find_files(spec, local)
+        folders = [str(tmp_path / name / dataset_type) for name in ("parallel", "alone")]
+
+        def tokenizer(spec=spec):
+            return ChatTokenizer.of(spec, load_tokenizer(mirror / TINY))
+
+        found = prepare_with_ray(
+            spec,
+            files,
+            open_source=LocalFileSystem,
+            open_storage=LocalFileSystem,
+            run_path=folders[0],
+            load_tokenizer=None if lazy else tokenizer,
+            num_cpus_per_task=1,
+        )
+        chat = None if lazy else tokenizer()
+        assert found == prepare_local(spec, local, files, local, folders[1], chat)
+        assert len(found.shards) > 2
+        written = [{p.name: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()} for folder in folders]
+        assert written[0] == written[1]

@@ -1,18 +1,23 @@
+import gzip
 import json
+import random
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow.fs import LocalFileSystem
 
-from tests.conftest import rows
-from train_loop.data import jsonl
+from tests.conftest import DOCUMENTED, rows, with_fields, write_jsonl
+from train_loop.data import parts
 from train_loop.data.prepare import prepare_local
 from train_loop.data.shards import PreparedDataset, ShardSet, split_bounds
 from train_loop.data.sources import Credentials, filesystem_for, find_files
 from train_loop.errors import DatasetError
-from train_loop.spec import DatasetDetails, JobSpec
+from train_loop.plan import make_plan, this_machine
+from train_loop.spec import JobSpec
 
 LOCAL = LocalFileSystem()
 
@@ -23,7 +28,7 @@ def prepare(job, tmp_path, lines):
     with open(path, "w") as out:
         out.writelines(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
     run = str(tmp_path / "run")
-    prepared = prepare_local(spec, LOCAL, find_files(spec.dataset_details, LOCAL, path), LOCAL, run, None)
+    prepared = prepare_local(spec, LOCAL, find_files(spec, LOCAL), LOCAL, run, None)
     assert PreparedDataset.from_json((tmp_path / "run/data/index.json").read_text()) == prepared
     return prepared, ShardSet.open(prepared, LOCAL, f"{run}/data", tmp_path / "cache")
 
@@ -33,7 +38,7 @@ def test_rejected_lines_have_their_numbers_whatever_the_ranges(local_job, tmp_pa
     job = local_job({"dataset_config.preprocessing.max_reject_ratio": 0.5})
     seen = []
     for size in (64, 1 << 20):
-        monkeypatch.setattr(jsonl.plan_ranges, "__defaults__", (size,))
+        monkeypatch.setattr(parts, "RANGE_BYTES", size)
         prepared, shards = prepare(job, tmp_path, lines)
         rejected = [json.loads(line) for line in (tmp_path / "run/rejected.jsonl").read_text().splitlines()]
         assert [(r["line"], r["reason"].split(":")[0]) for r in rejected] == [
@@ -94,6 +99,7 @@ def bucket(s3):
     ("path", "changes", "code"),
     [
         ("s3://tuneyard/ds/missing.jsonl", {}, "object_not_found"),
+        ("s3://tuneyard/missing/", {}, "object_not_found"),
         ("s3://no-such-bucket/rows.jsonl", {}, "bucket_not_found"),
         ("s3://tuneyard/ds/empty.jsonl", {}, "dataset_empty"),
         ("s3://tuneyard/ds/rows.jsonl", {"secret_access_key": "wrong"}, "storage_access_denied"),
@@ -108,9 +114,126 @@ def test_storage_errors_say_what_to_mend_and_no_key(bucket, path, changes, code)
         "endpoint_url": bucket.endpoint_url,
     }
     keys = Credentials.from_secret(secret | changes)
-    details = DatasetDetails(dataset_path=path, secret_id="x")
+    spec = JobSpec.model_validate(with_fields(DOCUMENTED, {"dataset_details.dataset_path": path}))
     with pytest.raises(DatasetError) as caught:
-        find_files(details, *filesystem_for(path, keys))
+        find_files(spec, filesystem_for(path, keys)[0])
     assert caught.value.code == code
     assert bucket.secret_access_key not in caught.value.message + repr(keys)
     assert bucket.access_key_id not in caught.value.message + repr(keys)
+
+
+def write_types(folder, made):
+    """The same rows as JSONL, as a prefix of plain and compressed JSONL, as an array and as Parquet; path and type of each."""
+    text = "".join(json.dumps(row) + "\n" for row in made).encode()
+    half = text.index(b"\n", len(text) // 2) + 1
+    files = {
+        "rows.jsonl": text,
+        "prefix/1.jsonl": text[:half],
+        "prefix/2.jsonl.gz": gzip.compress(text[half:]),
+        "prefix/3.jsonl": b"",
+        "rows.json": json.dumps(made, indent=1).encode(),
+    }
+    (folder / "prefix").mkdir(parents=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    pq.write_table(pa.Table.from_pylist(made), folder / "rows.parquet", row_group_size=9)
+    names = {"rows.jsonl": "jsonl", "prefix/": "jsonl", "rows.json": "json", "rows.parquet": "parquet"}
+    return {f"{folder}/{name}": dataset_type for name, dataset_type in names.items()}
+
+
+def test_every_type_gives_the_same_rows_and_plan(local_job, tmp_path, mirror, monkeypatch):
+    monkeypatch.setattr(parts, "RANGE_BYTES", 1000)
+    made = [{"conversations": r["conversations"]} for r in rows(80) if "conversations" in r]
+    seen = {}
+    for path, dataset_type in write_types(tmp_path / "data", made).items():
+        base = {"dataset_details.dataset_path": path, "dataset_details.dataset_type": dataset_type}
+        spec = JobSpec.model_validate(local_job(base | {"dataset_config.split": {"type": "none"}}))
+        run = tmp_path / f"run-{len(seen)}"
+        prepared = prepare_local(spec, LOCAL, find_files(spec, LOCAL), LOCAL, str(run), None)
+        shards = ShardSet.open(prepared, LOCAL, f"{run}/data", tmp_path / "cache")
+        assert len(prepared.shards) > 1
+        plan = make_plan(spec, mirror, this_machine())
+        seen[path] = [shards.conversation(i) for i in shards.ids("train")], plan
+        where = [shards.source(int(i)) for i in shards.ids("train")]
+        expected = [n - (20 if uri.endswith("2.jsonl.gz") else 0) for n, (uri, _) in enumerate(where, 1)]
+        assert [line for _, line in where] == expected
+    first = next(iter(seen.values()))
+    assert len(first[0]) == len(made) == first[1]["rows"]["total"]
+    assert all(found == first for found in seen.values())
+
+
+@pytest.mark.parametrize("dataset_type", ["jsonl", "jsonl.gz", "json", "parquet"])
+def test_a_large_dataset_of_any_type_is_estimated_from_a_part_of_it(local_job, tmp_path, mirror, dataset_type):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    drawn = random.Random(0)
+    for i in range(3):
+        turns = [r["conversations"] for r in rows(9_000) if "conversations" in r]
+        made = [{"conversations": c, "id": drawn.randbytes(100).hex()} for c in turns]
+        if dataset_type == "parquet":
+            pq.write_table(pa.Table.from_pylist(made), folder / f"{i}.parquet", row_group_size=999)
+            continue
+        text = json.dumps(made) if dataset_type == "json" else "".join(json.dumps(row) + "\n" for row in made)
+        data = gzip.compress(text.encode(), 1) if dataset_type.endswith("gz") else text.encode()
+        (folder / f"{i}.{dataset_type}").write_bytes(data)
+    base = {"dataset_details.dataset_path": f"{folder}/", "dataset_details.dataset_type": dataset_type.removesuffix(".gz")}
+    plan = make_plan(JobSpec.model_validate(local_job(base)), mirror, this_machine())
+    assert not plan["rows"]["exact"]
+    assert plan["rows"]["read"] <= 9 * 32
+    assert plan["rows"]["total"] == pytest.approx(13_500, rel=0.1)
+
+
+def test_a_file_of_their_own_gives_the_rows_to_evaluate_on(local_job, tmp_path, mirror):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", rows(20))
+    write_jsonl(folder / "eval.jsonl", rows(50)[45:])
+    split = {"dataset_config.split": {"type": "file", "eval_path": str(folder / "eval.jsonl")}}
+    spec = JobSpec.model_validate(local_job(split | {"dataset_details.dataset_path": f"{folder}/"}))
+    files = find_files(spec, LOCAL)
+    assert [(f.name, f.is_eval) for f in files] == [("a.jsonl", False), ("", True)]
+    prepared = prepare_local(spec, LOCAL, files, LOCAL, str(tmp_path / "run"), None)
+    shards = ShardSet.open(prepared, LOCAL, f"{tmp_path}/run/data", tmp_path / "cache")
+    assert prepared.counts == {"train": 20, "eval": 5}
+    assert [shards.source(int(i))[1] for i in shards.ids("eval")] == [1, 2, 3, 4, 5] == prepared.eval_lines
+    asked = [shards.conversation(int(i))["messages"][0]["content"] for i in shards.ids("eval")]
+    assert asked == [f"What is {i} plus one?" for i in range(45, 50)]
+    plan = make_plan(spec, mirror, this_machine())
+    assert (plan["rows"]["train"], plan["rows"]["eval"]) == (20, 5)
+
+    (folder / "eval.jsonl").write_text("{}\n")
+    with pytest.raises(DatasetError, match=r"no usable row in .*eval\.jsonl"):
+        prepare_local(spec, LOCAL, find_files(spec, LOCAL), LOCAL, str(tmp_path / "run"), None)
+    (folder / "a.jsonl").unlink()
+    with pytest.raises(DatasetError, match="nothing is left to train on"):
+        find_files(spec, LOCAL)
+
+
+def test_a_file_added_to_a_prefix_moves_no_row_between_splits(local_job, tmp_path):
+    held_out = []
+    for names in (["m"], ["a", "m", "z"]):
+        folder = tmp_path / "data"
+        for name in names:
+            folder.mkdir(exist_ok=True)
+            write_jsonl(folder / f"{name}.jsonl", rows(40))
+        spec = JobSpec.model_validate(local_job({"dataset_details.dataset_path": f"{folder}/"}))
+        prepared = prepare_local(spec, LOCAL, find_files(spec, LOCAL), LOCAL, str(tmp_path / "run"), None)
+        shards = ShardSet.open(prepared, LOCAL, f"{tmp_path}/run/data", tmp_path / "cache")
+        sources = [shards.source(int(i)) for i in shards.ids("eval")]
+        held_out.append([s for s in sources if s[0].endswith("m.jsonl")])
+    assert held_out[0]
+    assert held_out[0] == held_out[1]
+
+
+def test_a_prefix_in_s3_is_read_as_a_folder_is(bucket, local_job, tmp_path):
+    keys = Credentials(bucket.access_key_id, bucket.secret_access_key, endpoint_url=bucket.endpoint_url)
+    text = "".join(json.dumps(row) + "\n" for row in rows(30)).encode()
+    client = bucket.client()
+    for name, data in {"b.jsonl": text, "a/x.jsonl.gz": gzip.compress(text), "_SUCCESS": b"", "c.txt": b"x"}.items():
+        client.put_object(Bucket="tuneyard", Key=f"prefix/{name}", Body=data)
+    at = {"dataset_path": "s3://tuneyard/prefix/", "source_type": "s3", "ownership": "public"}
+    spec = JobSpec.model_validate(with_fields(local_job(), {"dataset_details": at}))
+    filesystem, _ = filesystem_for("s3://tuneyard/prefix/", keys)
+    files = find_files(spec, filesystem)
+    assert [(f.name, f.uri) for f in files] == [(n, f"s3://tuneyard/prefix/{n}") for n in ("a/x.jsonl.gz", "b.jsonl")]
+    assert prepare_local(spec, filesystem, files, LOCAL, str(tmp_path / "run"), None).num_rows == 60

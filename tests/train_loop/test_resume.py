@@ -207,7 +207,7 @@ def test_rows_prepared_by_an_earlier_attempt_are_used_again_unless_they_changed(
     job = short(local_job)
     with pytest.raises(Stopped):
         launch(job, "run", Watcher(stop_at=1))
-    shard = tmp_path / "run/data/shard-00000.arrow"
+    shard = tmp_path / "run/data/shard-00000-00000.arrow"
     written = shard.stat().st_mtime_ns
     second = Watcher(stop_at=2)
     with pytest.raises(Stopped):

@@ -21,7 +21,6 @@ def test_null_means_the_default():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("dataset_config.split", {"type": "file", "eval_path": "s3://bucket/eval.jsonl"}),
         ("model_details.revision", "main"),
         ("model_details.quantization.quant_bits", 8),
         ("train_config.type", "dpo"),
@@ -34,8 +33,6 @@ def test_null_means_the_default():
         ("train_config.adapter_config.use_dora", True),
         ("train_config.adapter_config.init", "pissa"),
         ("train_config.adapter_config.modules_to_save", ["lm_head"]),
-        ("dataset_details.dataset_type", "parquet"),
-        ("dataset_details.dataset_path", "s3://bucket/prefix/"),
     ],
 )
 def test_what_is_not_built_yet_is_refused_by_name(field, value):
@@ -158,11 +155,6 @@ def test_every_rule_over_several_fields_says_which_to_mend(changes, field, said)
             {"model_details.source_type": "s3", "model_details.base_model": "s3://bucket/llama"},
             {"model_details.source_type"},
         ),
-        (
-            {"dataset_details.source_type": "gcs", "dataset_details.dataset_path": "gs://some_bucket/key"},
-            {"dataset_details.source_type"},
-        ),
-        ({"dataset_details.source_type": "hf", "dataset_details.dataset_path": "org/rows"}, {"dataset_details.source_type"}),
     ],
 )
 def test_what_keeps_the_rules_is_only_not_supported_yet(changes, fields):

@@ -1,24 +1,26 @@
-"""Prepare a dataset: lines to rows, bad lines set aside with their number, the split, the index.
+"""Prepare a dataset: rows parsed, bad ones set aside with their number, the split, the index.
 
-Each byte range is parsed on its own (`parse_range`) and summed up (`assemble`); Ray Data does the first part in parallel
-(`pipeline.py`), `prepare_local` one by one.
+Each part is read in blocks, and each block is parsed, written as a shard and summed up (`prepare_part`); `finish` makes a whole
+of the sums. Ray Data does the parts in parallel (`pipeline.py`), `prepare_local` one by one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from train_loop.data.formats import RowRejected, to_conversation
-from train_loop.data.jsonl import MAX_LINE_BYTES, ByteRange, Line, plan_ranges, read_lines
+from train_loop.data.lines import Line, blocks
+from train_loop.data.parts import Part, plan_parts, read_part
 from train_loop.data.shards import (
     EAGER,
     LAZY,
@@ -29,9 +31,9 @@ from train_loop.data.shards import (
     split_place,
     write_shard,
 )
-from train_loop.data.sources import SourceFile, explain
+from train_loop.data.sources import SourceFile
 from train_loop.errors import DatasetError
-from train_loop.spec import JobSpec, RandomSplit
+from train_loop.spec import FileSplit, JobSpec, RandomSplit
 from train_loop.storage import list_files, patiently, read_bytes, write_bytes
 
 if TYPE_CHECKING:
@@ -40,13 +42,18 @@ if TYPE_CHECKING:
     from train_loop.data.tokenize import ChatTokenizer
 
 INDEX = "index.json"  # written last
+REJECTED = "rejected.jsonl"
 EXCERPT_CHARS = 200
 MAX_EVAL_LINES = 10_000
+MAX_LISTED = 1_000  # rejected rows of a block: a file that is all wrong mustn't fill the memory
+LAYOUT = 2  # of shards and index; part of the key
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+TRAIN_PLACE, EVAL_PLACE = 0.25, 0.75  # of rows whose file says which split they are of
 
 
 @dataclass(frozen=True)
 class Reject:
-    """A line that isn't used; `line` counts from 1 within its range."""
+    """A row that isn't used; `line` counts from 1 within its block."""
 
     line: int
     reason: str
@@ -54,44 +61,38 @@ class Reject:
 
 
 @dataclass(frozen=True)
-class RangeSummary:
-    """What came of one byte range. `lines` and `places` describe the good rows, in order."""
+class BlockSummary:
+    """What came of one block of a part. `lines` and `places` describe the good rows, in order."""
 
-    index: int
+    part: int
+    block: int
     file_index: int
     num_lines: int  # with blank ones: what line numbers count
     num_blank: int
+    num_rejected: int
     lines: np.ndarray
     places: np.ndarray
-    rejects: list[Reject]
+    rejects: list[Reject]  # the first MAX_LISTED
     sha256: bytes
-    shard: ShardInfo | None
+    shard: ShardInfo | None = None
 
 
-def shard_name(index: int) -> str:
-    """The file of a range's rows."""
-    return f"shard-{index:05d}.arrow"
-
-
-def parse_lines(
-    lines: Iterable[Line], part: ByteRange, spec: JobSpec, chat: ChatTokenizer | None
-) -> tuple[pa.Table, RangeSummary]:
-    """Parse a range's lines into a table of good rows and a summary without shard. `chat` tokenises now; None leaves that
+def parse_block(
+    lines: Sequence[Line], part: Part, block: int, spec: JobSpec, chat: ChatTokenizer | None
+) -> tuple[pa.Table, BlockSummary]:
+    """Parse a block's lines into a table of good rows and a summary without shard. `chat` tokenises now; None leaves that
     to the workers."""
-    seed = spec.train_config.hyperparameters.seed
     columns: dict[str, list[Any]] = {name: [] for name in (LAZY if chat is None else EAGER).names}
-    numbers: list[int] = []
     rejects: list[Reject] = []
     digest = hashlib.sha256()
-    total = blank = 0
-    for line in lines:
-        total += 1
-        digest.update((line.data or b"") + b"\n")
-        if line.data is not None and not line.data.strip():
+    blank = rejected = 0
+    for number, line in enumerate(lines, 1):
+        digest.update(line.data + b"\n")
+        if line.fault is None and not line.data.strip():
             blank += 1
             continue
         try:
-            conversation = to_conversation(decode_row(line.data), spec.dataset_details.dataset_format)
+            conversation = to_conversation(decode_row(line), spec.dataset_details.dataset_format)
             if chat is None:
                 columns["conversation"].append(json.dumps(conversation, ensure_ascii=False))
             else:
@@ -99,38 +100,60 @@ def parse_lines(
                 columns["input_ids"].append(sample.input_ids)
                 columns["labels"].append(sample.labels)
         except RowRejected as error:
-            excerpt = (line.data or b"")[: 4 * EXCERPT_CHARS].decode(errors="replace")[:EXCERPT_CHARS]
-            rejects.append(Reject(line.number, error.reason, excerpt))
+            rejected += 1
+            if rejected <= MAX_LISTED:
+                excerpt = line.data[: 4 * EXCERPT_CHARS].decode(errors="replace")[:EXCERPT_CHARS]
+                rejects.append(Reject(number, error.reason, excerpt))
             continue
         columns["file"].append(part.file_index)
         columns["offset"].append(line.offset)
-        columns["line"].append(line.number)
-        columns["u"].append(split_place(seed, part.file_index, line.offset))
-        numbers.append(line.number)
+        columns["line"].append(number)
+        columns["u"].append(place_of(spec, part.file, line.offset))
     table = pa.table(columns, schema=LAZY if chat is None else EAGER)
-    places = np.array(columns["u"], dtype=np.float64)
-    summary = RangeSummary(
-        part.index, part.file_index, total, blank, np.array(numbers, np.int64), places, rejects, digest.digest(), None
+    return table, BlockSummary(
+        part=part.index,
+        block=block,
+        file_index=part.file_index,
+        num_lines=len(lines),
+        num_blank=blank,
+        num_rejected=rejected,
+        lines=np.array(columns["line"], np.int64),
+        places=np.array(columns["u"], np.float64),
+        rejects=rejects,
+        sha256=digest.digest(),
     )
-    return table, summary
 
 
-def decode_row(data: bytes | None) -> Any:
-    """One line's JSON. Raises RowRejected."""
-    if data is None:
-        raise RowRejected(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
+def place_of(spec: JobSpec, file: SourceFile, offset: int) -> float:
+    """Where in [0, 1) the split finds the row."""
+    if isinstance(spec.dataset_config.split, FileSplit):
+        return EVAL_PLACE if file.is_eval else TRAIN_PLACE
+    return split_place(spec.train_config.hyperparameters.seed, file.name, offset)
+
+
+def decode_row(line: Line) -> Any:
+    """One row's JSON. Raises RowRejected."""
+    if line.fault is not None:
+        raise RowRejected(line.fault)
     try:
-        return json.loads(data)
+        row = json.loads(line.data.decode())
+        if SURROGATE.search(line.data):
+            json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError:
         raise RowRejected("not UTF-8") from None
+    except UnicodeEncodeError:
+        raise RowRejected("a \\u escape is half of a character (an unpaired surrogate)") from None
     except json.JSONDecodeError as error:
         raise RowRejected(f"not JSON: {error.msg} at column {error.colno}") from None
-    except (RecursionError, ValueError) as error:
-        raise RowRejected(f"not usable JSON: {type(error).__name__}") from None
+    except RecursionError:
+        raise RowRejected("nested too deeply") from None
+    except ValueError:  # Python's limit, against the quadratic time of reading them
+        raise RowRejected("a number of more than 4300 digits") from None
+    return row
 
 
-def _first_lines(ordered: Sequence[RangeSummary]) -> list[int]:
-    """Lines of the same file before each range."""
+def _first_lines(ordered: Sequence[BlockSummary]) -> list[int]:
+    """Lines of the same file before each block."""
     seen: dict[int, int] = {}
     starts = []
     for s in ordered:
@@ -139,7 +162,7 @@ def _first_lines(ordered: Sequence[RangeSummary]) -> list[int]:
     return starts
 
 
-def rejected_lines(files: Sequence[SourceFile], ordered: Sequence[RangeSummary]) -> list[dict[str, Any]]:
+def rejected_lines(files: Sequence[SourceFile], ordered: Sequence[BlockSummary]) -> list[dict[str, Any]]:
     """The rejected lines with their 1-based numbers in the file."""
     return [
         {"file": files[s.file_index].uri, "line": start + r.line, "reason": r.reason, "excerpt": r.excerpt}
@@ -149,22 +172,21 @@ def rejected_lines(files: Sequence[SourceFile], ordered: Sequence[RangeSummary])
 
 
 def assemble(
-    spec: JobSpec, files: Sequence[SourceFile], ordered: Sequence[RangeSummary], rejected: list[dict[str, Any]]
+    spec: JobSpec, files: Sequence[SourceFile], ordered: Sequence[BlockSummary], rejected: list[dict[str, Any]]
 ) -> PreparedDataset:
-    """The index of the whole, from the summaries in range order.
+    """The index of the whole, from the summaries in order.
 
     Raises DatasetError when no row is usable or more than max_reject_ratio are not.
     """
-    num_lines = sum(s.num_lines - s.num_blank for s in ordered)
-    _check_rejects(spec, num_lines, rejected)
+    _check_rejects(spec, files, ordered, rejected)
     starts = _first_lines(ordered)
     line_numbers = [start + s.lines for s, start in zip(ordered, starts, strict=True)]
     digest = hashlib.sha256(b"".join(s.sha256 for s in ordered))
 
     split = spec.dataset_config.split
-    ratios = split.ratios if isinstance(split, RandomSplit) else [1.0]
     places = np.concatenate([s.places for s in ordered])
-    bounds = split_bounds(ratios, places)
+    ratios = split.ratios if isinstance(split, RandomSplit) else [0.5, 0.5] if isinstance(split, FileSplit) else [1.0]
+    bounds = split_bounds(ratios, places) if isinstance(split, RandomSplit) else list(np.cumsum(ratios))
     which = np.searchsorted(bounds, places, side="right")
     eval_lines = np.concatenate(line_numbers)[which == SPLITS.index("eval")]
     return PreparedDataset(
@@ -172,9 +194,9 @@ def assemble(
         shards=[replace(s.shard, lines_before=start) for s, start in zip(ordered, starts, strict=True) if s.shard is not None],
         bounds=bounds,
         counts={name: int((which == i).sum()) for i, name in enumerate(SPLITS[: len(ratios)])},
-        num_lines=num_lines,
+        num_lines=sum(s.num_lines - s.num_blank for s in ordered),
         num_rows=len(places),
-        num_rejected=len(rejected),
+        num_rejected=sum(s.num_rejected for s in ordered),
         sha256=digest.hexdigest(),
         files=list(files),
         eager=not spec.dataset_config.preprocessing.lazy_tokenize,
@@ -182,44 +204,79 @@ def assemble(
     )
 
 
-def _check_rejects(spec: JobSpec, num_lines: int, rejected: list[dict[str, Any]]) -> None:
-    uri = spec.dataset_details.dataset_path
-    first = "; ".join(f"line {r['line']}: {r['reason']}" for r in rejected[:3])
-    if num_lines == 0:
-        raise DatasetError(f"{uri} has no rows, only blank lines.", field="dataset_details.dataset_path", code="dataset_empty")
-    if len(rejected) == num_lines:
-        raise DatasetError(
-            f"no usable row in {uri} (dataset_format {spec.dataset_details.dataset_format}): {first}.",
-            field="dataset_details.dataset_format",
-            code="no_usable_rows",
-        )
+def _check_rejects(
+    spec: JobSpec, files: Sequence[SourceFile], ordered: Sequence[BlockSummary], rejected: list[dict[str, Any]]
+) -> None:
+    """Raise DatasetError when the files to train on, or those to evaluate on, have no usable row, or all have too many others."""
+    kind = "line" if spec.dataset_details.dataset_type == "jsonl" else "row"
+    for is_eval in sorted({f.is_eval for f in files}):
+        mine = [s for s in ordered if files[s.file_index].is_eval is is_eval]
+        split, field = spec.dataset_config.split, "dataset_details.dataset_path"
+        uri = spec.dataset_details.dataset_path
+        if is_eval and isinstance(split, FileSplit):
+            uri, field = split.eval_path, "dataset_config.split.eval_path"
+        if not any(s.num_lines - s.num_blank for s in mine):
+            raise DatasetError(f"{uri} has no rows, only blank lines.", field=field, code="dataset_empty")
+        if not any(len(s.lines) for s in mine):
+            first = _first_reasons([r for r in rejected if any(f.is_eval is is_eval and f.uri == r["file"] for f in files)], kind)
+            raise DatasetError(
+                f"no usable row in {uri} (dataset_format {spec.dataset_details.dataset_format}): {first}.",
+                field="dataset_details.dataset_format",
+                code="no_usable_rows",
+            )
+    num_rejected, num_rows = sum(s.num_rejected for s in ordered), sum(s.num_lines - s.num_blank for s in ordered)
     limit = spec.dataset_config.preprocessing.max_reject_ratio
-    if len(rejected) > limit * num_lines:
+    if num_rejected > limit * num_rows:
         raise DatasetError(
-            f"{len(rejected)} of {num_lines} rows of {uri} can't be used ({first}), more than "
-            f"dataset_config.preprocessing.max_reject_ratio = {limit:g} allows: mend the rows or raise it.",
+            f"{num_rejected} of {num_rows} rows of {spec.dataset_details.dataset_path} can't be used "
+            f"({_first_reasons(rejected, kind)}), more than dataset_config.preprocessing.max_reject_ratio = {limit:g} allows: "
+            "mend the rows or raise it.",
             field="dataset_config.preprocessing.max_reject_ratio",
             code="too_many_rejects",
         )
 
 
-def save_range(storage: FileSystem, run_path: str, table: pa.Table, summary: RangeSummary) -> RangeSummary:
-    """Write a range's rows as a shard; the summary then names it. Writing it again replaces it."""
+def _first_reasons(rejected: list[dict[str, Any]], kind: str) -> str:
+    several = len({r["file"] for r in rejected}) > 1
+    shown = [(f"{kind} {r['line']}" + (f" of {r['file']}" if several else ""), r["reason"]) for r in rejected[:3]]
+    return "; ".join(f"{where}: {reason}" for where, reason in shown)
+
+
+def prepare_part(
+    spec: JobSpec, source: FileSystem, part: Part, chat: ChatTokenizer | None, storage: FileSystem, run_path: str
+) -> list[BlockSummary]:
+    """Write a part's rows as shards, one a block; the summaries name them. Again is the same.
+
+    Raises DatasetError, and RunFault while the storage is away for too long.
+    """
+    done: list[BlockSummary] = []
+
+    def go_on() -> None:
+        # After an outage the part is read again, up to where it was.
+        for lines in islice(blocks(read_part(source, part), part.block_bytes), len(done), None):
+            table, summary = parse_block(lines, part, len(done), spec, chat)
+            done.append(_save(storage, run_path, table, summary))
+
+    patiently(go_on, f"reading {part.file.uri}")
+    return done
+
+
+def _save(storage: FileSystem, run_path: str, table: pa.Table, summary: BlockSummary) -> BlockSummary:
     if table.num_rows == 0:
         return summary
-    info = ShardInfo(shard_name(summary.index), table.num_rows)
+    info = ShardInfo(f"shard-{summary.part:05d}-{summary.block:05d}.arrow", table.num_rows)
     write_shard(storage, f"{run_path}/data/{info.path}", table)
     return replace(summary, shard=info)
 
 
 def finish(
-    spec: JobSpec, files: Sequence[SourceFile], summaries: Iterable[RangeSummary], storage: FileSystem, run_path: str
+    spec: JobSpec, files: Sequence[SourceFile], summaries: Iterable[BlockSummary], storage: FileSystem, run_path: str
 ) -> PreparedDataset:
     """Write rejected.jsonl, assemble, and write data/index.json into the run's folder. Raises DatasetError."""
-    ordered = sorted(summaries, key=lambda s: s.index)
+    ordered = sorted(summaries, key=lambda s: (s.part, s.block))
     rejected = rejected_lines(files, ordered)
     lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected)
-    write_bytes(storage, f"{run_path}/rejected.jsonl", lines.encode(errors="replace"))
+    write_bytes(storage, f"{run_path}/{REJECTED}", lines.encode(errors="replace"))
     prepared = assemble(spec, files, ordered, rejected)
     write_bytes(storage, f"{run_path}/data/{INDEX}", prepared.to_json().encode())
     return prepared
@@ -229,8 +286,10 @@ def preparation_key(spec: JobSpec, files: Sequence[SourceFile]) -> str:
     """What a prepared dataset depends on: the rows, how they are read, and this code's version."""
     depends_on = {
         "dataset_config": spec.dataset_config.model_dump(mode="json"),
+        "layout": LAYOUT,
+        "dataset_type": spec.dataset_details.dataset_type,
         "dataset_format": spec.dataset_details.dataset_format,
-        "base_model": spec.model_details.base_model,
+        "base_model": None if spec.dataset_config.preprocessing.lazy_tokenize else spec.model_details.base_model,
         "seed": spec.train_config.hyperparameters.seed,
         "files": [asdict(f) for f in files],
         "version": version("tuneyard"),
@@ -249,10 +308,6 @@ def prepared_before(spec: JobSpec, files: Sequence[SourceFile], storage: FileSys
     return prepared if whole else None
 
 
-def _parse_range(source: FileSystem, part: ByteRange, spec: JobSpec, chat: ChatTokenizer | None) -> tuple[pa.Table, RangeSummary]:
-    return parse_lines(read_lines(source, part), part, spec, chat)
-
-
 def prepare_local(
     spec: JobSpec,
     source: FileSystem,
@@ -261,13 +316,8 @@ def prepare_local(
     run_path: str,
     chat: ChatTokenizer | None,
 ) -> PreparedDataset:
-    """Prepare range by range in this process. Raises DatasetError."""
-    summaries = []
-    for part in plan_ranges(files):
-        try:
-            read = partial(_parse_range, source, part, spec, chat)
-            table, summary = patiently(read, f"reading {part.file.uri}")
-        except OSError as error:
-            raise explain(error, part.file.uri) from None
-        summaries.append(save_range(storage, run_path, table, summary))
+    """Prepare part by part in this process. Raises DatasetError."""
+    summaries: list[BlockSummary] = []
+    for part in plan_parts(source, files, spec.dataset_details.dataset_type):
+        summaries += prepare_part(spec, source, part, chat, storage, run_path)
     return finish(spec, files, summaries, storage, run_path)

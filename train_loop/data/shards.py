@@ -1,6 +1,6 @@
 """Prepared rows as Arrow IPC files in the run's `data/` folder, memory-mapped by workers.
 
-Columns: `file`, `offset` and `line` (which line this was; `line` counts from 1 within the shard's range), `u` in [0, 1) (its
+Columns: `file`, `offset` and `line` (which line this was; `line` counts from 1 within the shard's block), `u` in [0, 1) (its
 place in the split), and `conversation` (JSON; tokenised by the workers) or `input_ids` and `labels` (tokenised already).
 """
 
@@ -40,9 +40,12 @@ EAGER = pa.schema(
 )
 
 
-def split_place(seed: int, file_index: int, offset: int) -> float:
-    """A row's place in [0, 1): a hash of seed and position, so rows appended later move nothing."""
-    digest = hashlib.blake2b(f"{seed}:{file_index}:{offset}".encode(), digest_size=8).digest()
+def split_place(seed: int, file: str, offset: int) -> float:
+    """A row's place in [0, 1): a hash of seed and position, so that rows and files added later move nothing.
+
+    `file` is its name in the dataset ("" where that is one file), `offset` the row's as `Line` has it.
+    """
+    digest = hashlib.blake2b(f"{seed}:{file}:{offset}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
@@ -85,7 +88,7 @@ class PreparedDataset:
     num_lines: int  # lines that aren't blank
     num_rows: int
     num_rejected: int
-    sha256: str  # of the files' bytes, range by range
+    sha256: str  # of the rows' bytes, block by block
     files: list[SourceFile]
     eager: bool
     eval_lines: list[int]  # 1-based numbers of the eval rows' lines, the first 10,000

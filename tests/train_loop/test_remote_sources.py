@@ -1,0 +1,201 @@
+"""Datasets in Google's storage and on the Hugging Face hub, from small servers that answer as those do."""
+
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import urllib.parse
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from tests.conftest import CANARY, rows, with_fields
+from train_loop.data.sources import GoogleKey, HubToken
+from train_loop.spec import JobSpec
+
+JSONL = "".join(json.dumps(row) + "\n" for row in rows(30)).encode()
+FILES = {"ds/a.jsonl": JSONL, "ds/more/b.jsonl": JSONL, "ds/notes.md": b"x", "eval.jsonl": JSONL[: JSONL.index(b"\n") + 1]}
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Base of both: answers JSON, or bytes by range; remembers who asked for what."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        return None
+
+    def answer(self, value, status=200, **headers):
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.send_response(status)
+        for name, text in headers.items():
+            self.send_header(name.replace("_", "-"), text)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def answer_range(self, data, **headers):
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if asked is None:
+            return self.answer(data, **headers)
+        start, end = int(asked[1]), min(int(asked[2] or len(data) - 1), len(data) - 1)
+        where = {"Content_Range": f"bytes {start}-{end}/{len(data)}"}
+        return self.answer(data[start : end + 1], 206, **headers, **where)
+
+
+class Google(Server):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        assert "grant_type=urn%3Aietf%3Aparams%3Aoauth%3Agrant-type%3Ajwt-bearer" in body
+        self.answer({"access_token": CANARY, "expires_in": 3600, "token_type": "Bearer"})
+
+    def do_GET(self):
+        url = urllib.parse.urlsplit(self.path)
+        query = dict(urllib.parse.parse_qsl(url.query))
+        if self.headers.get("Authorization") != f"Bearer {CANARY}":
+            return self.answer({"error": {"code": 401, "message": "who are you?"}}, 401)
+        name = urllib.parse.unquote(url.path.rpartition("/o/")[2]) if "/o/" in url.path else None
+        if name is None:
+            return self.answer({"items": [self.about(n) for n in sorted(FILES) if n.startswith(query["prefix"])]})
+        if name not in FILES:
+            return self.answer({"error": {"code": 404, "message": "Not Found"}}, 404)
+        if query.get("alt") == "media":
+            return self.answer_range(FILES[name])
+        return self.answer(self.about(name))
+
+    def about(self, name):
+        at = "2026-01-02T03:04:05.678Z"
+        made = {"kind": "storage#object", "bucket": "bucket", "timeCreated": at, "updated": at, "generation": "1"}
+        return made | {"name": name, "size": str(len(FILES[name]))}
+
+
+class Hub(Server):
+    def do_GET(self):
+        url = urllib.parse.urlsplit(self.path)
+        if self.headers.get("Authorization") != f"Bearer {CANARY}":
+            return self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+        if url.path.startswith("/datasets/org/rows/resolve/main/"):
+            name = url.path.removeprefix("/datasets/org/rows/resolve/main/")
+            return self.answer_range(FILES[name], X_Repo_Commit="c" * 40, ETag='"e"')
+        if url.path.startswith("/api/datasets/org/rows/tree/main"):
+            below = url.path.removeprefix("/api/datasets/org/rows/tree/main").strip("/")
+            return self.answer(self.listing(below, "recursive=true" in url.query.lower()))
+        if url.path.startswith("/api/datasets/org/rows"):
+            return self.answer({"id": "org/rows", "sha": "c" * 40, "siblings": []})
+        return self.answer({"error": "Not found"}, 404, X_Error_Code="RepoNotFound")
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_POST(self):
+        asked = dict(urllib.parse.parse_qsl(self.rfile.read(int(self.headers["Content-Length"])).decode()))
+        self.answer([e for e in self.listing("", True) if e["path"] == asked.get("paths")])
+
+    def listing(self, below, recursive):
+        found = {}
+        for name, data in FILES.items():
+            if name.startswith(below):
+                found[name] = {"type": "file", "path": name, "size": len(data), "oid": "a" * 40}
+                folder = name.rpartition("/")[0]
+                while folder and folder != below:
+                    found[folder] = {"type": "directory", "path": folder, "size": 0, "oid": "b" * 40}
+                    folder = folder.rpartition("/")[0]
+        depth = below.count("/") + bool(below)
+        return [e for e in found.values() if recursive or e["path"].count("/") == depth]
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(handler):
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+READ = """
+import sys
+from pyarrow.fs import LocalFileSystem
+from train_loop.data.prepare import prepare_local
+from train_loop.data.sources import dataset_filesystem, dataset_keys, find_files
+from train_loop.errors import DatasetError
+from train_loop.spec import JobSpec
+
+spec, name, secret = JobSpec.model_validate_json(sys.argv[1]), sys.argv[3], sys.stdin.read()
+try:
+    keys = dataset_keys(spec.dataset_details.source_type, {name: secret}) if secret else None
+    filesystem = dataset_filesystem(spec.dataset_details, keys)
+    files = find_files(spec, filesystem)
+    print([(f.uri, f.is_eval, f.modified[:4]) for f in files])
+    print(prepare_local(spec, filesystem, files, LocalFileSystem(), sys.argv[2], None).counts)
+except DatasetError as error:
+    print(error.code, error.message)
+"""
+
+
+@pytest.fixture
+def read(local_job, tmp_path):
+    """Prepare a dataset in a process of its own; what it prints.
+
+    The hub's library reads its settings when it is loaded, and Google's holds the interpreter while it waits for the server.
+    """
+
+    def start(path, source_type, eval_path, name, secret, **env):
+        at = {"dataset_path": path, "source_type": source_type, "ownership": "private", "secret_id": "x"}
+        split = {"dataset_config.split": {"type": "file", "eval_path": eval_path}}
+        spec = JobSpec.model_validate(with_fields(local_job(split), {"dataset_details": at}))
+        arguments = [sys.executable, "-c", READ, spec.model_dump_json(), str(tmp_path / "run"), name]
+        done = subprocess.run(arguments, env=os.environ | env, input=secret, capture_output=True, text=True, timeout=120)
+        assert CANARY not in done.stdout + done.stderr
+        return done.stdout.strip().splitlines() or done.stderr
+
+    return start
+
+
+def test_a_prefix_in_google_storage_is_read_with_a_service_account(read, serve):
+    url = serve(Google)
+    private = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    pkcs8, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    pem = private.private_bytes(serialization.Encoding.PEM, pkcs8, plain).decode()
+    account = {"type": "service_account", "client_email": "a@b.c", "private_key": pem, "token_uri": f"{url}/token"}
+
+    def find(path, account):
+        secret = json.dumps(account)
+        where = {"CLOUD_STORAGE_EMULATOR_ENDPOINT": url}
+        return read(path, "gcs", "gs://bucket/eval.jsonl", "service_account_json", secret, **where)
+
+    files = [("ds/a.jsonl", False), ("ds/more/b.jsonl", False), ("eval.jsonl", True)]
+    assert find("gs://bucket/ds/", account) == [
+        str([(f"gs://bucket/{name}", is_eval, "2026") for name, is_eval in files]),
+        "{'train': 60, 'eval': 1}",
+    ]
+    (missing,) = find("gs://bucket/none.jsonl", account)
+    assert missing.startswith("object_not_found there is no object at gs://bucket/none.jsonl")
+    (refused,) = find("gs://bucket/ds/", account | {"private_key": CANARY})
+    assert refused.startswith("storage_access_denied Google gave no token")
+    key = GoogleKey(json.dumps(account))
+    assert pem.splitlines()[3] in key.values()
+    assert pem.splitlines()[3] not in repr(key)
+
+
+def test_a_dataset_of_the_hub_is_read_with_its_token(read, serve, tmp_path):
+    where = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": serve(Hub), "HF_HOME": str(tmp_path)}
+    files = [("ds/a.jsonl", False), ("ds/more/b.jsonl", False), ("eval.jsonl", True)]
+    assert read("org/rows", "hf", "eval.jsonl", "token", CANARY, **where) == [
+        str([(f"hf://datasets/org/rows/{name}", is_eval, "aaaa") for name, is_eval in files]),
+        "{'train': 60, 'eval': 1}",
+    ]
+    (refused,) = read("org/rows", "hf", "eval.jsonl", "token", "", **where)
+    assert refused.startswith("object_not_found the hub has nothing at datasets/org/rows, or shows it only to those with a token")
+    assert CANARY not in repr(HubToken(CANARY))

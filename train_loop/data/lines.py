@@ -1,0 +1,61 @@
+"""One row's text, whatever kind of file it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+CHUNK_BYTES = 1 << 20
+MAX_LINE_BYTES = 64 << 20
+EXCERPT_BYTES = 800
+BLOCK_ROWS = 20_000
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line without its end, an element of a JSON array, or a Parquet row as JSON.
+
+    `offset` is where it starts in its file's bytes (of a compressed file: the decompressed ones), of Parquet the row's number
+    from 0.
+    `fault` says why there is nothing to parse; `data` is then at most how it begins.
+    """
+
+    offset: int
+    data: bytes
+    fault: str | None = None
+
+
+class Damaged(Exception):
+    """The rest of this file can't be read; `reason` says why, in a few words."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class WrongType(Exception):
+    """This file isn't of the type that was said; `reason` says how it is seen."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def too_long(offset: int) -> Line:
+    """What stands for a row that would fill the memory."""
+    return Line(offset, b"", f"the row is longer than {MAX_LINE_BYTES >> 20} MiB")
+
+
+def blocks(lines: Iterable[Line], max_bytes: int) -> Iterator[list[Line]]:
+    """The lines in lists of about `max_bytes` and at most BLOCK_ROWS: what is held in memory at a time."""
+    block: list[Line] = []
+    size = 0
+    for line in lines:
+        block.append(line)
+        size += len(line.data)
+        if size >= max_bytes or len(block) >= BLOCK_ROWS:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
