@@ -81,6 +81,17 @@ def test_lines_and_elements_longer_than_a_chunk_and_too_long_ones(tmp_path, monk
     assert [line.offset for line in found][2] == 119
 
 
+@pytest.mark.parametrize("dataset_type", ["jsonl", "json"])
+def test_the_longest_row_is_as_long_whatever_the_chunks(tmp_path, monkeypatch, dataset_type):
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 20)
+    path = tmp_path / "f"
+    path.write_bytes({"jsonl": b"%s\n%s\n", "json": b"[%s,%s]"}[dataset_type] % (b"1" * 20, b"2" * 21))
+    for size in range(1, 50):
+        monkeypatch.setattr(lines, "CHUNK_BYTES", size)
+        monkeypatch.setattr(parts, "RANGE_BYTES", size)
+        assert [bool(line.fault) for line in lines_of(path, dataset_type)] == [False, True]
+
+
 def noise(size):
     return random.Random(1).randbytes(size)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -46,7 +47,9 @@ def glance(filesystem: FileSystem, files: Sequence[SourceFile], dataset_type: st
     drawn = random.Random(total)
     places = [0, *sorted(drawn.randrange(total) for _ in range(PLACES - 1))]
     lines, rows_seen, bytes_seen = [], 0, 0
-    for file, at in _found(files, places):
+    where = list(_found(files, places))
+    heads = Counter(file for file, _ in where)  # places in a file that can't be cut are all its head
+    for file, at in where:
         if dataset_type == "parquet":
             groups = groups_of(filesystem, file)
             group = len(groups) * at // file.size_bytes
@@ -57,8 +60,10 @@ def glance(filesystem: FileSystem, files: Sequence[SourceFile], dataset_type: st
             part = Part(0, 0, file, dataset_type, at, min(at + PLACE_BYTES, file.size_bytes))
             found = list(islice(_rows(filesystem, part), ROWS_PER_PLACE))
             num_rows, num_bytes = len(found), sum(len(line.data) + 1 for line in found)
+        elif (wanted := ROWS_PER_PLACE * heads.pop(file, 0)) == 0:
+            continue
         else:
-            found, num_rows, num_bytes = _head(filesystem, Part(0, 0, file, dataset_type, 0, file.size_bytes))
+            found, num_rows, num_bytes = _head(filesystem, Part(0, 0, file, dataset_type, 0, file.size_bytes), wanted)
         lines += found
         rows_seen, bytes_seen = rows_seen + num_rows, bytes_seen + num_bytes
     return Glance(lines, len(lines), round(total * rows_seen / max(1, bytes_seen)), False)
@@ -74,8 +79,8 @@ def _found(files: Sequence[SourceFile], places: Sequence[int]) -> Iterator[tuple
         yield files[at], place - before
 
 
-def _head(filesystem: FileSystem, part: Part) -> tuple[list[Line], int, int]:
-    """Rows of the beginning of a file that can't be cut; how many it holds, in how many of the file's bytes."""
+def _head(filesystem: FileSystem, part: Part, wanted: int) -> tuple[list[Line], int, int]:
+    """`wanted` rows of the beginning of a file that can't be cut; how many it holds, in how many of the file's bytes."""
     limit = PLACE_BYTES
     while True:
         found = list(islice(_rows(filesystem, part, limit), MAX_COUNTED))
@@ -83,7 +88,7 @@ def _head(filesystem: FileSystem, part: Part) -> tuple[list[Line], int, int]:
         if not whole and found:
             found.pop()  # cut
         if found or whole or limit > MAX_LINE_BYTES:
-            return found[:ROWS_PER_PLACE], len(found), min(limit, part.file.size_bytes)
+            return found[:wanted], len(found), min(limit, part.file.size_bytes)
         limit *= 8
 
 

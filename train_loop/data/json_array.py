@@ -52,7 +52,7 @@ def split_array(chunks: Iterable[bytes]) -> Iterator[Line]:
             depth -= byte in CLOSING
         else:  # what ends an element: a comma, or the end of the array
             text = bytes(buffer[max(0, begin - base) : found.start()])
-            if oversized:
+            if oversized or len(text) > lines.MAX_LINE_BYTES:
                 yield lines.too_long(begin)
             elif text.strip():
                 yield _element(begin, text)

@@ -30,6 +30,7 @@ def split_lines(chunks: Iterable[bytes], start: int = 0, end: int | None = None)
                     skipping = False
                 else:
                     pending += chunk[at:newline]
+                    oversized = oversized or len(pending) > lines.MAX_LINE_BYTES
                     yield lines.too_long(line_start) if oversized else _line(line_start, bytes(pending))
                 pending.clear()
                 oversized = False
