@@ -161,6 +161,7 @@ TYPES: dict[str, tuple[type[SecretData], ...]] = {
     "s3": (S3Keys,),
 }
 OPENS_S3 = ("aws", "s3")
+OPENS_HUB = ("hf",)
 
 
 def data_schema() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from cryptography.fernet import Fernet, InvalidToken
 from serve_app import endpoints
 from serve_app.aws import SECRET_ID, AwsIdentity, is_arn, is_listed, may_name
 from serve_app.errors import ApiError, field_error, invalid
-from serve_app.secret_types import OPENS_S3, AwsKeys, AwsRole, S3Keys, SecretData, parse
+from serve_app.secret_types import OPENS_S3, AwsKeys, AwsRole, HfToken, S3Keys, SecretData, parse
 from serve_app.settings import Settings
 from serve_app.store.jobs import JobStore
 from serve_app.store.tables import secrets
@@ -128,6 +128,13 @@ class SecretVault:
             case AwsKeys() | S3Keys():
                 return data.values()
         raise _error("secret_wrong_type", f"this secret doesn't open an s3 dataset: name one of type {' or '.join(OPENS_S3)}.")
+
+    def hub_token(self, org_id: str, secret_id: str) -> str:
+        """The token of a stored secret of type hf, for the job actor only. Raises DatasetError."""
+        match self._stored(org_id, secret_id):
+            case HfToken() as data:
+                return data.token.get_secret_value()
+        raise _error("secret_wrong_type", "this secret doesn't open the hub: name one of type hf.")
 
     def _fetch(self, org_id: str, arn: str) -> SecretData:
         if not self.may_name(org_id, arn):

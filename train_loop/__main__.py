@@ -125,7 +125,7 @@ def _keys_from_environment() -> Any:
         endpoint_url=env.get("AWS_ENDPOINT_URL"),
         region=env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION"),
     )
-    return Keys(dataset=keys, storage=keys)
+    return Keys(dataset=keys, storage=keys, model=keys)
 
 
 def _run_local(spec: JobSpec, request_id: str, uri: str, mirror: str) -> dict[str, Any]:
