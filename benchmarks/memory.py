@@ -75,6 +75,7 @@ def main() -> None:
     if options.one:
         run_one(options.one, options.mirror)
         return
+    from train_loop.model.source import ModelPlaces
     from train_loop.plan import make_plan, this_machine
     from train_loop.spec import JobSpec
 
@@ -88,7 +89,9 @@ def main() -> None:
             (4, None), (True, False), ((512, 1), (512, 4), (1024, 2)), (False, True)
         ):
             spec = job(data, bits, checkpointing, length, batch, evaluate)
-            planned = make_plan(JobSpec.model_validate(spec), Path(options.mirror), this_machine())["memory"]["total_bytes"]
+            planned = make_plan(JobSpec.model_validate(spec), ModelPlaces(options.mirror), this_machine())["memory"][
+                "total_bytes"
+            ]
             measured = measure(spec, options.mirror)
             cells = (
                 bits or "-",

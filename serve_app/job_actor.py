@@ -22,12 +22,12 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from serve_app import logs
 from serve_app.cluster import actor_name, poke_dispatcher
 from serve_app.lifecycle import Phase, Status
+from serve_app.run_keys import keys_of
 from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
-from serve_app.storage import run_uri, storage_credentials
+from serve_app.storage import run_uri
 from serve_app.store.jobs import Job, JobStore, StaleAttempt
 from serve_app.store.journal import Notes
-from train_loop.data.sources import dataset_keys
 from train_loop.errors import Cause, RunFault, Stopped, UserError
 from train_loop.hang import StepClock
 from train_loop.launch import ActorMonitor, Keys, Placement, RunFiles, launch
@@ -186,15 +186,11 @@ class JobActor:
         return self.job
 
     def _keys(self) -> Keys:
-        settings, details = self.settings, self.spec.dataset_details
-        dataset = None
-        if details.secret_id is not None:
-            data = self._vault.reveal(self.job.org_id, details.secret_id, details.source_type)
-            dataset = dataset_keys(details.source_type, data)
-        keys = Keys(dataset=dataset, storage=storage_credentials(settings))
-        for found in (keys.dataset, keys.storage):
+        keys = keys_of(self.spec, self._vault, self.settings)
+        for found in (keys.dataset, keys.storage, keys.model):
             if found is not None:
                 self.redactor.hide(*found.values())
+        self.redactor.hide(keys.hub_token)
         return keys
 
     @cached_property

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from serve_app.run_keys import keys_of
 from serve_app.secrets import SecretVault
 from serve_app.settings import Profile, Settings
 from serve_app.store.jobs import JobStore
-from train_loop.data.sources import dataset_filesystem, dataset_keys
+from train_loop.data.sources import dataset_filesystem
 from train_loop.errors import UserError
+from train_loop.launch import model_places
 from train_loop.spec import JobSpec
 
 TIMEOUT_S = 30.0
@@ -19,13 +20,10 @@ def plan_job(spec: JobSpec, settings: Settings, vault: SecretVault) -> dict[str,
     """The job's plan with this service's models, hardware and prices. Raises UserError where the job would fail at once."""
     from train_loop.plan import make_plan
 
-    details = spec.dataset_details
-    keys = None
-    if details.secret_id is not None:
-        keys = dataset_keys(details.source_type, vault.reveal(spec.org, details.secret_id, details.source_type))
-    source = dataset_filesystem(details, keys)
+    keys = keys_of(spec, vault, settings)
+    source = dataset_filesystem(spec.dataset_details, keys.dataset)
     hardware = _hardware(settings.profiles[spec.infra_config.gpu_type], spec.infra_config.num_workers)
-    return make_plan(spec, Path(settings.model_mirror), hardware, source)
+    return make_plan(spec, model_places(spec, settings.model_mirror, keys), hardware, source)
 
 
 def plan_in_worker(spec: str) -> dict[str, Any]:

@@ -160,7 +160,7 @@ TYPES: dict[str, tuple[type[SecretData], ...]] = {
     "hf": (HfToken,),
     "s3": (S3Keys,),
 }
-# The types that open a dataset of each source_type.
+# The types that open what is at each source_type.
 OPENS = {"s3": ("aws", "s3"), "gcs": ("gcs",), "hf": ("hf",)}
 
 

@@ -114,7 +114,7 @@ class SecretVault:
         return may_name(org_id, arn, self._allowed_arns)
 
     def reveal(self, org_id: str, secret_id: str, source_type: str = "s3") -> dict[str, str]:
-        """The keys with which to open a dataset of this source_type now, for the job actor only: of a role, temporary ones.
+        """What opens a dataset or model of this source_type now, for the job actor only: of a role, temporary ones.
 
         Raises DatasetError.
         """
@@ -137,7 +137,7 @@ class SecretVault:
             case AwsKeys() | S3Keys():
                 return data.values()
         wanted = " or ".join(OPENS[source_type])
-        raise _error("secret_wrong_type", f"this secret doesn't open a dataset of {source_type}: name one of type {wanted}.")
+        raise _error("secret_wrong_type", f"this secret doesn't open what is at {source_type}: name one of type {wanted}.")
 
     def _fetch(self, org_id: str, arn: str) -> SecretData:
         if not self.may_name(org_id, arn):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
@@ -14,18 +12,26 @@ from pydantic import ValidationError
 
 from serve_app.aws import is_arn
 from serve_app.errors import field_error, invalid, validation_errors
+from serve_app.lifecycle import Status
+from serve_app.run_keys import model_keys
 from serve_app.secret_types import OPENS
 from serve_app.secrets import Secret, SecretVault
 from serve_app.settings import Settings
-from train_loop.errors import DatasetError
-from train_loop.spec import AWS_REGION, JobSpec
+from serve_app.store.jobs import JobStore
+from train_loop.errors import DatasetError, UserError
+from train_loop.launch import model_places
+from train_loop.model.source import model_config, name_in_mirror
+from train_loop.spec import AWS_REGION, DatasetDetails, JobSpec, ModelDetails
 
 PLAIN = ("org", "experiment_name")
 SECTIONS = ("dataset_config", "model_details", "train_config", "dataset_details", "infra_config")
 HUB_TIMEOUT_S = 3.0
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 
 
-def validate(payload: dict[str, Any], settings: Settings, vault: SecretVault, capacity: Mapping[str, int]) -> JobSpec:
+def validate(
+    payload: dict[str, Any], settings: Settings, vault: SecretVault, capacity: Mapping[str, int], jobs: JobStore
+) -> JobSpec:
     """The job, if its fields are right and it can run here. Raises ApiError 422 with every error.
 
     `capacity` is the most workers that the cluster could have, by gpu_type, as far as is known.
@@ -34,7 +40,12 @@ def validate(payload: dict[str, Any], settings: Settings, vault: SecretVault, ca
         spec = JobSpec.model_validate(payload)
     except ValidationError as error:
         raise invalid(validation_errors(error, JobSpec)) from None
-    errors = [*_infra_errors(spec, settings, capacity), *_dataset_errors(spec, vault), *_model_errors(spec, settings)]
+    errors = [
+        *_infra_errors(spec, settings, capacity),
+        *_dataset_errors(spec, vault),
+        *_model_errors(spec, settings, vault),
+        *_start_errors(spec, jobs),
+    ]
     if errors:
         raise invalid(errors)
     return spec
@@ -70,10 +81,8 @@ def _dataset_errors(spec: JobSpec, vault: SecretVault) -> list[dict[str, Any]]:
         return [
             field_error("dataset_details.source_type", "local paths are for runs without the service; use s3", allowed=["s3"])
         ]
-    secret, errors = _dataset_secret(spec, vault)
-    has_endpoint = secret is not None and secret.has_endpoint
-    if details.region is not None and not has_endpoint and not AWS_REGION.match(details.region):
-        errors.append(field_error("dataset_details.region", "not an AWS region; one looks like us-west-2"))
+    what = f"a dataset of {details.source_type}"
+    errors = _opening_errors(spec.org, "dataset_details", details, what, vault)
     template = spec.dataset_config.preprocessing.prompt.template
     if template is not None:
         try:
@@ -88,57 +97,107 @@ def _dataset_errors(spec: JobSpec, vault: SecretVault) -> list[dict[str, Any]]:
     return errors
 
 
-def _dataset_secret(spec: JobSpec, vault: SecretVault) -> tuple[Secret | None, list[dict[str, Any]]]:
-    """The stored secret that the dataset names, if any, and what keeps it from opening the dataset."""
-    field, name = "dataset_details.secret_id", spec.dataset_details.secret_id
+def _opening_errors(
+    org_id: str, section: str, details: DatasetDetails | ModelDetails, what: str, vault: SecretVault
+) -> list[dict[str, Any]]:
+    """What keeps a section's secret and region from opening `what`."""
+    types = OPENS.get(details.source_type, ())
+    secret, errors = _secret(org_id, f"{section}.secret_id", details.secret_id, types, what, vault)
+    has_endpoint = secret is not None and secret.has_endpoint
+    if details.region is not None and not has_endpoint and not AWS_REGION.match(details.region):
+        errors.append(field_error(f"{section}.region", "not an AWS region; one looks like us-west-2"))
+    return errors
+
+
+def _secret(
+    org_id: str, field: str, name: str | None, types: Sequence[str], what: str, vault: SecretVault
+) -> tuple[Secret | None, list[dict[str, Any]]]:
+    """The stored secret of that name, if any, and what keeps it from being used."""
     unknown = "no such secret in this org: store the keys by POST /secret/ and use the secret_id it returns"
     if name is None:
         return None, []
+    if is_arn(name) and "aws" not in types:
+        message = f"{what} needs a secret of type {' or '.join(types)}, stored by POST /secret/: an ARN stands for keys of S3"
+        return None, [field_error(field, message, allowed=list(types))]
     if is_arn(name):
-        if vault.may_name(spec.org, name):
+        if vault.may_name(org_id, name):
             return None, []
         # Said without asking AWS, so that it doesn't tell whether there is such a secret.
         return None, [field_error(field, f"{unknown}, or have the operator allow the ARN (TUNEYARD_ALLOWED_SECRET_ARNS)")]
     try:
-        secret = vault.find(spec.org, name)
+        secret = vault.find(org_id, name)
     except DatasetError as error:
         return None, [field_error(field, error.message)]
     if secret is None:
         return None, [field_error(field, unknown)]
-    source_type = spec.dataset_details.source_type
-    opens = OPENS.get(source_type, ())
-    if secret.type not in opens:
-        message = f"this secret is of type {secret.type}, and a dataset of {source_type} needs one of type {' or '.join(opens)}"
-        return None, [field_error(field, message, allowed=list(opens))]
+    if secret.type not in types:
+        message = f"this secret is of type {secret.type}, and {what} needs one of type {' or '.join(types)}"
+        return None, [field_error(field, message, allowed=list(types))]
     return secret, []
 
 
-def _model_errors(spec: JobSpec, settings: Settings) -> list[dict[str, Any]]:
-    name = spec.model_details.base_model
-    field = "model_details.base_model"
-    folder = Path(settings.model_mirror, name)
-    if (folder / "config.json").is_file():
-        context = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
+def _model_errors(spec: JobSpec, settings: Settings, vault: SecretVault) -> list[dict[str, Any]]:
+    details, field = spec.model_details, "model_details.base_model"
+    if errors := _opening_errors(spec.org, "model_details", details, f"a model of {details.source_type}", vault):
+        return errors
+    try:
+        keys = model_keys(spec, vault, settings)
+        config = model_config(details, model_places(spec, settings.model_mirror, keys))
+    except UserError as error:
+        return [field_error(error.field or field, error.message)]
+    if config is not None:
+        context = (config.get("text_config") or config).get("max_position_embeddings")
         asked = spec.dataset_config.preprocessing.prompt.max_length
         if context is not None and asked > context:
-            message = f"{asked} tokens are more than the context of {name}, {context}"
+            message = f"{asked} tokens are more than the context of {details.base_model}, {context}"
             return [field_error("dataset_config.preprocessing.prompt.max_length", message, allowed={"le": context})]
         return []
+    name = name_in_mirror(details)
     where = f"not in the model mirror ({settings.model_mirror}, setting TUNEYARD_MODEL_MIRROR)"
     if settings.hub_offline:
         return [field_error(field, f"{name} is {where}, and the hub is switched off")]
+    return _hub_errors(details, keys.hub_token, f"{name} is {where}")
+
+
+def _hub_errors(details: ModelDetails, token: str | None, where: str) -> list[dict[str, Any]]:
     import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+    field = "model_details.base_model"
     try:
-        HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
+        HfApi(token=token).model_info(details.base_model, revision=details.revision, timeout=HUB_TIMEOUT_S)
+    except GatedRepoError:
+        message = f"{where}, and gated on the hub: accept its terms there, and name a secret of type hf"
+        return [field_error("model_details.secret_id", message)]
+    except RevisionNotFoundError:
+        return [field_error("model_details.revision", f"{where}, and the hub has no such revision of it")]
     except RepositoryNotFoundError:
-        return [field_error(field, f"{name} is {where}, and the hub has no such public model")]
+        seen = "no such public model" if token is None else "no such model that this token may read"
+        return [field_error(field, f"{where}, and the hub has {seen}")]
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "an error"
-        return [field_error(field, f"{name} is {where}, and the hub answered {status}")]
+        return [field_error(field, f"{where}, and the hub answered {status}")]
     except (OSError, httpx.HTTPError, ValueError) as error:
-        reason = type(error).__name__
-        return [field_error(field, f"{name} is {where}, and the hub can't be reached ({reason})")]
+        return [field_error(field, f"{where}, and the hub can't be reached ({type(error).__name__})")]
+    return []
+
+
+def _start_errors(spec: JobSpec, jobs: JobStore) -> list[dict[str, Any]]:
+    """What keeps training from going on from the adapter that init_from names."""
+    field, name = "train_config.adapter_config.init_from", spec.train_config.adapter_config.init_from
+    if name is None or name.startswith("s3://"):
+        return []
+    if not UUID.fullmatch(name):
+        return [field_error(field, "init_from must be the request_id of a job of this org, or an s3://bucket/folder")]
+    job = jobs.get(name)
+    if job is None or job.org_id != spec.org:
+        return [field_error(field, "no such job in this org")]
+    if job.status != Status.COMPLETED:
+        return [field_error(field, f"that job is {job.status}: only one that is COMPLETED has an adapter to go on from")]
+    if job.spec["train_config"]["train_type"] != "lora":
+        return [field_error(field, "that job trained every weight and has no adapter to go on from")]
+    base = job.spec["model_details"]["base_model"]
+    if base != spec.model_details.base_model:
+        return [field_error(field, f"that job's adapter is for {base}, not for {spec.model_details.base_model}")]
     return []

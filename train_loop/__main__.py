@@ -140,7 +140,7 @@ def _keys_from_environment(spec: JobSpec) -> Any:
         dataset = GoogleKey(Path(path).read_text()) if path else None
     elif spec.dataset_details.source_type == "hf":
         dataset = HubToken(env["HF_TOKEN"]) if env.get("HF_TOKEN") else None
-    return Keys(dataset=dataset, storage=keys)
+    return Keys(dataset=dataset, storage=keys, model=keys)
 
 
 def _run_local(spec: JobSpec, request_id: str, uri: str, mirror: str) -> dict[str, Any]:

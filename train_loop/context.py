@@ -29,6 +29,7 @@ class RunContext(Protocol):
     storage: FileSystem
     run_path: str  # the run's folder inside `storage`
     scratch: Path  # local, removed after the run
+    start: Path | None  # the folder of the adapter that training continues from
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` over ranks, in place."""
@@ -84,6 +85,7 @@ class LocalContext:
     run_path: str
     scratch: Path
     monitor: Monitor
+    start: Path | None = None
     rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
@@ -123,7 +125,15 @@ class RayContext:
     """A Ray Train worker. What it reports goes straight to the monitor actor: Ray Train's own queue takes one report in 2 s."""
 
     def __init__(
-        self, *, model_folder: Path, storage: FileSystem, run_path: str, scratch: Path, monitor: Any, watchdog: Watchdog
+        self,
+        *,
+        model_folder: Path,
+        storage: FileSystem,
+        run_path: str,
+        scratch: Path,
+        start: Path | None,
+        monitor: Any,
+        watchdog: Watchdog,
     ) -> None:
         import ray.train
         import ray.train.torch
@@ -137,6 +147,7 @@ class RayContext:
         self.storage = storage
         self.run_path = run_path
         self.scratch = scratch
+        self.start = start
         self._monitor = monitor
         self._watchdog = watchdog
         self._asked: Any = None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train_loop.metrics import MetricLog
 from train_loop.spec import JobSpec
-from train_loop.storage import list_files, read_bytes
+from train_loop.storage import hash_of, list_files
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -51,7 +50,7 @@ def write_adapter(folder: Path, spec: JobSpec, model: Any, tokenizer: Any, log: 
 
 def verify(storage: FileSystem, path: str, files: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the `files` (name, size_bytes, sha256) are under `path`, read back from storage: what is really there."""
-    sizes = list_files(storage, path)
+    sizes = list_files(storage, path) if files else {}
     return all(sizes.get(f["name"]) == f["size_bytes"] for f in files) and all(
-        hashlib.sha256(read_bytes(storage, f"{path}/{f['name']}")).hexdigest() == f["sha256"] for f in files
+        hash_of(storage, f"{path}/{f['name']}") == f["sha256"] for f in files
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -30,13 +31,14 @@ from train_loop.data.sources import (
     filesystem_for,
     find_files,
 )
-from train_loop.errors import Cause, RunFault, Stopped, UserError
+from train_loop.errors import Cause, ModelError, RunFault, Stopped, UserError
 from train_loop.export import verify
 from train_loop.faults import classified, machine_lost
 from train_loop.hang import FACTOR, FLOOR_S, StepClock, Watchdog
+from train_loop.model.source import ModelPlaces, model_folder
 from train_loop.scratch import scratch_folder
 from train_loop.spec import JobSpec
-from train_loop.storage import list_files, outages_told, read_json, write_json
+from train_loop.storage import download_file, list_files, outages_told, read_json, write_json
 from train_loop.worker_log import shipped
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from train_loop.data.tokenize import ChatTokenizer
 
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OUTCOME = "outcome.json"  # how training ended; written when the adapter is in storage
 WORKER_NICENESS = 15  # Ray's own default for all its workers
 SESSION_NICENESS = 10  # a tenth of what others get while they want all
@@ -72,6 +75,8 @@ class Keys:
 
     dataset: DatasetKeys | None = None
     storage: Credentials | None = None
+    model: Credentials | None = None
+    hub_token: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class RunFiles:
     """Where a run's bytes are. Picklable and free of credentials: they come from the monitor when a file is opened."""
 
     storage_uri: str  # the run's own folder: <storage>/<org>/<request_id>
-    model_mirror: str
+    model_mirror: str  # a folder, or s3://bucket/prefix that the storage's keys open
     keys: Callable[[], Keys]
 
     def storage(self) -> tuple[FileSystem, str]:
@@ -89,6 +94,19 @@ class RunFiles:
     def source(self, spec: JobSpec) -> FileSystem:
         """The dataset's file system."""
         return dataset_filesystem(spec.dataset_details, self.keys().dataset)
+
+    def models(self, spec: JobSpec) -> ModelPlaces:
+        """Where the job's base model is looked for."""
+        return model_places(spec, self.model_mirror, self.keys())
+
+    def start(self, spec: JobSpec, name: str) -> tuple[FileSystem, str]:
+        """File system and folder of the adapter that init_from names: a run of the same org, else a URI for the user's keys."""
+        if "/" not in name:
+            storage, run_path = self.storage()
+            return storage, f"{run_path.rpartition('/')[0]}/{name}/adapter"
+        keys, details = self.keys(), spec.dataset_details
+        found = keys.model or (keys.dataset if isinstance(keys.dataset, Credentials) else None)
+        return filesystem_for(name, found, details.region, anonymous=details.ownership == "public")
 
 
 @dataclass(frozen=True)
@@ -119,11 +137,40 @@ class ActorMonitor:
         return keys
 
 
-def _chat_tokenizer(spec: JobSpec, mirror: str) -> ChatTokenizer:
-    from train_loop.data.tokenize import ChatTokenizer
-    from train_loop.model.load import load_tokenizer, model_folder
+def model_places(spec: JobSpec, mirror: str, keys: Keys) -> ModelPlaces:
+    """Where the job's base model is looked for, and what opens it."""
+    details = spec.model_details
+    anonymous = keys.model is None and details.ownership == "public"
+    return ModelPlaces(
+        mirror,
+        open_mirror=lambda uri: filesystem_for(uri, keys.storage),
+        open_model=lambda uri: filesystem_for(uri, keys.model, details.region, anonymous=anonymous),
+        hub_token=keys.hub_token,
+        org_id=spec.org,
+    )
 
-    return ChatTokenizer.of(spec, load_tokenizer(model_folder(spec.model_details, Path(mirror))))
+
+def _chat_tokenizer(spec: JobSpec, files: RunFiles) -> ChatTokenizer:
+    from train_loop.data.tokenize import ChatTokenizer
+    from train_loop.model.load import load_tokenizer
+
+    return ChatTokenizer.of(spec, load_tokenizer(model_folder(spec.model_details, files.models(spec), weights=False)))
+
+
+def _fetch_start(spec: JobSpec, files: RunFiles, scratch: Path) -> Path | None:
+    """A local folder with the adapter that init_from names, or None without one. Raises ModelError."""
+    name = spec.train_config.adapter_config.init_from
+    if name is None:
+        return None
+    folder = Path(tempfile.mkdtemp(dir=scratch, prefix="start-"))
+    try:
+        storage, path = files.start(spec, name)
+        for file in (CONFIG, WEIGHTS):
+            download_file(storage, f"{path}/{file}", folder / file)
+    except OSError as error:
+        what = "there is no adapter" if isinstance(error, FileNotFoundError) else "the storage refused the keys"
+        raise ModelError(f"init_from {name} can't be read: {what}.", field="train_config.adapter_config.init_from") from error
+    return folder
 
 
 def launch(spec: JobSpec, request_id: str, files: RunFiles, placement: Placement, monitor: ActorMonitor) -> dict[str, Any]:
@@ -159,21 +206,21 @@ def launch(spec: JobSpec, request_id: str, files: RunFiles, placement: Placement
 def launch_local(spec: JobSpec, request_id: str, files: RunFiles, monitor: Monitor) -> dict[str, Any]:
     """Run the job in this process, without Ray, as a world of one. Same result and errors as `launch`."""
     from train_loop.loop import run
-    from train_loop.model.load import model_folder
 
     storage, run_path = files.storage()
 
     def prepare(source: FileSystem, found: list[SourceFile], run_path: str) -> PreparedDataset:
-        chat = None if spec.dataset_config.preprocessing.lazy_tokenize else _chat_tokenizer(spec, files.model_mirror)
+        chat = None if spec.dataset_config.preprocessing.lazy_tokenize else _chat_tokenizer(spec, files)
         return prepare_local(spec, source, found, storage, run_path, chat)
 
     def train(prepared: PreparedDataset) -> Mapping[str, Any]:
         with scratch_folder() as scratch:
             ctx = LocalContext(
-                model_folder=model_folder(spec.model_details, Path(files.model_mirror)),
+                model_folder=model_folder(spec.model_details, files.models(spec)),
                 storage=storage,
                 run_path=run_path,
                 scratch=scratch,
+                start=_fetch_start(spec, files, scratch),
                 monitor=monitor,
             )
             return asdict(run(spec, prepared, ctx))
@@ -212,7 +259,7 @@ def _attempt(
         on_event("prepared", describe(prepared))
 
     outcome = read_json(storage, f"{run_path}/{OUTCOME}")
-    if outcome is None or outcome["stopped"] or not verify(storage, f"{run_path}/adapter", outcome["adapter_files"]):
+    if outcome is None or outcome["stopped"] or not _is_written(outcome, storage, run_path):
         outcome = train(prepared)
     if outcome["stopped"]:
         raise Stopped
@@ -220,11 +267,13 @@ def _attempt(
 
 
 def _cache_key(spec: JobSpec, found: list[SourceFile], files: RunFiles) -> str:
-    from train_loop.model.load import model_folder
-
     lazy = spec.dataset_config.preprocessing.lazy_tokenize
-    tokenizer = None if lazy else model_folder(spec.model_details, Path(files.model_mirror), weights=False)
+    tokenizer = None if lazy else model_folder(spec.model_details, files.models(spec), weights=False)
     return cache_key(preparation_key(spec, found), tokenizer)
+
+
+def _is_written(outcome: Mapping[str, Any], storage: FileSystem, run_path: str) -> bool:
+    return all(verify(storage, f"{run_path}/{folder}", outcome[f"{folder}_files"]) for folder in ("adapter", "merged"))
 
 
 def _finished(storage: FileSystem, run_path: str, request_id: str) -> dict[str, Any] | None:
@@ -251,7 +300,7 @@ def _prepare_on_ray(
         open_source=lambda: files.source(spec),
         open_storage=lambda: files.storage()[0],
         run_path=run_path,
-        load_tokenizer=(lambda: _chat_tokenizer(spec, files.model_mirror)) if eager else None,
+        load_tokenizer=(lambda: _chat_tokenizer(spec, files)) if eager else None,
         num_cpus_per_task=placement.data_cpus,
     )
 
@@ -329,7 +378,6 @@ def _worker(config: dict[str, Any]) -> None:
     from ray.exceptions import RayError
 
     from train_loop.loop import run
-    from train_loop.model.load import model_folder
 
     _give_way()
     monitor: ActorMonitor = config["monitor"]
@@ -361,10 +409,11 @@ def _worker(config: dict[str, Any]) -> None:
         Watchdog(config["clock"], on_hang) as watchdog,
     ):
         ctx = RayContext(
-            model_folder=model_folder(spec.model_details, Path(files.model_mirror)),
+            model_folder=model_folder(spec.model_details, files.models(spec)),
             storage=storage,
             run_path=run_path,
             scratch=scratch,
+            start=_fetch_start(spec, files, scratch),
             monitor=tell,
             watchdog=watchdog,
         )
@@ -383,17 +432,15 @@ def _finish(
     run_path: str,
 ) -> dict[str, Any]:
     """Write the manifest, last: it says that everything else is there, and what it is."""
-    from train_loop.model.load import model_folder, weights_hash
-
-    if not verify(storage, f"{run_path}/adapter", outcome["adapter_files"]):
+    if not _is_written(outcome, storage, run_path):
         raise RunFault(Cause.STORAGE_AWAY, "The adapter in storage isn't what was written there.")
 
-    folder = model_folder(spec.model_details, Path(files.model_mirror))
     manifest = {
         "request_id": request_id,
         "adapter_uri": f"{files.storage_uri}/adapter",
         "adapter_files": outcome["adapter_files"],
-        "base_model": {"id": spec.model_details.base_model, "weights_sha256": weights_hash(folder)},
+        "merged_files": outcome["merged_files"],
+        "base_model": outcome["base_model"],
         "dataset": {
             "sha256": prepared.sha256,
             "files": [asdict(f) for f in prepared.files],

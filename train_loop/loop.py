@@ -28,10 +28,12 @@ from train_loop.data.shards import PreparedDataset, ShardSet
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import DatasetError, Stopped, TrainingError
 from train_loop.evaluate import evaluate, full_precision
-from train_loop.loss import supervised_loss
+from train_loop.loss import keeps_documents_apart, supervised_loss
 from train_loop.metrics import MetricLog
-from train_loop.model.adapters import add_adapter, trainable
+from train_loop.model.adapters import add_adapter, parameter_groups, trainable
 from train_loop.model.load import load_base, load_tokenizer
+from train_loop.model.merge import write_merged
+from train_loop.model.source import revision_of, weights_hash
 from train_loop.optim import build_optimizer, learning_rate, set_learning_rate
 from train_loop.parallel import set_threads, sync_gradients, sync_parameters
 from train_loop.spec import JobSpec
@@ -52,6 +54,8 @@ class Outcome:
     metrics: dict[str, Any]
     worlds: list[dict[str, int]]  # the workers that the steps ran on: from_step, world_size
     adapter_files: list[dict[str, Any]]  # name, size_bytes, sha256; rank 0 knows
+    merged_files: list[dict[str, Any]]  # the same, of merged/
+    base_model: dict[str, Any]  # id, revision (a commit of the hub) and weights_sha256; rank 0 knows
 
 
 def batch_plan(spec: JobSpec, num_samples: int) -> BatchPlan:
@@ -88,15 +92,20 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
     shards = ShardSet.open(prepared, ctx.storage, f"{ctx.run_path}/data", ctx.scratch / f"data-{ctx.rank}")
     train_ids, eval_ids = shards.ids("train"), shards.ids("eval")
     plan = batch_plan(spec, len(train_ids))
-    layout = Layout(chat, pre.prompt.max_length, pre.packing, tokenizer.pad_token_id)
 
     base = load_base(spec, ctx.model_folder, ctx.device)
     if base.note:
         ctx.event("compute_dtype", base.note)
-    model = add_adapter(base.model, spec)
+    packing = pre.packing and keeps_documents_apart(base.model)
+    if packing != pre.packing:
+        ctx.event(
+            "packing", f"{base.model.config.model_type} can't keep packed samples apart: rows are padded instead, same loss"
+        )
+    layout = Layout(chat, pre.prompt.max_length, packing, tokenizer.pad_token_id)
+    model = add_adapter(base.model, spec, ctx.start)
     parameters = trainable(model)
     sync_parameters(parameters, ctx)
-    optimizer = build_optimizer(parameters, hp)
+    optimizer = build_optimizer(parameter_groups(model, spec.train_config.adapter_config.lora_plus_ratio), hp)
     # Dropout differs between ranks; everything before this line is the same on all of them.
     torch.manual_seed(hp.seed + 1 + ctx.rank)
 
@@ -161,9 +170,10 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
         ctx.beat()
         ctx.phase("training")
 
-    def outcome(*, stopped: bool, adapter_files: list[dict[str, Any]]) -> Outcome:
+    def outcome(*, stopped: bool, **files: Any) -> Outcome:
         dtype = str(base.compute_dtype).removeprefix("torch.")
-        return Outcome(stopped, step, plan.total_steps, dtype, log.summary(), log.worlds, adapter_files)
+        written = {"adapter_files": [], "merged_files": [], "base_model": {}} | files
+        return Outcome(stopped, step, plan.total_steps, dtype, log.summary(), log.worlds, **written)
 
     model.train()
     told_preempted = False
@@ -227,18 +237,27 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
                 log.restart_clock()
     except Stopped:
         save(wait=True)
-        return outcome(stopped=True, adapter_files=[])
+        return outcome(stopped=True)
 
     ctx.phase("exporting")
     ctx.beat("slow")
     checkpoints.wait()
-    files = []
+    written: dict[str, Any] = {}
     if ctx.rank == 0:
         publish_metrics()
         with tempfile.TemporaryDirectory(dir=ctx.scratch) as folder:
             export.write_adapter(Path(folder), spec, model, tokenizer, log)
-            files = upload_folder(Path(folder), ctx.storage, f"{ctx.run_path}/adapter")
-    return outcome(stopped=False, adapter_files=files)
+            written["adapter_files"] = upload_folder(Path(folder), ctx.storage, f"{ctx.run_path}/adapter")
+        if spec.train_config.export.merge:
+            with tempfile.TemporaryDirectory(dir=ctx.scratch) as folder:
+                write_merged(Path(folder), spec, model, tokenizer)
+                written["merged_files"] = upload_folder(Path(folder), ctx.storage, f"{ctx.run_path}/merged")
+        written["base_model"] = {
+            "id": spec.model_details.base_model,
+            "revision": revision_of(ctx.model_folder),
+            "weights_sha256": weights_hash(ctx.model_folder),
+        }
+    return outcome(stopped=False, **written)
 
 
 def _agree(micro_batches: list[MicroBatch], ctx: RunContext) -> tuple[int, int, bool, bool]:

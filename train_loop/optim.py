@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -30,10 +31,10 @@ def learning_rate(hp: Hyperparameters, step: int, total_steps: int) -> float:
     return hp.learning_rate * share
 
 
-def build_optimizer(parameters: Iterable[torch.nn.Parameter], hp: Hyperparameters) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters; the loop sets its rate before each step."""
+def build_optimizer(groups: Iterable[Mapping[str, Any]], hp: Hyperparameters) -> torch.optim.Optimizer:
+    """AdamW over groups of trainable parameters; the loop sets its rate before each step."""
     return torch.optim.AdamW(
-        list(parameters),
+        [dict(group) for group in groups],
         lr=hp.learning_rate,
         betas=(hp.adam_beta1, hp.adam_beta2),
         eps=hp.adam_epsilon,
@@ -42,6 +43,6 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], hp: Hyperparameter
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Use `value` for the next step."""
+    """Use `value` for the next step, times each group's own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group["lr_factor"]

@@ -26,8 +26,10 @@ from train_loop.data.sources import SourceFile, filesystem_for, find_files
 from train_loop.data.tokenize import IGNORE_INDEX, ChatTokenizer, Sample
 from train_loop.errors import DatasetError
 from train_loop.loss import CHUNK_TOKENS
-from train_loop.model.load import DTYPES, compute_dtype, load_tokenizer, model_folder
-from train_loop.spec import JobSpec, RandomSplit
+from train_loop.model.adapters import ALL_LINEAR, expert_parameters, is_named, linear_layers, rank
+from train_loop.model.load import DTYPES, compute_dtype, load_tokenizer
+from train_loop.model.source import ModelPlaces, model_folder
+from train_loop.spec import JobSpec, Quantization, RandomSplit
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -66,6 +68,8 @@ class ModelShape:
     vocab: int
     context: int | None
     adapted: list[tuple[int, int]]  # (in, out) features of each adapted layer
+    saved_params: int  # of modules_to_save
+    leaves_experts: bool  # it has experts, and targets doesn't name them
 
 
 @dataclass(frozen=True)
@@ -87,12 +91,12 @@ def this_machine() -> Hardware:
     return Hardware("cpu", memory, CPU_FLOPS_PER_CORE * len(os.sched_getaffinity(0)))
 
 
-def make_plan(spec: JobSpec, mirror: Path, hardware: Hardware, source: FileSystem | None = None) -> dict[str, Any]:
+def make_plan(spec: JobSpec, places: ModelPlaces, hardware: Hardware, source: FileSystem | None = None) -> dict[str, Any]:
     """The plan of a job, as JSON. `source` is the dataset's file system; None opens it without keys.
 
     Raises UserError, as the job would, where model or dataset can't be read.
     """
-    folder = model_folder(spec.model_details, mirror, weights=False)
+    folder = model_folder(spec.model_details, places, weights=False)
     shape = model_shape(spec, folder)
     tokenizer = load_tokenizer(folder)
     filesystem = source or filesystem_for(spec.dataset_details.dataset_path, None, anonymous=True)[0]
@@ -137,7 +141,7 @@ def make_plan(spec: JobSpec, mirror: Path, hardware: Hardware, source: FileSyste
         },
         "steps": steps,
         "samples_per_step": min(batches.samples_per_step, train_rows),
-        "trainable_params": sum(spec.train_config.adapter_config.r * (i + o) for i, o in shape.adapted),
+        "trainable_params": trainable_params(spec, shape),
         "memory": memory,
         "time_s": round(train_s + START_S),
         "gpu_hours": round(hours, 4),
@@ -154,10 +158,16 @@ def model_shape(spec: JobSpec, folder: Path) -> ModelShape:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    linear = linear_layers(model)
     targets = spec.train_config.adapter_config.targets
-    adapted = [m for n, m in linear.items() if targets == ["all-linear"] or any(n == t or n.endswith(f".{t}") for t in targets)]
+    adapted = [m.weight.shape for n, m in linear.items() if targets == ALL_LINEAR or is_named(n, targets)]
+    experts = expert_parameters(model)
+    # PEFT's adapter on experts has as many ranks for each of them.
+    adapted += [
+        torch.Size((p.shape[0] * p.shape[1], p.shape[0] * p.shape[2])) for n, p in experts.items() if is_named(n, targets)
+    ]
+    kept = spec.train_config.adapter_config.modules_to_save or []
+    saved = {p: p.numel() for n, m in model.named_modules() if is_named(n, kept) for p in m.parameters()}
     linear_params = sum(m.weight.numel() for m in linear.values())
     return ModelShape(
         linear_params=linear_params,
@@ -167,7 +177,9 @@ def model_shape(spec: JobSpec, folder: Path) -> ModelShape:
         intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocab=config.vocab_size,
         context=getattr(config, "max_position_embeddings", None),
-        adapted=[(m.in_features, m.out_features) for m in adapted],
+        adapted=[(int(i), int(o)) for o, i in adapted],
+        saved_params=sum(saved.values()),
+        leaves_experts=bool(experts) and not any(is_named(n, targets) for n in experts),
     )
 
 
@@ -253,10 +265,8 @@ def memory_of_a_worker(spec: JobSpec, shape: ModelShape, batch_tokens: int, hard
     on_cpu = hardware.device == "cpu"
     asked = spec.train_config.torch_dtype
     width = (compute_dtype(asked, torch.device("cpu"))[0] if on_cpu else DTYPES[asked]).itemsize
-    # 4 bits, and per 64 weights one absmax: 8 bits (and 32 per 256 of those) when quantised twice, else 32.
-    absmax = (1 + 4 / 256) / 64 if quantization and quantization.double_quant else 4 / 64
-    linear = shape.linear_params * (0.5 + absmax if quantization else width)
-    adapter = 4 * sum(spec.train_config.adapter_config.r * (i + o) for i, o in shape.adapted)
+    linear = shape.linear_params * (bytes_per_weight(quantization) if quantization else width)
+    adapter = 4 * trainable_params(spec, shape)
     inputs = sum(i for i, _ in shape.adapted) / shape.num_layers
     # LoRA's inputs with their dropout masks; the MLP's four widths; float32 copies in the norms; attention and residuals.
     block = inputs * (4 + width) + 4 * shape.intermediate * width + 24 * shape.hidden + 16 * shape.hidden * width
@@ -282,6 +292,21 @@ def memory_of_a_worker(spec: JobSpec, shape: ModelShape, batch_tokens: int, hard
         "available_bytes": hardware.memory_bytes,
         "batch_tokens": batch_tokens,
     }
+
+
+def trainable_params(spec: JobSpec, shape: ModelShape) -> int:
+    """Parameters that have a gradient and optimizer state."""
+    adapter = spec.train_config.adapter_config
+    magnitudes = sum(o for _, o in shape.adapted) if adapter.use_dora else 0
+    return sum(rank(adapter) * (i + o) for i, o in shape.adapted) + magnitudes + shape.saved_params
+
+
+def bytes_per_weight(quantization: Quantization) -> float:
+    """What a quantised weight takes, its share of the constants included."""
+    if quantization.quant_bits == 8:
+        return 1.0  # and 4 bytes a row
+    # Per 64 weights one absmax: 8 bits (and 32 per 256 of those) when quantised twice, else 32.
+    return 0.5 + ((1 + 4 / 256) / 64 if quantization.double_quant else 4 / 64)
 
 
 def flops_per_token(spec: JobSpec, shape: ModelShape) -> float:
@@ -311,6 +336,11 @@ def warnings_of(spec: JobSpec, shape: ModelShape, sample: DatasetSample, plan: d
     elif adapter.r > shape.hidden:
         found.append(
             f"adapter_config.r {adapter.r} is more than the model's hidden size {shape.hidden}: full fine-tuning would be smaller"
+        )
+    if shape.leaves_experts:
+        found.append(
+            "the model's experts get no adapter: to train them too, name them in adapter_config.targets, with dropout 0, such as "
+            "experts.gate_up_proj and experts.down_proj"
         )
     if (
         isinstance(spec.dataset_config.split, RandomSplit)

@@ -115,7 +115,7 @@ class DatasetConfig(Section):
 class Quantization(Section):
     """bitsandbytes quantisation of the frozen base."""
 
-    quant_bits: Annotated[Literal[4, 8], NotYet(8)] = Field(description="4 (NF4 or FP4) or 8 (LLM.int8()).")
+    quant_bits: Literal[4, 8] = Field(description="4 (NF4 or FP4) or 8 (LLM.int8()).")
     quant_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit data type.")
     double_quant: bool = Field(True, strict=True, description="Quantise the quantisation constants too.")
 
@@ -124,18 +124,20 @@ class ModelDetails(Section):
     """The base model."""
 
     base_model: str = Field(min_length=1, max_length=512, description="Hub id (`owner/name`), or a folder URI for s3 and gcs.")
-    ownership: Annotated[Literal["public", "private"], NotYet("private")] = Field(
-        "public", description="private needs secret_id."
-    )
-    source_type: Annotated[Literal["hf", "s3", "gcs"], NotYet("s3", "gcs")] = Field(
+    ownership: Literal["public", "private"] = Field("public", description="private needs secret_id.")
+    source_type: Annotated[Literal["hf", "s3", "gcs"], NotYet("gcs")] = Field(
         "hf", description="Where the base model lives; the operator's mirror is looked up first."
     )
     model_type: Annotated[Literal["llm", "vlm"], NotYet("vlm")] = Field(
         "llm", description="llm on a VLM base trains the language part only."
     )
-    revision: Annotated[str | None, OnlyYet(None)] = Field(None, max_length=128, description="Commit or tag of the base model.")
-    secret_id: Annotated[str | None, OnlyYet(None)] = Field(None, description="Secret that opens a private model.")
-    region: Annotated[str | None, OnlyYet(None)] = Field(None, description="Cloud region of the model's bucket.")
+    revision: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = Field(
+        None, description="Commit or tag of the base model on the hub; the mirror has it as `owner/name@revision`."
+    )
+    secret_id: Annotated[str, Field(min_length=1, max_length=640)] | None = Field(
+        None, description="Secret that opens a private model: of type hf for the hub, else as for the dataset."
+    )
+    region: Annotated[str, Field(max_length=64)] | None = Field(None, description="AWS region of the model's bucket.")
     quantization: Quantization | None = Field(None, description="Quantise the frozen base; null keeps torch_dtype.")
 
 
@@ -194,31 +196,38 @@ class Hyperparameters(Section):
     seed: int = Field(42, ge=0, le=2**32 - 1, strict=True, description="Everything random derives from it.")
 
 
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+
+
 class AdapterConfig(Section):
     """LoRA."""
 
     r: int = Field(16, ge=1, le=1024, strict=True, description="Rank.")
     alpha: float = Field(16, gt=0, le=65_536, strict=True, description="Scale: the update is multiplied by alpha / r.")
     dropout: float = Field(0.1, ge=0, lt=1, strict=True, description="Dropout on the adapter's input.")
-    targets: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(
+    targets: list[Name] = Field(
         default_factory=lambda: ["all-linear"],
         min_length=1,
         max_length=256,
-        description='["all-linear"] (every linear layer but the head), or module name suffixes.',
+        description='["all-linear"] (every linear layer but the head and the routers of experts), or module name suffixes.',
     )
     use_rslora: bool = Field(False, strict=True, description="Scale by alpha / sqrt(r) (rank-stabilised LoRA).")
-    use_dora: Annotated[bool, NotYet(True)] = Field(False, strict=True, description="Weight-decomposed LoRA.")
-    lora_plus_ratio: Annotated[float | None, OnlyYet(None)] = Field(
-        None, description="Learning rate of B over that of A (LoRA+)."
+    use_dora: bool = Field(False, strict=True, description="Weight-decomposed LoRA.")
+    lora_plus_ratio: Annotated[float, Field(gt=0, le=1024, strict=True)] | None = Field(
+        None, description="Learning rate of B over that of A (LoRA+); 16 is usual."
     )
-    init: Annotated[Literal["default", "pissa", "loftq", "gaussian"], NotYet("pissa", "loftq")] = Field(
-        "default", description="How the adapter starts."
+    init: Literal["default", "pissa", "loftq", "gaussian"] = Field(
+        "default",
+        description="How the adapter starts: at zero (default, gaussian), at the base's principal part (pissa; the saved adapter "
+        "has rank 2r), or at what quantisation lost (loftq).",
     )
-    modules_to_save: Annotated[list[str] | None, OnlyYet(None)] = Field(
-        None, description="Modules trained in full and saved with the adapter."
+    modules_to_save: Annotated[list[Name], Field(min_length=1, max_length=256)] | None = Field(
+        None, description="Name suffixes of modules trained in full and saved with the adapter, such as lm_head."
     )
-    init_from: Annotated[str | None, OnlyYet(None)] = Field(
-        None, description="Finished job (request_id) or URI whose adapter training continues from."
+    init_from: Annotated[str, Field(min_length=1, max_length=2048)] | None = Field(
+        None,
+        description="Adapter that training continues from: request_id of a job of this org that is COMPLETED, or an "
+        "s3://bucket/folder that the model's or the dataset's secret opens.",
     )
 
 
@@ -233,16 +242,17 @@ class Distributed(Section):
 class Export(Section):
     """What is written besides the adapter."""
 
-    merge: Annotated[bool, NotYet(True)] = Field(False, strict=True, description="Also write base + adapter merged.")
+    merge: bool = Field(False, strict=True, description="Also write base + adapter merged, in torch_dtype.")
 
 
 class TrainConfig(Section):
     """How the model is trained."""
 
     type: Annotated[Literal["sft", "dpo", "kto", "orpo", "grpo"], OnlyYet("sft")] = Field("sft", description="Objective.")
-    torch_dtype: Annotated[Literal["bfloat16", "float16", "float32"], NotYet("float16")] = Field(
+    torch_dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16",
-        description="Dtype of the base and of compute; a CPU without bf16 units computes in float32 and says so.",
+        description="Dtype of the base and of compute; a machine without bf16 units computes in float32 and says so. float16 is "
+        "computed in bfloat16.",
     )
     task_type: Literal["causal_lm"] = Field("causal_lm", description="Task.")
     train_type: Annotated[Literal["lora", "full"], NotYet("full")] = Field(
@@ -364,6 +374,11 @@ def model_is_where_it_is_said(model_details: ModelDetails) -> Iterator[Fault]:
         yield Fault(field, f"base_model must be a folder {scheme}bucket/folder when source_type is {model_details.source_type}")
 
 
+def only_the_hub_has_revisions(model_details: ModelDetails) -> Iterator[Fault]:
+    if model_details.revision is not None and model_details.source_type in SCHEMES:
+        yield Fault("model_details.revision", "a folder has no revisions: leave revision out, or name the folder of that version")
+
+
 def private_model_has_a_secret(model_details: ModelDetails) -> Iterator[Fault]:
     if model_details.ownership == "private" and model_details.secret_id is None:
         yield Fault("model_details.secret_id", "a private model needs secret_id")
@@ -373,6 +388,29 @@ def full_trains_unquantised_weights(model_details: ModelDetails, train_config: T
     if train_config.train_type == "full" and model_details.quantization is not None:
         message = "full trains the weights themselves, which can't be done on quantised ones: leave quantization out, or use lora"
         yield Fault("model_details.quantization", message)
+
+
+def adapter_starts_once(train_config: TrainConfig) -> Iterator[Fault]:
+    adapter = train_config.adapter_config
+    if adapter.init_from is not None and adapter.init != "default":
+        message = f"the adapter starts at the one of init_from: init {adapter.init} would be lost, leave one of them out"
+        yield Fault("train_config.adapter_config.init", message)
+
+
+def pissa_keeps_what_it_does_not_train(train_config: TrainConfig) -> Iterator[Fault]:
+    if train_config.adapter_config.init != "pissa":
+        return
+    if train_config.hyperparameters.weight_decay > 0:
+        message = "pissa moves the base's principal part into the adapter, and weight_decay would wear it away: it must be 0"
+        yield Fault("train_config.hyperparameters.weight_decay", message)
+    if train_config.distributed.type == "fsdp":
+        yield Fault("train_config.distributed.type", "pissa trains half of each adapter, which fsdp can't tell apart: use ddp")
+
+
+def loftq_has_something_to_make_up_for(model_details: ModelDetails, train_config: TrainConfig) -> Iterator[Fault]:
+    if train_config.adapter_config.init == "loftq" and model_details.quantization is None:
+        message = "loftq starts from what quantisation lost: give model_details.quantization, or another init"
+        yield Fault("train_config.adapter_config.init", message)
 
 
 def all_linear_is_alone(train_config: TrainConfig) -> Iterator[Fault]:
@@ -425,8 +463,12 @@ RULES: tuple[Rule, ...] = (
     eval_file_is_next_to_the_dataset,
     streaming_has_an_end,
     model_is_where_it_is_said,
+    only_the_hub_has_revisions,
     private_model_has_a_secret,
     full_trains_unquantised_weights,
+    adapter_starts_once,
+    pissa_keeps_what_it_does_not_train,
+    loftq_has_something_to_make_up_for,
     all_linear_is_alone,
     rows_suit_the_objective,
     images_come_in_a_zip,

@@ -163,6 +163,19 @@ def copy_object(storage: FileSystem, source: str, path: str) -> None:
     patiently(lambda: _whole(storage, path, lambda to: copy(source, to)), f"writing {path}")
 
 
+def hash_of(storage: FileSystem, path: str) -> str:
+    """sha256 of an object, of which one block is held at a time. Raises FileNotFoundError."""
+
+    def read() -> str:
+        digest = hashlib.sha256()
+        with storage.open_input_stream(path) as stream:
+            while block := stream.read(BLOCK_BYTES):
+                digest.update(block)
+        return digest.hexdigest()
+
+    return patiently(read, f"reading {path}")
+
+
 def upload_folder(folder: Path, storage: FileSystem, path: str) -> list[dict[str, Any]]:
     """Copy the files of a local folder under `path`; return their name, size_bytes and sha256, by name."""
     files = []

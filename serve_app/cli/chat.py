@@ -46,17 +46,19 @@ def _chat_model(job: dict[str, Any], folder: Path) -> Any:
     from serve_app.storage import storage_credentials
     from train_loop.chat import Comparison
     from train_loop.data.sources import filesystem_for
-    from train_loop.model.load import model_folder
+    from train_loop.model.source import ModelPlaces, model_folder
     from train_loop.spec import ModelDetails
 
     settings = Settings.load()
-    source, path = filesystem_for(job["output_model_path"], storage_credentials(settings))
+    keys = storage_credentials(settings)
+    source, path = filesystem_for(job["output_model_path"], keys)
     try:
         copy_files(path, str(folder), source_filesystem=source, destination_filesystem=LocalFileSystem())
     except OSError as error:
         die(f"the adapter at {job['output_model_path']} can't be read: {str(error).splitlines()[0]}")
     details = ModelDetails.model_validate(job["model_details"])
-    return Comparison.load(model_folder(details, Path(settings.model_mirror)), folder, details.quantization).answer
+    places = ModelPlaces(settings.model_mirror, open_mirror=lambda uri: filesystem_for(uri, keys))
+    return Comparison.load(model_folder(details, places), folder, details.quantization).answer
 
 
 def _show(prompt: str, answers: tuple[str, str], as_json: bool) -> None:

@@ -77,7 +77,7 @@ def _accepted(here: Service, asking: Principal, payload: dict[str, Any]) -> JobS
     """The job, of an org the caller speaks for and able to run here. Raises 403, 422."""
     if is_uuid(payload.get("org")):
         asking.require_org(uuid_of(payload["org"], "org"))
-    return validate(payload, here.settings, here.vault, here.store.capacity())
+    return validate(payload, here.settings, here.vault, here.store.capacity(), here.store)
 
 
 def _submit(here: Service, asking: Principal, payload: dict[str, Any], key: str | None) -> Submitted:

@@ -15,6 +15,7 @@ from serve_app.storage import run_uri
 from serve_app.store.journal import Notes
 from serve_app.validation import PLAIN
 from tests.conftest import CANARY, ORG, Idle
+from train_loop.model.source import ModelPlaces
 from train_loop.plan import make_plan, this_machine
 from train_loop.spec import JobSpec
 
@@ -35,7 +36,7 @@ def http(settings, store, local_job, mirror, monkeypatch):
             return {job.request_id: live for job in jobs}
 
         def plan(self, spec):
-            return make_plan(JobSpec.model_validate(local_job()), mirror, this_machine())
+            return make_plan(JobSpec.model_validate(local_job()), ModelPlaces(str(mirror)), this_machine())
 
     with TestClient(build_app(settings, store, Busy()), raise_server_exceptions=False) as client:
         client.headers["Authorization"] = f"Bearer {mint_token(settings, ORG, 'tester', 600)}"

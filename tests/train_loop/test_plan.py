@@ -4,10 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import rows, write_jsonl
+from tests.train_loop.models import make_base
 from train_loop.__main__ import main
 from train_loop.errors import DatasetError
+from train_loop.model.adapters import add_adapter, trainable
+from train_loop.model.load import load_base
+from train_loop.model.source import ModelPlaces
 from train_loop.plan import Hardware, make_plan, this_machine
 from train_loop.spec import JobSpec
 
@@ -15,7 +20,7 @@ HP = "train_config.hyperparameters"
 
 
 def planned(job, mirror, hardware=None):
-    return make_plan(JobSpec.model_validate(job), mirror, hardware or this_machine())
+    return make_plan(JobSpec.model_validate(job), ModelPlaces(str(mirror)), hardware or this_machine())
 
 
 def test_the_plan_is_what_the_run_does(local_job, mirror, tmp_path, capsys):
@@ -71,6 +76,28 @@ def test_warnings(local_job, mirror, changes, said):
     assert any(said in w for w in planned(local_job(usual | changes), mirror)["warnings"])
 
 
+@pytest.mark.parametrize("name", ["smollm", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"init": "pissa"},
+        {"use_dora": True},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"targets": ["q_proj", "experts.down_proj"], "dropout": 0.0},
+    ],
+)
+def test_trainable_parameters_are_those_of_the_adapter(name, changes, local_job, tmp_path, tokenizer):
+    if "targets" in changes and name == "smollm":
+        changes = {"targets": ["q_proj", "mlp.down_proj"]}
+    base_model = make_base(name, tmp_path, tokenizer)
+    fields = {f"train_config.adapter_config.{k}": v for k, v in changes.items()}
+    job = local_job({"model_details": {"base_model": base_model}} | fields)
+    spec, plan = JobSpec.model_validate(job), planned(job, tmp_path)
+    base = load_base(spec, tmp_path / base_model, torch.device("cpu")).model
+    assert plan["trainable_params"] == sum(p.numel() for p in trainable(add_adapter(base, spec)))
+    assert any("experts get no adapter" in w for w in plan["warnings"]) == (name == "qwen3_moe" and "targets" not in changes)
+
+
 def test_a_split_is_empty_only_where_the_run_leaves_it_empty(local_job, mirror):
     def split(ratios, num_rows):
         job = local_job({"dataset_config.split.ratios": ratios}, num_rows)
@@ -87,7 +114,8 @@ def test_memory_follows_what_it_depends_on(local_job, mirror):
     full = planned(local_job({"model_details.quantization": None}), mirror, gpu)
     four_bit = planned(local_job(), mirror, gpu)["memory"]
     kept = planned(local_job({f"{HP}.gradient_checkpointing": False}), mirror, gpu)["memory"]
-    assert four_bit["weights_bytes"] < full["memory"]["weights_bytes"]
+    eight_bit = planned(local_job({"model_details.quantization": {"quant_bits": 8}}), mirror, gpu)["memory"]
+    assert four_bit["weights_bytes"] < eight_bit["weights_bytes"] < full["memory"]["weights_bytes"]
     assert kept["activations_bytes"] > four_bit["activations_bytes"]
     parts = [v for k, v in four_bit.items() if k.endswith("_bytes") and k not in ("total_bytes", "available_bytes")]
     assert four_bit["total_bytes"] == sum(parts)

@@ -2,47 +2,118 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from train_loop.errors import ModelError
+from train_loop.model.initial import continue_from, from_principal_part, from_quantisation_error
 from train_loop.spec import AdapterConfig, JobSpec
 
+ALL_LINEAR = ["all-linear"]
+TARGETS = "train_config.adapter_config.targets"
+MODULES_TO_SAVE = "train_config.adapter_config.modules_to_save"
+ROUTERS = ("router", "gate", "shared_expert_gate")  # which expert a token goes to; trained, they collapse onto a few experts
+MAX_NAMES_TOLD = 12
 
-def lora_config(adapter: AdapterConfig) -> Any:
-    """PEFT's configuration for ours. "all-linear" is every linear layer but the head."""
+
+def rank(adapter: AdapterConfig) -> int:
+    """The rank of the adapter as it is trained and saved. PiSSA's is twice the one asked for: see from_principal_part."""
+    return 2 * adapter.r if adapter.init == "pissa" else adapter.r
+
+
+def linear_layers(base: Any) -> dict[str, Any]:
+    """What "all-linear" adapts, by name: every linear layer of the language model but the head and the routers of experts.
+
+    Experts that are slices of one 3-D parameter (transformers 5 keeps those of a mixture so) aren't layers, so all-linear leaves
+    them as they are: an adapter on each would often be larger than the rest of the adapter together, takes no dropout, and few
+    servers load it. Who wants it names the parameters in `targets`, such as experts.gate_up_proj and experts.down_proj.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    head, language = base.get_output_embeddings(), set(base.get_decoder().modules())
+    return {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D))
+        and module is not head
+        and module in language
+        and name.rpartition(".")[2] not in ROUTERS
+    }
+
+
+def expert_parameters(base: Any) -> dict[str, torch.nn.Parameter]:
+    """Linear layers of many experts, stacked into one parameter [experts, in, out] (or out, in), by name."""
+    return {name: p for name, p in base.named_parameters() if p.ndim == 3 and "experts" in name.split(".")}
+
+
+def is_named(name: str, targets: list[str]) -> bool:
+    """Whether one of the `targets` is `name` or a suffix of it, in whole parts."""
+    return any(name == t or name.endswith(f".{t}") for t in targets)
+
+
+def lora_config(adapter: AdapterConfig, base: Any) -> Any:
+    """PEFT's configuration for ours. Raises ModelError when a name in it isn't of this model."""
     from peft import LoraConfig
 
+    layers, parameters = _targets(adapter.targets, base)
+    saved = adapter.modules_to_save or []
+    _check_saved(saved, base)
+    # One pair of parameters where the base has one, so that the merged model is tied as its base is.
+    tied = bool(base.config.get_text_config().tie_word_embeddings) and any(is_named(n, saved) for n in _embedding_names(base))
+    r = rank(adapter)
+    # The scale is the one of the rank asked for: alpha / r, or alpha / sqrt(r).
+    alpha = adapter.alpha * (r / adapter.r) ** (0.5 if adapter.use_rslora else 1.0)
     return LoraConfig(
-        r=adapter.r,
-        lora_alpha=adapter.alpha,
+        r=r,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]
         lora_dropout=adapter.dropout,
-        target_modules="all-linear" if adapter.targets == ["all-linear"] else list(adapter.targets),
+        target_modules=layers,
+        target_parameters=parameters or None,
         use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
         init_lora_weights="gaussian" if adapter.init == "gaussian" else True,
+        modules_to_save=saved or None,
+        ensure_weight_tying=tied,
         bias="none",
         task_type="CAUSAL_LM",
     )
 
 
-def add_adapter(base: Any, spec: JobSpec) -> Any:
+def add_adapter(base: Any, spec: JobSpec, start: Path | None = None) -> Any:
     """Wrap `base` with a fresh adapter in float32, initialised from the job's seed: the same on every rank.
 
-    Raises ModelError when a target names no module of this model.
+    `start` is the folder of the adapter that init_from names. Raises ModelError when the adapter doesn't fit this model, or
+    `start` this job.
     """
     from peft import get_peft_model
 
+    adapter = spec.train_config.adapter_config
+    config = lora_config(adapter, base)
     torch.manual_seed(spec.train_config.hyperparameters.seed)
     try:
-        model = get_peft_model(base, lora_config(spec.train_config.adapter_config), autocast_adapter_dtype=True)
-    except ValueError as error:
+        with warnings.catch_warnings():
+            # Said of all parameters of a wrapped module, and of a tied pair that stays tied.
+            warnings.filterwarnings("ignore", message=".*tie.*", category=UserWarning)
+            model = get_peft_model(base, config, autocast_adapter_dtype=True)
+    except (ValueError, TypeError) as error:
         raise ModelError(
             f"the adapter doesn't fit {spec.model_details.base_model}: {str(error).splitlines()[0][:300]}",
-            field="train_config.adapter_config.targets",
+            field=TARGETS,
         ) from error
+    for parameter in trainable(model):
+        parameter.data = parameter.data.float()
     # The name users asked for, not the folder it happened to be loaded from.
     model.peft_config["default"].base_model_name_or_path = spec.model_details.base_model
+    model.peft_config["default"].revision = spec.model_details.revision
+    if adapter.init == "pissa":
+        from_principal_part(model, adapter.r)
+    elif adapter.init == "loftq":
+        from_quantisation_error(model, adapter.r)
+    if start is not None:
+        continue_from(model, start)
     if spec.train_config.hyperparameters.gradient_checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
     return model
@@ -51,3 +122,64 @@ def add_adapter(base: Any, spec: JobSpec) -> Any:
 def trainable(model: Any) -> list[torch.nn.Parameter]:
     """The adapter's parameters, in an order that is the same on every rank."""
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def parameter_groups(model: Any, lora_plus_ratio: float | None) -> list[dict[str, Any]]:
+    """The trainable parameters as the optimizer takes them: `lr_factor` times the schedule's rate is a group's own.
+
+    LoRA+ trains B faster than A. Source: Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", 2024.
+    """
+    if lora_plus_ratio is None:
+        return [{"params": trainable(model), "lr_factor": 1.0}]
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    is_b = lambda name: "lora_B" in name or "lora_embedding_B" in name  # noqa: E731
+    return [
+        {"params": [p for n, p in named if not is_b(n)], "lr_factor": 1.0},
+        {"params": [p for n, p in named if is_b(n)], "lr_factor": lora_plus_ratio},
+    ]
+
+
+def _targets(targets: list[str], base: Any) -> tuple[list[str], list[str]]:
+    """The names of layers and of experts' parameters to adapt, as PEFT takes them."""
+    if targets == ALL_LINEAR:
+        return list(linear_layers(base)), []
+    head = base.get_output_embeddings()
+    modules = {name: module for name, module in base.named_modules() if name}
+    experts = expert_parameters(base)
+    for target in targets:
+        found = [module for name, module in modules.items() if is_named(name, [target])]
+        if any(module is head for module in found):
+            raise ModelError(
+                f"targets names the head ({target}), which has no adapter: train it whole by modules_to_save.", field=TARGETS
+            )
+        if not found and not any(is_named(name, [target]) for name in experts):
+            there = sorted({name.rpartition(".")[2] for name in linear_layers(base)} | {_tail(n) for n in experts})
+            raise ModelError(
+                f"the adapter doesn't fit {base.config.model_type}: no layer is named {target}; "
+                f"there are {', '.join(there[:MAX_NAMES_TOLD])}.",
+                field=TARGETS,
+            )
+    parameters = [t for t in targets if any(is_named(name, [t]) for name in experts)]
+    return [t for t in targets if t not in parameters], parameters
+
+
+def _tail(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
+
+
+def _check_saved(saved: list[str], base: Any) -> None:
+    for name in saved:
+        found = [module for path, module in base.named_modules() if is_named(path, [name])]
+        if not found:
+            message = f"modules_to_save names no module of {base.config.model_type}: {name}."
+            raise ModelError(message, field=MODULES_TO_SAVE)
+        if any(not p.is_floating_point() for module in found for p in module.parameters()):
+            raise ModelError(
+                f"modules_to_save names a quantised module ({name}), which can't be trained: leave it out, or quantization.",
+                field=MODULES_TO_SAVE,
+            )
+
+
+def _embedding_names(base: Any) -> list[str]:
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    return [name for name, module in base.named_modules() if any(module is end for end in ends)]

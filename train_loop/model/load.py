@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -13,8 +12,7 @@ from typing import Any
 import torch
 
 from train_loop.errors import ModelError
-from train_loop.model.mirror import mirrored
-from train_loop.spec import JobSpec, ModelDetails, Quantization
+from train_loop.spec import JobSpec, Quantization
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -39,36 +37,21 @@ def cpu_has_bf16_units() -> bool:
 
 
 def compute_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype to compute in on `device` for the requested `torch_dtype`, and a note where the two differ."""
+    """The dtype to compute in on `device` for the requested `torch_dtype`, and a note where the two differ.
+
+    float16 is computed in bfloat16, or in float32 where that is slow: half precision needs its loss scaled and its overflows
+    skipped to train, and holds no number that the other two don't. It stays the dtype of merged weights.
+    """
     wanted = DTYPES[requested]
     if wanted is torch.float32:
         return wanted, ""
-    if device.type == "cpu" and not cpu_has_bf16_units():
-        return torch.float32, f"this CPU has no bf16 units: computing in float32 (torch_dtype stays {requested})"
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float32, f"this GPU has no bf16 units: computing in float32 (torch_dtype stays {requested})"
+    machine = "CPU" if device.type == "cpu" else "GPU"
+    has_units = cpu_has_bf16_units() if device.type == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
+    if not has_units:
+        return torch.float32, f"this {machine} has no bf16 units: computing in float32 (torch_dtype stays {requested})"
+    if wanted is torch.float16:
+        return torch.bfloat16, "float16 can't hold gradients unscaled: computing in bfloat16 (torch_dtype stays float16)"
     return wanted, ""
-
-
-def model_folder(details: ModelDetails, mirror: Path, *, weights: bool = True) -> Path:
-    """The local folder of the base model: the operator's mirror first, then the hub's cache or download.
-
-    Without `weights` only config and tokenizer are sure to be there. Raises ModelError when it is in neither.
-    """
-    folder = mirrored(mirror, details.base_model)
-    if folder is not None:
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        wanted = ["*.json", "*.model", "*.jinja", *(["*.safetensors"] if weights else [])]
-        return Path(snapshot_download(details.base_model, allow_patterns=wanted))
-    except Exception as error:
-        raise ModelError(
-            f"base model {details.base_model} is neither in the model mirror ({mirror}) nor on the hub: "
-            f"{type(error).__name__}. Put it in the mirror, or correct model_details.base_model.",
-            field="model_details.base_model",
-        ) from error
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -82,9 +65,11 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
-    """bitsandbytes' 4-bit settings; the same kernels run on CPU and GPU."""
+    """bitsandbytes' settings; the same kernels run on CPU and GPU."""
     from transformers import BitsAndBytesConfig
 
+    if quantization.quant_bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.quant_type,
@@ -121,6 +106,7 @@ def compute_in(base: Any, dtype: torch.dtype) -> None:
 
 def load_base(spec: JobSpec, folder: Path, device: torch.device) -> BaseModel:
     """Load the base model onto `device`, quantised when asked, every parameter frozen. Raises ModelError."""
+    from bitsandbytes.nn import Linear8bitLt
     from transformers import AutoModelForCausalLM
 
     quieten()
@@ -134,7 +120,6 @@ def load_base(spec: JobSpec, folder: Path, device: torch.device) -> BaseModel:
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
-            attn_implementation="sdpa",
             quantization_config=quantization_config(quantization, dtype) if quantization else None,
         )
     except (OSError, ValueError) as error:
@@ -149,14 +134,11 @@ def load_base(spec: JobSpec, folder: Path, device: torch.device) -> BaseModel:
         # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit layer the first time it runs in eval mode, and the repacked
         # kernel has no backward: training after an evaluation would silently use wrong gradients.
         module.support_avx512bf16_for_cpu = False
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt) and module.weight.CB is not None:
+            # As each forward does where the weight says so. Dequantised on a CPU (by DoRA), bitsandbytes 0.50 says so of a weight
+            # that has lost its scales.
+            module.init_8bit_state()
+            module.init_8bit_state = lambda: None
     model.config.use_cache = False
     return BaseModel(model, dtype, note)
-
-
-def weights_hash(folder: Path) -> str:
-    """sha256 over the model's safetensors files in name order: which weights, whatever the folder is called."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

@@ -1,0 +1,35 @@
+"""The credentials of a run: what the job names by reference, opened from the vault for the run alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from serve_app.secrets import SecretVault
+from serve_app.settings import Settings
+from serve_app.storage import storage_credentials
+from train_loop.data.sources import Credentials, dataset_keys
+from train_loop.errors import DatasetError, ModelError
+from train_loop.launch import Keys
+from train_loop.spec import JobSpec
+
+
+def keys_of(spec: JobSpec, vault: SecretVault, settings: Settings) -> Keys:
+    """Open the secrets that the job names. Raises DatasetError or ModelError, by whose secret it is."""
+    dataset = None
+    if spec.dataset_details.secret_id is not None:
+        source_type = spec.dataset_details.source_type
+        dataset = dataset_keys(source_type, vault.reveal(spec.org, spec.dataset_details.secret_id, source_type))
+    return replace(model_keys(spec, vault, settings), dataset=dataset)
+
+
+def model_keys(spec: JobSpec, vault: SecretVault, settings: Settings) -> Keys:
+    """The same, without the dataset's: what opens the base model. Raises ModelError."""
+    keys, secret_id = Keys(storage=storage_credentials(settings)), spec.model_details.secret_id
+    if secret_id is None:
+        return keys
+    try:
+        if spec.model_details.source_type == "hf":
+            return replace(keys, hub_token=vault.reveal(spec.org, secret_id, "hf")["token"])
+        return replace(keys, model=Credentials.from_secret(vault.reveal(spec.org, secret_id)))
+    except DatasetError as error:
+        raise ModelError(error.message, field="model_details.secret_id", code=error.code) from None

@@ -1,0 +1,108 @@
+"""What a submission says of a base model in a bucket or on the hub, and of the job that it goes on from."""
+
+import json
+
+import pytest
+
+from serve_app.lifecycle import Status
+from serve_app.planner import plan_job
+from serve_app.run_keys import keys_of
+from serve_app.secrets import SecretVault
+from tests.conftest import CANARY, ORG, OTHER_ORG, TINY, fields, rows, with_fields
+from train_loop.errors import ModelError
+from train_loop.spec import JobSpec
+
+MODEL, SECRET, START = "model_details.base_model", "model_details.secret_id", "train_config.adapter_config.init_from"
+URI = "s3://tuneyard/models/tiny"
+
+
+def made(http, type_, data):
+    return http.post("/secret/", json={"org": ORG, "name": "n", "type": type_, "data": data}).json()["secret_id"]
+
+
+@pytest.fixture(scope="module")
+def keys(s3, mirror):
+    for path in (mirror / TINY).iterdir():
+        s3.client().upload_file(str(path), "tuneyard", f"models/tiny/{path.name}")
+    lines = "".join(json.dumps(r) + "\n" for r in rows(20))
+    s3.client().put_object(Bucket="tuneyard", Key="rows.jsonl", Body=lines.encode())
+    return {
+        "access_key_id": s3.access_key_id,
+        "secret_access_key": s3.secret_access_key,
+        "endpoint_url": s3.endpoint_url,
+    }
+
+
+def test_a_model_of_a_bucket_is_looked_at_with_its_own_secret(http, job, keys, settings, store, tmp_path, monkeypatch):
+    monkeypatch.setenv("TUNEYARD_MODEL_CACHE", str(tmp_path / "cache"))
+    opened = with_fields(job, {"model_details": {"base_model": URI, "source_type": "s3", "secret_id": made(http, "s3", keys)}})
+    opened = with_fields(opened, {"model_details.ownership": "private"})
+    assert http.post("/job/", json=opened).status_code == 200
+
+    def refusal(changes):
+        return fields(http.post("/job/", json=with_fields(opened, {"experiment_name": "other"} | changes)))
+
+    assert "8192" in refusal({"dataset_config.preprocessing.prompt.max_length": 9000}).popitem()[1]["message"]
+    assert "there is no model" in refusal({MODEL: f"{URI}y"})[MODEL]["message"]
+    wrong = made(http, "s3", keys | {"secret_access_key": "wrong" + CANARY})
+    assert "refused the keys" in refusal({SECRET: wrong})[SECRET]["message"]
+    assert refusal({SECRET: made(http, "hf", {"token": "hf_abc"})})[SECRET]["allowed"] == ["aws", "s3"]
+    assert "no such secret" in refusal({SECRET: "unknown"})[SECRET]["message"]
+
+    data = {
+        "dataset_details.dataset_path": "s3://tuneyard/rows.jsonl",
+        "dataset_details.secret_id": opened["model_details"]["secret_id"],
+    }
+    spec = JobSpec.model_validate(with_fields(opened, data))
+    plan = plan_job(spec, settings, SecretVault.from_settings(store, settings))
+    assert plan["trainable_params"] > 0
+
+
+def test_a_private_model_of_the_hub_needs_a_token(http, job, settings, store, secret_id):
+    token = made(http, "hf", {"token": f"hf_{CANARY}"})
+    private = with_fields(job, {"model_details.ownership": "private", SECRET: token})
+    spec = JobSpec.model_validate(private)
+    vault = SecretVault.from_settings(store, settings)
+    keys = keys_of(spec, vault, settings)
+    assert keys.hub_token == f"hf_{CANARY}"
+    assert CANARY not in repr(keys)
+    refused = fields(http.post("/job/", json=with_fields(private, {SECRET: secret_id})))
+    assert refused[SECRET]["allowed"] == ["hf"]
+    with pytest.raises(ModelError, match="doesn't open the hub") as caught:
+        keys_of(JobSpec.model_validate(with_fields(private, {SECRET: secret_id})), vault, settings)
+    assert caught.value.field == SECRET
+
+
+def test_training_goes_on_only_from_a_finished_job_of_the_same_org_and_base(http, job, settings, store):
+    def insert(name, org=ORG, done=True, **changes):
+        spec = JobSpec.model_validate(with_fields(job, {"experiment_name": name, "org": org} | changes))
+        request_id = store.insert(spec, "queued")[0].request_id
+        if done:
+            store.start_attempt(request_id, 0, 1)
+            store.finish(request_id, 1, Status.COMPLETED, message="done", output_model_path="s3://x/adapter")
+        return request_id
+
+    def submit(start, name="next"):
+        return http.post("/job/", json=with_fields(job, {"experiment_name": name, START: start}))
+
+    theirs = insert("theirs", OTHER_ORG)
+    unknown = "00000000-0000-4000-8000-000000000000"
+    assert fields(submit(theirs))[START]["message"] == fields(submit(unknown))[START]["message"] == "no such job in this org"
+    assert "QUEUED" in fields(submit(insert("waiting", done=False)))[START]["message"]
+    assert "is for meta/other" in fields(submit(insert("other-base", **{MODEL: "meta/other"})))[START]["message"]
+    for path in ("/etc", "../../other/adapter", "file:///etc"):
+        assert "request_id" in fields(submit(path))[START]["message"]
+    assert submit(insert("first")).status_code == 200
+
+
+def test_merged_weights_are_among_the_artifacts(settings, store, job, tmp_path):
+    from serve_app.storage import artifacts
+
+    folder = tmp_path / "runs" / ORG / "r"
+    for name in ("adapter", "merged"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "x.safetensors").write_text(name)
+    listed = {f"{n}_files": [{"name": "x.safetensors", "sha256": n, "size_bytes": 1}] for n in ("adapter", "merged")}
+    (folder / "manifest.json").write_text(json.dumps(listed))
+    found = {a["name"]: a["sha256"] for a in artifacts(settings, ORG, "r")}
+    assert found == {"adapter/x.safetensors": "adapter", "merged/x.safetensors": "merged", "manifest.json": None}

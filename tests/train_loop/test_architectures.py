@@ -1,0 +1,82 @@
+"""Every architecture that is promised, with tiny random weights: all-linear, isolation of packed rows, the loop, plain PEFT."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.train_loop.models import ARCHITECTURES, make_base, run, samples
+from train_loop.data.packing import collate
+from train_loop.loss import keeps_documents_apart, supervised_loss
+from train_loop.model.adapters import linear_layers
+from train_loop.model.load import load_tokenizer
+from train_loop.spec import JobSpec
+
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+MLP = {"gate_proj", "up_proj", "down_proj"}
+LINEAR = {
+    "qwen3_moe": ATTENTION,
+    "phi3": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
+    "falcon": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+}
+
+
+def plain(folder, adapter=None):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return (base if adapter is None else PeftModel.from_pretrained(base, adapter)).eval()
+
+
+def eval_loss(model, tokenizer, job, manifest):
+    """Of the run's own eval rows, from plain logits, one row at a time."""
+    from train_loop.data.formats import to_conversation
+    from train_loop.data.tokenize import ChatTokenizer
+
+    chat = ChatTokenizer.of(JobSpec.model_validate(job), tokenizer)
+    lines = Path(job["dataset_details"]["dataset_path"]).read_text().splitlines()
+    total = count = 0
+    for number in manifest["dataset"]["eval_lines"]:
+        sample = chat.encode(to_conversation(json.loads(lines[number - 1]), "sharegpt"))
+        labels = torch.tensor(sample.labels[1:]).long()
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor(sample.input_ids).long()[None]).logits[0, :-1].float()
+        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        count += int((labels >= 0).sum())
+    return total / count
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_architecture_trains_in_isolation_and_plain_peft_has_the_same_loss(name, local_job, tmp_path, tokenizer):
+    mirror = tmp_path / "mirror"
+    base_model = make_base(name, mirror, tokenizer)
+    model = plain(mirror / base_model)
+    assert {n.rpartition(".")[2] for n in linear_layers(model)} == LINEAR.get(name, ATTENTION | MLP)
+
+    batch = samples(tokenizer, (3, 9, 30))  # the longest is past the window of those that have one
+    with torch.no_grad():
+        packed, padded = (
+            supervised_loss(model, collate(batch, max_length=128, packing=p, pad_id=0)).item() for p in (True, False)
+        )
+        alone = sum(supervised_loss(model, collate([s], max_length=128, packing=False, pad_id=0)).item() for s in batch)
+    assert padded == pytest.approx(alone, rel=1e-5)
+    # What can't keep packed documents apart must be found out, so that it isn't packed.
+    assert keeps_documents_apart(model) == (packed == pytest.approx(alone, rel=1e-5)) == (name != "falcon")
+
+    changes = {
+        "model_details": {"base_model": base_model},
+        "train_config.torch_dtype": "float32",
+        "train_config.hyperparameters.max_steps": 2,
+        "train_config.adapter_config.r": 4,
+    }
+    job = local_job(changes, num_rows=20)
+    manifest = run(job, tmp_path, mirror)
+    adapter = tmp_path / "run/adapter"
+    assert not any("lm_head" in n or "router" in n or ".gate." in n for n in load_file(adapter / "adapter_model.safetensors"))
+    metrics = manifest["metrics"]
+    assert metrics["eval_loss_after"] != pytest.approx(metrics["eval_loss_before"], abs=1e-3)
+    theirs = eval_loss(plain(mirror / base_model, adapter), load_tokenizer(adapter), job, manifest)
+    assert theirs == pytest.approx(metrics["eval_loss_after"], rel=1e-5)
