@@ -410,7 +410,7 @@ def test_a_token_or_service_account_opens_its_own_source_only(vault, type_, data
     secret_id = vault.create(ORG, "n", type_, data).secret_id
     assert vault.reveal(ORG, secret_id, source_type) == data
     other = "gcs" if source_type == "hf" else "hf"
-    with pytest.raises(DatasetError, match=f"doesn't open a dataset of {other}: name one of type {other}"):
+    with pytest.raises(DatasetError, match=f"doesn't open what is at {other}: name one of type {other}"):
         vault.reveal(ORG, secret_id, other)
     with pytest.raises(DatasetError, match="name one of type hf"):
         vault.reveal(ORG, vault.create(ORG, "n", "aws", KEYS).secret_id, "hf")
