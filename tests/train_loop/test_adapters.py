@@ -129,7 +129,7 @@ def test_pissa_trains_what_pefts_own_does(spec_of, bases, tokenizer):
     from train_loop.model.adapters import lora_config
 
     spec, batch = spec_of(FLOAT | {f"{ADAPTER}.init": "pissa"}), batch_of(tokenizer)
-    config = lora_config(spec.train_config.adapter_config, load(spec, bases))
+    config = lora_config(spec.train_config.adapter_config, load(spec, bases), "tuneyard/smollm")
     config.r, config.lora_alpha, config.init_lora_weights = 4, 8, "pissa"
     theirs = get_peft_model(load(spec, bases), config)
     ours = add_adapter(load(spec, bases), spec)

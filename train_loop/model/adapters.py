@@ -54,11 +54,11 @@ def is_named(name: str, targets: list[str]) -> bool:
     return any(name == t or name.endswith(f".{t}") for t in targets)
 
 
-def lora_config(adapter: AdapterConfig, base: Any) -> Any:
+def lora_config(adapter: AdapterConfig, base: Any, base_model: str) -> Any:
     """PEFT's configuration for ours. Raises ModelError when a name in it isn't of this model."""
     from peft import LoraConfig
 
-    layers, parameters = _targets(adapter.targets, base)
+    layers, parameters = _targets(adapter.targets, base, base_model)
     saved = adapter.modules_to_save or []
     _check_saved(saved, base)
     # One pair of parameters where the base has one, so that the merged model is tied as its base is.
@@ -91,7 +91,7 @@ def add_adapter(base: Any, spec: JobSpec, start: Path | None = None) -> Any:
     from peft import get_peft_model
 
     adapter = spec.train_config.adapter_config
-    config = lora_config(adapter, base)
+    config = lora_config(adapter, base, spec.model_details.base_model)
     torch.manual_seed(spec.train_config.hyperparameters.seed)
     try:
         with warnings.catch_warnings():
@@ -139,7 +139,7 @@ def parameter_groups(model: Any, lora_plus_ratio: float | None) -> list[dict[str
     ]
 
 
-def _targets(targets: list[str], base: Any) -> tuple[list[str], list[str]]:
+def _targets(targets: list[str], base: Any, base_model: str) -> tuple[list[str], list[str]]:
     """The names of layers and of experts' parameters to adapt, as PEFT takes them."""
     if targets == ALL_LINEAR:
         return list(linear_layers(base)), []
@@ -155,7 +155,7 @@ def _targets(targets: list[str], base: Any) -> tuple[list[str], list[str]]:
         if not found and not any(is_named(name, [target]) for name in experts):
             there = sorted({name.rpartition(".")[2] for name in linear_layers(base)} | {_tail(n) for n in experts})
             raise ModelError(
-                f"the adapter doesn't fit {base.config.model_type}: no layer is named {target}; "
+                f"the adapter doesn't fit {base_model}: no layer is named {target}; "
                 f"there are {', '.join(there[:MAX_NAMES_TOLD])}.",
                 field=TARGETS,
             )
