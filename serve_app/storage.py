@@ -12,9 +12,10 @@ from pyarrow.fs import FileSelector, FileSystem, FileType
 
 from serve_app.settings import Settings
 from train_loop.data.sources import Credentials, filesystem_for
+from train_loop.tensorboard import FILE
 
 LINK_S = 900
-RUN_FILES = ("manifest.json", "metrics.jsonl", "rejected.jsonl", "job.json")
+RUN_FILES = ("manifest.json", "metrics.jsonl", f"tensorboard/{FILE}", "rejected.jsonl", "job.json")
 
 
 def run_uri(settings: Settings, org_id: str, request_id: str) -> str:
@@ -44,13 +45,11 @@ def artifacts(settings: Settings, org_id: str, request_id: str) -> list[dict[str
     found = {
         i.path.removeprefix(f"{path}/"): i.size for i in storage.get_file_info([f"{path}/{n}" for n in RUN_FILES]) if _is_file(i)
     }
-    hashes = (
-        {f"adapter/{f['name']}": f["sha256"] for f in _manifest(storage, path)["adapter_files"]}
-        if "manifest.json" in found
-        else {}
-    )
-    if hashes:
-        listing = storage.get_file_info(FileSelector(f"{path}/adapter", recursive=True, allow_not_found=True))
+    manifest = _manifest(storage, path) if "manifest.json" in found else {}
+    outputs = {"adapter": manifest.get("adapter_files", []), "merged": manifest.get("merged_files", [])}
+    hashes = {f"{folder}/{f['name']}": f["sha256"] for folder, files in outputs.items() for f in files}
+    for folder in (name for name, files in outputs.items() if files):
+        listing = storage.get_file_info(FileSelector(f"{path}/{folder}", recursive=True, allow_not_found=True))
         found |= {i.path.removeprefix(f"{path}/"): i.size for i in listing if _is_file(i)}
     link = _linker(settings, path)
     return [

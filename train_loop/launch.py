@@ -22,7 +22,7 @@ from train_loop.data.prepare import prepare_local, prepared_before
 from train_loop.data.shards import PreparedDataset
 from train_loop.data.sources import FIRST_CONTACT_S, Credentials, SourceFile, filesystem_for, find_files
 from train_loop.errors import Cause, RunFault, Stopped, UserError
-from train_loop.export import verify
+from train_loop.export import ADAPTER_FOLDER, MERGED_FOLDER, verify
 from train_loop.faults import classified
 from train_loop.hang import FACTOR, FLOOR_S, StepClock, Watchdog
 from train_loop.scratch import scratch_folder
@@ -196,11 +196,17 @@ def _attempt(
         on_event("prepared", describe(prepared))
 
     outcome = read_json(storage, f"{run_path}/{OUTCOME}")
-    if outcome is None or outcome["stopped"] or not verify(storage, f"{run_path}/adapter", outcome["adapter_files"]):
+    if outcome is None or outcome["stopped"] or not _is_there(storage, run_path, outcome):
         outcome = train(prepared)
     if outcome["stopped"]:
         raise Stopped
     return _finish(spec, request_id, files, prepared, outcome, storage, run_path)
+
+
+def _is_there(storage: FileSystem, run_path: str, outcome: Mapping[str, Any]) -> bool:
+    """Whether storage holds what training left."""
+    folders = {ADAPTER_FOLDER: outcome["adapter_files"], MERGED_FOLDER: outcome["merged_files"]}
+    return all(verify(storage, f"{run_path}/{name}", files) for name, files in folders.items())
 
 
 def _finished(storage: FileSystem, run_path: str, request_id: str) -> dict[str, Any] | None:
@@ -354,14 +360,16 @@ def _finish(
     """Write the manifest, last: it says that everything else is there, and what it is."""
     from train_loop.model.load import model_folder, weights_hash
 
-    if not verify(storage, f"{run_path}/adapter", outcome["adapter_files"]):
-        raise RunFault(Cause.STORAGE_AWAY, "The adapter in storage isn't what was written there.")
+    if not _is_there(storage, run_path, outcome):
+        raise RunFault(Cause.STORAGE_AWAY, "What was trained isn't in storage as it was written there.")
 
     folder = model_folder(spec.model_details, Path(files.model_mirror))
     manifest = {
         "request_id": request_id,
-        "adapter_uri": f"{files.storage_uri}/adapter",
+        "adapter_uri": f"{files.storage_uri}/{ADAPTER_FOLDER}" if outcome["adapter_files"] else None,
         "adapter_files": outcome["adapter_files"],
+        "merged_uri": f"{files.storage_uri}/{MERGED_FOLDER}" if outcome["merged_files"] else None,
+        "merged_files": outcome["merged_files"],
         "base_model": {"id": spec.model_details.base_model, "weights_sha256": weights_hash(folder)},
         "dataset": {
             "sha256": prepared.sha256,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 
+from train_loop.errors import TrainingError
 from train_loop.spec import Hyperparameters
 
 MIN_LR_SHARE = 0.1  # where cosine_with_min_lr ends, as a share of the peak
@@ -30,15 +31,36 @@ def learning_rate(hp: Hyperparameters, step: int, total_steps: int) -> float:
     return hp.learning_rate * share
 
 
-def build_optimizer(parameters: Iterable[torch.nn.Parameter], hp: Hyperparameters) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters; the loop sets its rate before each step."""
-    return torch.optim.AdamW(
-        list(parameters),
+def build_optimizer(parameters: Sequence[torch.nn.Parameter], hp: Hyperparameters) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters; the loop sets its rate before each step. Norms and biases aren't decayed.
+
+    Raises TrainingError where this device can't page.
+    """
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": hp.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return _optimizer_class(hp.optim, parameters[0].device)(
+        [group for group in groups if group["params"]],
         lr=hp.learning_rate,
         betas=(hp.adam_beta1, hp.adam_beta2),
         eps=hp.adam_epsilon,
-        weight_decay=hp.weight_decay,
     )
+
+
+def _optimizer_class(name: str, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
+    if name == "adamw":
+        return torch.optim.AdamW
+    if name == "paged_adamw_8bit" and device.type == "cpu":
+        raise TrainingError(
+            "paged_adamw_8bit pages between a GPU's memory and its host's, and this worker has no GPU: choose adamw_8bit, "
+            "which takes the same steps",
+            field="train_config.hyperparameters.optim",
+            code="optim_needs_gpu",
+        )
+    import bitsandbytes.optim
+
+    return bitsandbytes.optim.AdamW8bit if name == "adamw_8bit" else bitsandbytes.optim.PagedAdamW8bit  # type: ignore[no-any-return]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

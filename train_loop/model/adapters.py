@@ -43,11 +43,9 @@ def add_adapter(base: Any, spec: JobSpec) -> Any:
         ) from error
     # The name users asked for, not the folder it happened to be loaded from.
     model.peft_config["default"].base_model_name_or_path = spec.model_details.base_model
-    if spec.train_config.hyperparameters.gradient_checkpointing:
-        base.activation_checkpointing_enable({"use_reentrant": False})
     return model
 
 
 def trainable(model: Any) -> list[torch.nn.Parameter]:
-    """The adapter's parameters, in an order that is the same on every rank."""
+    """The parameters that learn, in an order that is the same on every rank."""
     return [p for p in model.parameters() if p.requires_grad]
