@@ -100,3 +100,16 @@ def test_a_dataset_without_a_usable_row_has_no_plan(local_job, mirror, tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"text": "no turns"}\n')
     with pytest.raises(DatasetError, match="none of the 1 rows"):
         planned(job, mirror)
+
+
+def test_full_training_takes_more_memory_and_sharding_less(local_job, mirror):
+    gpu = Hardware("cuda", 1 << 40, 1e14)
+    quiet = {"model_details.quantization": None, "infra_config.gpu_count": 2}
+    full = {"train_config.train_type": "full"}
+    sharded = {"train_config.distributed.type": "fsdp"}
+    lora, whole, shards = (planned(local_job(quiet | c), mirror, gpu) for c in ({}, full, full | sharded))
+    assert whole["trainable_params"] > lora["trainable_params"]
+    assert whole["memory"]["optimizer_bytes"] == 8 * whole["trainable_params"]
+    for part in ("weights_bytes", "optimizer_bytes"):
+        assert shards["memory"][part] == pytest.approx(whole["memory"][part] / 2, abs=1)
+    assert not any("targets" in w for w in whole["warnings"])
