@@ -32,38 +32,35 @@ def short(folder, changes):
     return plain_job(folder, base | changes)
 
 
-def losses(folder):
-    return [p["loss"] for p in curve(folder) if "loss" in p]
+def adapter(folder):
+    return (folder / "adapter/adapter_model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
 def plain(folder, mirror):
     launch(folder, mirror, "plain", short(folder, {}))
-    return losses(folder / "plain")
+    return folder / "plain"
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_it_changes_the_run(folder, mirror, plain, name):
     launch(folder, mirror, name, short(folder, CHANGES[name]))
-    changed = losses(folder / name)
-    assert max(abs(a - b) for a, b in zip(changed, plain, strict=False)) > 1e-5 or len(changed) != len(plain)
+    assert adapter(folder / name) != adapter(plain)
 
 
 def test_the_same_again_changes_nothing(folder, mirror, plain):
     launch(folder, mirror, "again", short(folder, {}))
-    assert losses(folder / "again") == plain
-    files = [folder / name / "adapter/adapter_model.safetensors" for name in ("plain", "again")]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    assert adapter(folder / "again") == adapter(plain)
+    assert curve(folder / "again") == curve(plain)
 
 
 def test_epochs_may_be_fractions_and_lines_evaluations_and_checkpoints_come_when_they_are_due(folder, mirror):
-    """33 rows are 5 steps an epoch; 1.4 epochs are 7."""
-    due = {f"{HP}.logging_steps": 3, f"{HP}.eval_steps": 4, f"{HP}.save_steps": 2, f"{HP}.save_total_limit": 3}
-    # At this rate no evaluation is the best twice, and the best checkpoint is kept besides the last.
+    """An epoch is 4 steps; 1.4 epochs are 6."""
+    due = {f"{HP}.logging_steps": 3, f"{HP}.eval_steps": 4, f"{HP}.save_steps": 2, f"{HP}.save_total_limit": 2}
     job = plain_job(folder, due | {f"{HP}.max_steps": None, f"{HP}.num_epochs": 1.4})
     manifest = launch(folder, mirror, "due", job)
     points = curve(folder / "due")
-    assert [p["step"] for p in points if "loss" in p] == [1, 3, 6, 7]
-    assert [p["step"] for p in points if "eval_loss" in p] == [0, 4, 7]
+    assert [p["step"] for p in points if "loss" in p] == [1, 3, 6]
+    assert [p["step"] for p in points if "eval_loss" in p] == [0, 4, 6]
     kept = {int(p.name.removeprefix("step-")) for p in (folder / "due/checkpoints").iterdir()}
-    assert kept == {4, 6, 7} | {manifest["metrics"]["best"]["step"]}
+    assert kept == {4, 6} | {manifest["metrics"]["best"]["step"]}

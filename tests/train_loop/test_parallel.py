@@ -21,7 +21,7 @@ WHAT = {"lora": {}, "nf4": NF4, "full": FULL}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, mirror):
-    """A folder with prepared rows of very different lengths: 33 to train on, so that an epoch ends with a step of one."""
+    """A folder with prepared rows of very different lengths, which don't fill the last step of an epoch."""
     folder = tmp_path_factory.mktemp("parallel")
     write_jsonl(folder / "rows.jsonl", rows(36))
     with pytest.raises(Stopped):
