@@ -163,8 +163,10 @@ class JobActor:
             return lambda: self.store.record_fault(request_id, attempt, Cause.INTERNAL, text)
         self.live |= {"step": manifest["steps"], "progress": 1.0, "eta_s": 0.0, "metrics": manifest["metrics"]}
         self.live["phase"] = str(Phase.DONE)
-        uri, count = manifest["adapter_uri"], len(manifest["adapter_files"])
-        done = {"message": f"Adapter saved: {count} files at {uri}.", "output_model_path": uri}
+        what = "adapter" if manifest["adapter_uri"] else "merged"
+        uri, count = manifest[f"{what}_uri"], len(manifest[f"{what}_files"])
+        title = "Adapter" if what == "adapter" else "Model"
+        done = {"message": f"{title} saved: {count} files at {uri}.", "output_model_path": uri}
         return lambda: self.store.finish(request_id, attempt, Status.COMPLETED, **done)
 
     def _stopped(self) -> Job:

@@ -12,10 +12,10 @@ from pyarrow.fs import FileSelector, FileSystem, FileType
 
 from serve_app.settings import Settings
 from train_loop.data.sources import Credentials, filesystem_for
+from train_loop.tensorboard import FILE
 
 LINK_S = 900
-RESULTS = ("adapter", "merged")  # folders; the manifest has the files of each
-RUN_FILES = ("manifest.json", "metrics.jsonl", "rejected.jsonl", "job.json")
+RUN_FILES = ("manifest.json", "metrics.jsonl", f"tensorboard/{FILE}", "rejected.jsonl", "job.json")
 
 
 def run_uri(settings: Settings, org_id: str, request_id: str) -> str:
@@ -45,13 +45,12 @@ def artifacts(settings: Settings, org_id: str, request_id: str) -> list[dict[str
     found = {
         i.path.removeprefix(f"{path}/"): i.size for i in storage.get_file_info([f"{path}/{n}" for n in RUN_FILES]) if _is_file(i)
     }
-    hashes = {}
-    if "manifest.json" in found:
-        manifest = _manifest(storage, path)
-        hashes = {f"{folder}/{f['name']}": f["sha256"] for folder in RESULTS for f in manifest.get(f"{folder}_files", [])}
-        for folder in RESULTS:
-            listing = storage.get_file_info(FileSelector(f"{path}/{folder}", recursive=True, allow_not_found=True))
-            found |= {i.path.removeprefix(f"{path}/"): i.size for i in listing if _is_file(i)}
+    manifest = _manifest(storage, path) if "manifest.json" in found else {}
+    outputs = {"adapter": manifest.get("adapter_files", []), "merged": manifest.get("merged_files", [])}
+    hashes = {f"{folder}/{f['name']}": f["sha256"] for folder, files in outputs.items() for f in files}
+    for folder in (name for name, files in outputs.items() if files):
+        listing = storage.get_file_info(FileSelector(f"{path}/{folder}", recursive=True, allow_not_found=True))
+        found |= {i.path.removeprefix(f"{path}/"): i.size for i in listing if _is_file(i)}
     link = _linker(settings, path)
     return [
         {"name": name, "uri": f"{uri}/{name}", "size_bytes": size, "sha256": hashes.get(name), "url": link(name)}

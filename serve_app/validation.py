@@ -60,6 +60,9 @@ def _infra_errors(spec: JobSpec, settings: Settings, capacity: Mapping[str, int]
     if infra.gpu_count > profile.gpus_per_node:
         message = f"a node of {infra.gpu_type} has {profile.gpus_per_node} GPUs"
         return [field_error("infra_config.gpu_count", message, allowed={"le": profile.gpus_per_node})]
+    if spec.train_config.hyperparameters.optim == "paged_adamw_8bit" and not profile.use_gpu:
+        message = f"paged_adamw_8bit needs a GPU, and workers of {infra.gpu_type} have none here: adamw_8bit takes the same steps"
+        return [field_error("train_config.hyperparameters.optim", message, allowed=["adamw", "adamw_8bit"])]
     quota = settings.max_gpus_per_org
     if quota is not None and infra.num_workers > quota:
         return [field_error("infra_config.node_count", f"{infra.num_workers} workers are more than this org's quota of {quota}")]

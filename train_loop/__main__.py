@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             {
                 "request_id": request_id,
                 "status": "COMPLETED",
-                "adapter_uri": manifest["adapter_uri"],
+                **{uri: manifest[uri] for uri in ("adapter_uri", "merged_uri") if manifest[uri] is not None},
                 "eval_loss_before": metrics["eval_loss_before"],
                 "eval_loss_after": metrics["eval_loss_after"],
             }

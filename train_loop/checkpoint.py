@@ -1,11 +1,12 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, in folders that are whole or don't count.
 
-A checkpoint is `checkpoints/step-XXXXXXXX/`: the adapter (PEFT layout, so it is also usable as it is), optimizer, metrics and
-position, the random state of every rank. `complete.json` comes last, with size and hash of each file: without it, or when they
-differ, the folder is not picked up.
+A checkpoint is `checkpoints/step-XXXXXXXX/`: what is trained (an adapter in PEFT layout, so it is also usable as it is, or every
+weight in float32), optimizer, metrics and position, the random state of every rank. `complete.json` comes last, with size and
+hash of each file: without it, or when they differ, the folder is not picked up.
 
-Rank 0 writes all of it: the only thing that the others have of their own is their random state, 5 kB that travel with one
-all-reduce. So the upload can run in a thread behind the next steps without a word between ranks.
+Rank 0 writes all of it. What the others have of their own, their random state and their slices of a sharded model, is gathered
+first; so the upload can run in a thread behind the next steps without a word between ranks, and another number of workers can
+go on from it.
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ from typing import Any
 
 import torch
 
+from train_loop import weights
 from train_loop.context import RunContext
 from train_loop.errors import Cause, RunFault
 from train_loop.metrics import MetricLog
+from train_loop.sharding import placed_like, whole
 from train_loop.storage import delete_file, delete_folder, download_file, list_files, read_bytes, upload_folder, write_json
 
 log = logging.getLogger(__name__)
 MARKER = "complete.json"
 SET_ASIDE = "damaged.json"
-STATE, OPTIMIZER, RANDOM, ADAPTER = "state.json", "optimizer.pt", "random.pt", "adapter_model.safetensors"
+STATE, OPTIMIZER, RANDOM = "state.json", "optimizer.pt", "random.pt"
 CUT_OFF = "it was cut off while it was written"
 
 
@@ -53,12 +56,13 @@ class Checkpoints:
             return  # stopped or taken back right after it was saved
         self._newest = step
         random_states = _of_all_ranks(_random_state(self._ctx.device), self._ctx)
+        trained, moments = weights.gathered(model), _gathered(optimizer)
         if self._ctx.rank != 0:
             return
         self.wait()
         folder = Path(tempfile.mkdtemp(dir=self._ctx.scratch, prefix="checkpoint-"))
-        model.save_pretrained(folder, save_embedding_layers=False)
-        torch.save(optimizer.state_dict(), folder / OPTIMIZER)
+        weights.write(folder, model, trained)
+        torch.save(moments, folder / OPTIMIZER)
         torch.save(random_states, folder / RANDOM)
         (folder / STATE).write_text(json.dumps({"step": step, "world_size": self._ctx.world_size, "log": metrics.state()}))
         best = metrics.best["step"] if metrics.best else None
@@ -91,6 +95,16 @@ class Checkpoints:
         shutil.rmtree(folder)
         self._newest = chosen
         return chosen, metrics
+
+    def go_back(self, step: int, model: Any) -> None:
+        """Put the weights of the checkpoint of `step` into the model. Collective. Raises RunFault where it isn't whole."""
+        self.wait()
+        self._ctx.all_reduce_sum(torch.zeros(1, device=self._ctx.device))  # rank 0 has it in storage
+        folder = self._ctx.scratch / f"best-{self._ctx.rank}"
+        if (wrong := self._fetch(step, folder)) is not None:
+            raise RunFault(Cause.INTERNAL, f"The best checkpoint, of step {step}, can't be used: {wrong}.")
+        weights.read(folder, model)
+        shutil.rmtree(folder)
 
     # --- on rank 0 ---
 
@@ -180,13 +194,29 @@ def _of_all_ranks(row: torch.Tensor, ctx: RunContext) -> torch.Tensor:
     return ctx.all_reduce_sum(rows).cpu()
 
 
-def _read(folder: Path, model: Any, optimizer: torch.optim.Optimizer, ctx: RunContext) -> MetricLog:
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
+def _gathered(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state dict with whole tensors. Collective."""
+    state = optimizer.state_dict()
+    moments = {
+        index: {name: whole(v) if isinstance(v, torch.Tensor) else v for name, v in values.items()}
+        for index, values in state["state"].items()
+    }
+    return state | {"state": moments}
 
+
+def _load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take over what `_gathered` returned, each rank its part."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in state["state"].items():
+        p = parameters[index]
+        values |= {k: placed_like(v, p) for k, v in values.items() if isinstance(v, torch.Tensor) and v.shape == p.shape}
+    optimizer.load_state_dict(state)
+
+
+def _read(folder: Path, model: Any, optimizer: torch.optim.Optimizer, ctx: RunContext) -> MetricLog:
     state = json.loads((folder / STATE).read_text())
-    set_peft_model_state_dict(model, load_file(folder / ADAPTER))
-    optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location=ctx.device, weights_only=True))
+    weights.read(folder, model)
+    _load(optimizer, torch.load(folder / OPTIMIZER, map_location=ctx.device, weights_only=True))
     if state["world_size"] == ctx.world_size:
         row = torch.load(folder / RANDOM, weights_only=True)[ctx.rank]
         num_cpu = len(torch.get_rng_state())

@@ -33,8 +33,10 @@ def full_precision(model: Any, dtype: torch.dtype) -> Iterator[None]:
 
 
 @torch.no_grad()
-def evaluate(model: Any, batches: Iterable[MicroBatch | None], ctx: RunContext) -> float | None:
+def evaluate(model: Any, batches: Iterable[MicroBatch | None], ctx: RunContext, idle: MicroBatch | None = None) -> float | None:
     """Sum of losses over all ranks ÷ their supervised tokens; None when there are none. Collective.
+
+    `idle` is what a rank runs that has no rows left, where every rank must run the model.
 
     Raises Stopped between two batches when the run is asked to stop: an evaluation may take longer than many steps.
     """
@@ -45,6 +47,7 @@ def evaluate(model: Any, batches: Iterable[MicroBatch | None], ctx: RunContext) 
             ctx.beat()
             if ctx.all_reduce_sum(torch.tensor([int(ctx.stop_requested())], device=ctx.device)).item():
                 raise Stopped
+            micro = micro or idle
             if micro is not None:
                 total[0] += supervised_loss(model, micro.to(ctx.device)).double().cpu()
                 total[1] += micro.num_supervised

@@ -1,12 +1,15 @@
-"""The adapter as a user gets it: PEFT layout plus tokenizer, chat template and a README."""
+"""What was trained as a user gets it: an adapter in PEFT layout or the whole model, plus tokenizer, template and a README."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from train_loop import weights
 from train_loop.metrics import MetricLog
+from train_loop.model.load import DTYPES
 from train_loop.spec import JobSpec
 from train_loop.storage import hash_of, list_files
 
@@ -33,19 +36,57 @@ Evaluation loss: {before} before training, {after} after.
 """
 
 
-def write_adapter(folder: Path, spec: JobSpec, model: Any, tokenizer: Any, log: MetricLog) -> None:
-    """Write the adapter's files into the local `folder`."""
-    model.save_pretrained(folder, save_embedding_layers=False)
+FULL_README = """---
+base_model: {base}
+library_name: transformers
+---
+# {name}
+
+`{base}`, fine-tuned by Tuneyard.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("<this folder>")
+model = AutoModelForCausalLM.from_pretrained("<this folder>")
+```
+
+Evaluation loss: {before} before training, {after} after.
+"""
+ADAPTER_FOLDER, MERGED_FOLDER = "adapter", "merged"
+
+
+def write(folder: Path, spec: JobSpec, model: Any, tensors: Mapping[str, Any], tokenizer: Any, log: MetricLog) -> str:
+    """Write the files of what was trained into the local `folder`; return the name of their folder in the run's.
+
+    `tensors` is what `weights.gathered` returned.
+    """
+    is_adapter = weights.is_adapter(model)
+    if is_adapter:
+        weights.write(folder, model, tensors)
+    else:
+        _write_model(folder, spec, model, tensors)
     tokenizer.save_pretrained(folder)
     show = lambda v: "not measured" if v is None else f"{v:.4f}"  # noqa: E731
     (folder / "README.md").write_text(
-        README.format(
+        (README if is_adapter else FULL_README).format(
             base=spec.model_details.base_model,
             name=spec.experiment_name,
             before=show(log.eval_before),
             after=show(log.eval_after),
         )
     )
+    return ADAPTER_FOLDER if is_adapter else MERGED_FOLDER
+
+
+def _write_model(folder: Path, spec: JobSpec, model: Any, tensors: Mapping[str, Any]) -> None:
+    """transformers' layout, in the job's torch_dtype."""
+    dtype = DTYPES[spec.train_config.torch_dtype]
+    saved = model.state_dict().keys()
+    buffers = {name: t for name, t in model.named_buffers() if name in saved}
+    model.save_pretrained(folder, state_dict={name: t.to(dtype) for name, t in tensors.items()} | buffers)
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": spec.train_config.torch_dtype}, indent=2) + "\n")
 
 
 def verify(storage: FileSystem, path: str, files: Sequence[Mapping[str, Any]]) -> bool:

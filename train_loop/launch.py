@@ -32,7 +32,7 @@ from train_loop.data.sources import (
     find_files,
 )
 from train_loop.errors import Cause, ModelError, RunFault, Stopped, UserError
-from train_loop.export import verify
+from train_loop.export import ADAPTER_FOLDER, MERGED_FOLDER, verify
 from train_loop.faults import classified, machine_lost
 from train_loop.hang import FACTOR, FLOOR_S, StepClock, Watchdog
 from train_loop.model.source import ModelPlaces, model_folder
@@ -259,7 +259,7 @@ def _attempt(
         on_event("prepared", describe(prepared))
 
     outcome = read_json(storage, f"{run_path}/{OUTCOME}")
-    if outcome is None or outcome["stopped"] or not _is_written(outcome, storage, run_path):
+    if outcome is None or outcome["stopped"] or not _is_there(storage, run_path, outcome):
         outcome = train(prepared)
     if outcome["stopped"]:
         raise Stopped
@@ -272,8 +272,10 @@ def _cache_key(spec: JobSpec, found: list[SourceFile], files: RunFiles) -> str:
     return cache_key(preparation_key(spec, found), tokenizer)
 
 
-def _is_written(outcome: Mapping[str, Any], storage: FileSystem, run_path: str) -> bool:
-    return all(verify(storage, f"{run_path}/{folder}", outcome[f"{folder}_files"]) for folder in ("adapter", "merged"))
+def _is_there(storage: FileSystem, run_path: str, outcome: Mapping[str, Any]) -> bool:
+    """Whether storage holds what training left."""
+    folders = {ADAPTER_FOLDER: outcome["adapter_files"], MERGED_FOLDER: outcome["merged_files"]}
+    return all(verify(storage, f"{run_path}/{name}", files) for name, files in folders.items())
 
 
 def _finished(storage: FileSystem, run_path: str, request_id: str) -> dict[str, Any] | None:
@@ -432,13 +434,14 @@ def _finish(
     run_path: str,
 ) -> dict[str, Any]:
     """Write the manifest, last: it says that everything else is there, and what it is."""
-    if not _is_written(outcome, storage, run_path):
-        raise RunFault(Cause.STORAGE_AWAY, "The adapter in storage isn't what was written there.")
+    if not _is_there(storage, run_path, outcome):
+        raise RunFault(Cause.STORAGE_AWAY, "What was trained isn't in storage as it was written there.")
 
     manifest = {
         "request_id": request_id,
-        "adapter_uri": f"{files.storage_uri}/adapter",
+        "adapter_uri": f"{files.storage_uri}/{ADAPTER_FOLDER}" if outcome["adapter_files"] else None,
         "adapter_files": outcome["adapter_files"],
+        "merged_uri": f"{files.storage_uri}/{MERGED_FOLDER}" if outcome["merged_files"] else None,
         "merged_files": outcome["merged_files"],
         "base_model": outcome["base_model"],
         "dataset": {

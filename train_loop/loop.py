@@ -1,4 +1,4 @@
-"""The training loop: from a base model and prepared rows to an adapter.
+"""The training loop: from a base model and prepared rows to an adapter, or to new weights.
 
 One step: this rank's stripe of the global batch, forward and backward per micro-batch with the loss summed over tokens, one
 all-reduce of counts before and one of gradients after, clip, step. The loss is divided by the supervised tokens of the whole
@@ -15,37 +15,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from train_loop import export
+from train_loop import export, weights
 from train_loop.checkpoint import Checkpoints
 from train_loop.context import RunContext
 from train_loop.data.loader import Layout, eval_batches, step_batches
-from train_loop.data.packing import MicroBatch
 from train_loop.data.sampler import BatchPlan
 from train_loop.data.shards import PreparedDataset, ShardSet
 from train_loop.data.tokenize import ChatTokenizer
-from train_loop.errors import DatasetError, Stopped, TrainingError
-from train_loop.evaluate import evaluate, full_precision
-from train_loop.loss import keeps_documents_apart, supervised_loss
+from train_loop.errors import Stopped
+from train_loop.evaluate import evaluate
+from train_loop.loss import supervised_loss
 from train_loop.metrics import MetricLog
-from train_loop.model.adapters import add_adapter, parameter_groups, trainable
-from train_loop.model.load import load_base, load_tokenizer
+from train_loop.model.adapters import parameter_groups
+from train_loop.model.load import load_tokenizer
 from train_loop.model.merge import write_merged
 from train_loop.model.source import revision_of, weights_hash
 from train_loop.optim import build_optimizer, learning_rate, set_learning_rate
-from train_loop.parallel import set_threads, sync_gradients, sync_parameters
+from train_loop.parallel import clip_gradients, set_threads, sync_gradients
+from train_loop.sharding import IDLE
 from train_loop.spec import JobSpec
+from train_loop.step import agree, not_finite
 from train_loop.storage import upload_folder, write_bytes
+from train_loop.tensorboard import FILE, event_file
+from train_loop.trainee import load_trainee
 
-MAX_ROWS_TOLD = 5
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the loop ended: `stopped` at a step boundary on request, or with an adapter uploaded."""
+    """How the loop ended: `stopped` at a step boundary on request, or with what was trained uploaded."""
 
     stopped: bool
     step: int
@@ -53,9 +54,10 @@ class Outcome:
     compute_dtype: str
     metrics: dict[str, Any]
     worlds: list[dict[str, int]]  # the workers that the steps ran on: from_step, world_size
-    adapter_files: list[dict[str, Any]]  # name, size_bytes, sha256; rank 0 knows
-    merged_files: list[dict[str, Any]]  # the same, of merged/
-    base_model: dict[str, Any]  # id, revision (a commit of the hub) and weights_sha256; rank 0 knows
+    # Of each file name, size_bytes and sha256: of an adapter, and of full weights. Rank 0 knows, as it does what the base is.
+    adapter_files: list[dict[str, Any]]
+    merged_files: list[dict[str, Any]]
+    base_model: dict[str, Any]  # id, revision (a commit of the hub) and weights_sha256
 
 
 def batch_plan(spec: JobSpec, num_samples: int) -> BatchPlan:
@@ -93,18 +95,14 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
     train_ids, eval_ids = shards.ids("train"), shards.ids("eval")
     plan = batch_plan(spec, len(train_ids))
 
-    base = load_base(spec, ctx.model_folder, ctx.device)
-    if base.note:
-        ctx.event("compute_dtype", base.note)
-    packing = pre.packing and keeps_documents_apart(base.model)
+    trainee = load_trainee(spec, ctx)
+    if trainee.note:
+        ctx.event("compute_dtype", trainee.note)
+    model, parameters = trainee.model, trainee.parameters
+    packing = pre.packing and trainee.packs
     if packing != pre.packing:
-        ctx.event(
-            "packing", f"{base.model.config.model_type} can't keep packed samples apart: rows are padded instead, same loss"
-        )
+        ctx.event("packing", "this architecture can't keep packed samples apart: rows are padded instead, same loss")
     layout = Layout(chat, pre.prompt.max_length, packing, tokenizer.pad_token_id)
-    model = add_adapter(base.model, spec, ctx.start)
-    parameters = trainable(model)
-    sync_parameters(parameters, ctx)
     optimizer = build_optimizer(parameter_groups(model, spec.train_config.adapter_config.lora_plus_ratio), hp)
     # Dropout differs between ranks; everything before this line is the same on all of them.
     torch.manual_seed(hp.seed + 1 + ctx.rank)
@@ -120,10 +118,6 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
         f"{plan.total_steps} steps; {sum(p.numel() for p in parameters):,} trainable parameters",
     )
 
-    def autocast() -> Any:
-        low = base.compute_dtype is not torch.float32
-        return torch.autocast(ctx.device.type, base.compute_dtype) if low else contextlib.nullcontext()
-
     def is_due(every: int) -> bool:
         return step == plan.total_steps or step % every == 0
 
@@ -132,9 +126,8 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
             return
         ctx.phase("evaluating")
         batches = eval_batches(shards, eval_ids, ctx.rank, ctx.world_size, hp.per_device_eval_batch_size, layout)
-        # On a GPU, bf16 is what evaluation sets of any size can be afforded in.
-        with full_precision(model, base.compute_dtype) if ctx.device.type == "cpu" else autocast():
-            loss = evaluate(model, batches, ctx)
+        with trainee.evaluating():
+            loss = evaluate(model, batches, ctx, idle=IDLE if trainee.sharded else None)
         log.evaluated_at = step
         if loss is not None:
             log.evaluated(step, loss)
@@ -159,6 +152,7 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
     def publish_metrics() -> None:
         if ctx.rank == 0:
             write_bytes(ctx.storage, f"{ctx.run_path}/metrics.jsonl", log.lines().encode())
+            write_bytes(ctx.storage, f"{ctx.run_path}/tensorboard/{FILE}", event_file(log.points))
 
     def save(*, wait: bool = False) -> None:
         ctx.phase("saving")
@@ -171,7 +165,7 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
         ctx.phase("training")
 
     def outcome(*, stopped: bool, **files: Any) -> Outcome:
-        dtype = str(base.compute_dtype).removeprefix("torch.")
+        dtype = str(trainee.compute_dtype).removeprefix("torch.")
         written = {"adapter_files": [], "merged_files": [], "base_model": {}} | files
         return Outcome(stopped, step, plan.total_steps, dtype, log.summary(), log.worlds, **written)
 
@@ -194,33 +188,38 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
             start_step=step + 1,
         )
         for next_step, micro_batches in batches:
-            supervised, tokens, stop, preempted = _agree(micro_batches, ctx)
-            if stop:
+            if log.stalled(hp.early_stopping_patience):
+                ctx.event("stopped_early", f"no better eval loss than that of step {log.best_step} for a while: done")
+                break
+            agreed = agree(micro_batches, ctx)
+            if agreed.stop:
                 raise Stopped
-            if preempted and not told_preempted:
+            if agreed.preempted and not told_preempted:
                 told_preempted = True
                 save(wait=True)
                 ctx.event("preempted", f"{ctx.preemption() or 'a machine will be taken back'}; step {step} is saved")
             step = next_step
+            if trainee.sharded:  # every rank runs the model as often as the others
+                micro_batches += [IDLE] * (plan.num_micro_batches(ctx.world_size) - len(micro_batches))
             losses = []
             for micro in micro_batches:
-                with autocast():
-                    loss = supervised_loss(model, micro.to(ctx.device)) / max(1, supervised)
+                with trainee.autocast():
+                    loss = supervised_loss(model, micro.to(ctx.device)) / max(1, agreed.supervised)
                 loss.backward()
                 losses.append(loss.detach())
             mine = torch.stack(losses).double().tolist() if losses else []
             step_loss = sync_gradients(parameters, sum(mine), ctx)
-            grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, hp.max_grad_norm))
+            grad_norm = clip_gradients(parameters, hp.max_grad_norm)
             if not (math.isfinite(step_loss) and math.isfinite(grad_norm)):
                 bad = [micro for micro, loss in zip(micro_batches, mine, strict=True) if not math.isfinite(loss)]
-                raise _not_finite(step, bad, train_ids[plan.global_batch(step)], shards, hp.learning_rate, ctx)
+                raise not_finite(step, bad, train_ids[plan.global_batch(step)], shards, hp.learning_rate, ctx)
             rate = learning_rate(hp, step, plan.total_steps)
             set_learning_rate(optimizer, rate)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             ctx.beat("step")
-            log.count(tokens, step_loss)
+            log.count(agreed.tokens, step_loss)
             if is_due(hp.logging_steps) or step == 1:
                 point = log.point(step, epoch=round(plan.epoch_at(step), 4), learning_rate=rate, grad_norm=grad_norm)
                 if ctx.rank == 0:
@@ -231,7 +230,8 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
             report()
             if is_due(hp.eval_steps):
                 run_evaluation()
-            if is_due(hp.save_steps):
+            # With early stopping the best weights are what is handed out.
+            if is_due(hp.save_steps) or (hp.early_stopping_patience and log.best_step == step):
                 save()
             if step == log.logged_at:
                 log.restart_clock()
@@ -242,63 +242,23 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
     ctx.phase("exporting")
     ctx.beat("slow")
     checkpoints.wait()
+    if hp.early_stopping_patience and log.best is not None and log.best["step"] != step:
+        checkpoints.go_back(log.best["step"], model)
+        log.eval_after = log.best["eval_loss"]
+    tensors = weights.gathered(model)
     written: dict[str, Any] = {}
     if ctx.rank == 0:
         publish_metrics()
         with tempfile.TemporaryDirectory(dir=ctx.scratch) as folder:
-            export.write_adapter(Path(folder), spec, model, tokenizer, log)
-            written["adapter_files"] = upload_folder(Path(folder), ctx.storage, f"{ctx.run_path}/adapter")
-        if spec.train_config.export.merge:
+            name = export.write(Path(folder), spec, model, tensors, tokenizer, log)
+            written[f"{name}_files"] = upload_folder(Path(folder), ctx.storage, f"{ctx.run_path}/{name}")
+        if spec.train_config.export.merge and name != export.MERGED_FOLDER:
             with tempfile.TemporaryDirectory(dir=ctx.scratch) as folder:
                 write_merged(Path(folder), spec, model, tokenizer)
-                written["merged_files"] = upload_folder(Path(folder), ctx.storage, f"{ctx.run_path}/merged")
+                written["merged_files"] = upload_folder(Path(folder), ctx.storage, f"{ctx.run_path}/{export.MERGED_FOLDER}")
         written["base_model"] = {
             "id": spec.model_details.base_model,
             "revision": revision_of(ctx.model_folder),
             "weights_sha256": weights_hash(ctx.model_folder),
         }
     return outcome(stopped=False, **written)
-
-
-def _agree(micro_batches: list[MicroBatch], ctx: RunContext) -> tuple[int, int, bool, bool]:
-    """Supervised tokens and tokens of the global batch, whether any rank was asked to stop, whether any was told that a
-    machine will be taken back: one all-reduce.
-
-    Raises DatasetError when no rank has anything to learn from in this step.
-    """
-    mine = [
-        sum(m.num_supervised for m in micro_batches),
-        sum(m.num_tokens for m in micro_batches),
-        sum(m.num_samples for m in micro_batches),
-        int(ctx.stop_requested()),
-        int(ctx.preemption() is not None),
-    ]
-    agreed = ctx.all_reduce_sum(torch.tensor(mine, dtype=torch.int64, device=ctx.device)).tolist()
-    supervised, tokens, samples, stop, preempted = agreed
-    if samples == 0 and not stop:
-        raise DatasetError(
-            "no row of this step has a token to learn from: is max_length too short for the answers to fit?",
-            field="dataset_config.preprocessing.prompt.max_length",
-            code="no_supervised_tokens",
-        )
-    return supervised, tokens, bool(stop), bool(preempted)
-
-
-def _not_finite(
-    step: int, bad: list[MicroBatch], rows: np.ndarray, shards: ShardSet, rate: float, ctx: RunContext
-) -> TrainingError:
-    """What to say of a loss that isn't a number: which of the step's `rows` gave it. Collective.
-
-    When every loss was a number and only the gradient isn't, any row of the step may be at fault.
-    """
-    mine = torch.tensor(np.isin(rows, [row for micro in bad for row in micro.rows]).astype(np.int64), device=ctx.device)
-    is_bad = ctx.all_reduce_sum(mine).cpu().numpy() > 0
-    suspects = sorted(shards.source(int(row)) for row in (rows[is_bad] if is_bad.any() else rows))
-    shown = "; ".join(f"{uri} line {line}" for uri, line in suspects[:MAX_ROWS_TOLD])
-    more = f" and {len(suspects) - MAX_ROWS_TOLD} more" if len(suspects) > MAX_ROWS_TOLD else ""
-    return TrainingError(
-        f"the loss or its gradient stopped being a number at step {step}: lower learning_rate (now {rate:g}) or look at these "
-        f"rows of that step: {shown}{more}",
-        field="train_config.hyperparameters.learning_rate",
-        code="loss_not_finite",
-    )

@@ -20,37 +20,42 @@ LEAK = 1e-2  # rounding is less, in bf16 too
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Sum of cross-entropies of `head(hidden) [n, vocab]` against `targets [n]`; `weights` are the head's that are trained."""
+    """Sum of cross-entropies of `head(hidden) [n, vocab]` against `targets [n]`; `trained` are those of the head's parameters."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: Any, targets: torch.Tensor, softcap: float | None, *weights: torch.Tensor
+        ctx: Any, hidden: torch.Tensor, head: Any, targets: torch.Tensor, softcap: float | None, *trained: torch.Tensor
     ) -> torch.Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden) if any(ctx.needs_input_grad) else None
-        of_weights = [torch.zeros_like(w) for w in weights] if gradient is not None else []
+        total = torch.zeros((), dtype=_at_least_float32(hidden.dtype), device=hidden.device)
+        learns = any(ctx.needs_input_grad)
+        gradient = torch.empty_like(hidden) if learns else None
+        of_trained = [torch.zeros_like(p) for p in trained] if learns else []
         for start in range(0, len(targets), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            with torch.set_grad_enabled(gradient is not None):
-                chunk = hidden[part].detach().requires_grad_(gradient is not None)
-                logits = head(chunk).float()
+            with torch.set_grad_enabled(learns):
+                chunk = hidden[part].detach().requires_grad_(learns)
+                logits = head(chunk)
+                logits = logits.to(_at_least_float32(logits.dtype))
                 if softcap:
                     logits = torch.tanh(logits / softcap) * softcap
                 loss = F.cross_entropy(logits, targets[part], reduction="sum")
                 if gradient is not None:
-                    gradient[part], *parts = torch.autograd.grad(loss, (chunk, *weights))
-                    for sum_, part_ in zip(of_weights, parts, strict=True):
-                        sum_ += part_
+                    gradient[part], *more = torch.autograd.grad(loss, [chunk, *trained])
+                    for so_far, new in zip(of_trained, more, strict=True):
+                        so_far += new
             total += loss.detach()
         if gradient is not None:
-            ctx.save_for_backward(gradient, *of_weights)
+            ctx.save_for_backward(gradient, *of_trained)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradient, *of_weights = ctx.saved_tensors
-        times = [g * grads[0].to(g.dtype) for g in (gradient, *of_weights)]
-        return times[0], None, None, None, *times[1:]
+        gradient, *of_trained = (saved * grads[0].to(saved.dtype) for saved in ctx.saved_tensors)
+        return gradient, None, None, None, *of_trained
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def supervised_loss(model: Any, micro: MicroBatch) -> torch.Tensor:
@@ -59,12 +64,22 @@ def supervised_loss(model: Any, micro: MicroBatch) -> torch.Tensor:
     `model` is a PEFT causal LM or a plain one; `micro.labels` are already shifted.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # A sharded model gathers its weights around a call of its own, see sharding.py.
+    loss: torch.Tensor = causal_lm.gathered(_loss, micro) if hasattr(causal_lm, "gathered") else _loss(causal_lm, micro)
+    return loss
+
+
+def _loss(causal_lm: Any, micro: MicroBatch) -> torch.Tensor:
     hidden = _hidden(causal_lm, micro.input_ids, micro.position_ids, micro.attention_mask)
     supervised = micro.labels != IGNORE_INDEX
     softcap = getattr(causal_lm.config.get_text_config(), "final_logit_softcapping", None)
-    head = causal_lm.get_output_embeddings()
+    return head_loss(hidden[supervised], causal_lm.get_output_embeddings(), micro.labels[supervised], softcap)
+
+
+def head_loss(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor, softcap: float | None = None) -> torch.Tensor:
+    """Sum of cross-entropies of `head(hidden)` against `targets`; hidden[n, width], targets[n]."""
     trained = [p for p in head.parameters() if p.requires_grad]
-    loss: torch.Tensor = _HeadLoss.apply(hidden[supervised], head, micro.labels[supervised], softcap, *trained)
+    loss: torch.Tensor = _HeadLoss.apply(hidden, head, targets, softcap, *trained)
     return loss
 
 

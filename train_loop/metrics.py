@@ -77,6 +77,18 @@ class MetricLog:
             self.points.append({"step": step, "eval_loss": loss, "time": round(time.time(), 3)})
         self._unsent[step] = self.points[-1]
 
+    @property
+    def best_step(self) -> int | None:
+        """The step after which `eval_loss` was lowest, once there is one."""
+        return self.best["step"] if self.best else None
+
+    def stalled(self, patience: int | None) -> bool:
+        """Whether the last `patience` evaluations were no better than the best before them."""
+        if patience is None or self.best is None:
+            return False
+        since = [p for p in self.points if "eval_loss" in p and p["step"] > self.best["step"]]
+        return len(since) >= patience
+
     def eta_s(self, step: int) -> float | None:
         """Seconds left, from the last interval's pace."""
         return None if self._step_s is None else round(self._step_s * (self.total_steps - step), 1)

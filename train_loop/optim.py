@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from train_loop.errors import TrainingError
 from train_loop.spec import Hyperparameters
 
 MIN_LR_SHARE = 0.1  # where cosine_with_min_lr ends, as a share of the peak
@@ -31,15 +32,41 @@ def learning_rate(hp: Hyperparameters, step: int, total_steps: int) -> float:
     return hp.learning_rate * share
 
 
-def build_optimizer(groups: Iterable[Mapping[str, Any]], hp: Hyperparameters) -> torch.optim.Optimizer:
-    """AdamW over groups of trainable parameters; the loop sets its rate before each step."""
-    return torch.optim.AdamW(
-        [dict(group) for group in groups],
+def build_optimizer(groups: Sequence[Mapping[str, Any]], hp: Hyperparameters) -> torch.optim.Optimizer:
+    """AdamW over groups of trainable parameters; the loop sets its rate before each step. Norms and biases aren't decayed.
+
+    Raises TrainingError where this device can't page.
+    """
+    split = [
+        {**group, "params": parameters, "weight_decay": decay}
+        for group in groups
+        for parameters, decay in (
+            ([p for p in group["params"] if p.ndim >= 2], hp.weight_decay),
+            ([p for p in group["params"] if p.ndim < 2], 0.0),
+        )
+        if parameters
+    ]
+    return _optimizer_class(hp.optim, split[0]["params"][0].device)(
+        split,
         lr=hp.learning_rate,
         betas=(hp.adam_beta1, hp.adam_beta2),
         eps=hp.adam_epsilon,
-        weight_decay=hp.weight_decay,
     )
+
+
+def _optimizer_class(name: str, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
+    if name == "adamw":
+        return torch.optim.AdamW
+    if name == "paged_adamw_8bit" and device.type == "cpu":
+        raise TrainingError(
+            "paged_adamw_8bit pages between a GPU's memory and its host's, and this worker has no GPU: choose adamw_8bit, "
+            "which takes the same steps",
+            field="train_config.hyperparameters.optim",
+            code="optim_needs_gpu",
+        )
+    import bitsandbytes.optim
+
+    return bitsandbytes.optim.AdamW8bit if name == "adamw_8bit" else bitsandbytes.optim.PagedAdamW8bit  # type: ignore[no-any-return]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -29,6 +29,7 @@ from train_loop.loss import CHUNK_TOKENS
 from train_loop.model.adapters import ALL_LINEAR, expert_parameters, is_named, linear_layers, rank
 from train_loop.model.load import DTYPES, compute_dtype, load_tokenizer
 from train_loop.model.source import ModelPlaces, model_folder
+from train_loop.parallel import BUCKET_BYTES
 from train_loop.spec import JobSpec, Quantization, RandomSplit
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ RUNTIME_BYTES = {"cpu": 580 << 20, "cuda": 900 << 20}  # interpreter and librari
 # How many blocks' activations stay allocated while blocks are recomputed one by one; on the CPU malloc keeps freed pages between
 # tensors that live on. Measured by benchmarks/memory.py.
 RECOMPUTE_BLOCKS = {"cpu": 6.5, "cuda": 1.5}
-USUAL_LEARNING_RATE = (1e-5, 1e-3)
+USUAL_LEARNING_RATE = {"lora": (1e-5, 1e-3), "full": (1e-6, 1e-4)}
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def make_plan(spec: JobSpec, places: ModelPlaces, hardware: Hardware, source: Fi
         },
         "steps": steps,
         "samples_per_step": min(batches.samples_per_step, train_rows),
-        "trainable_params": trainable_params(spec, shape),
+        "trainable_params": trained_params(spec, shape),
         "memory": memory,
         "time_s": round(train_s + START_S),
         "gpu_hours": round(hours, 4),
@@ -255,6 +256,15 @@ def largest_batch(lengths: Sequence[int], batch_size: int, max_length: int, pack
     return largest
 
 
+def trained_params(spec: JobSpec, shape: ModelShape) -> int:
+    """How many parameters have a gradient and optimizer state: the adapter's, or all."""
+    if spec.train_config.train_type == "full":
+        return shape.linear_params + shape.other_params
+    adapter = spec.train_config.adapter_config
+    magnitudes = sum(o for _, o in shape.adapted) if adapter.use_dora else 0
+    return sum(rank(adapter) * (i + o) for i, o in shape.adapted) + magnitudes + shape.saved_params
+
+
 def memory_of_a_worker(spec: JobSpec, shape: ModelShape, batch_tokens: int, hardware: Hardware) -> dict[str, Any]:
     """Peak bytes of one worker by part, for micro-batches of `batch_tokens`.
 
@@ -266,8 +276,10 @@ def memory_of_a_worker(spec: JobSpec, shape: ModelShape, batch_tokens: int, hard
     asked = spec.train_config.torch_dtype
     width = (compute_dtype(asked, torch.device("cpu"))[0] if on_cpu else DTYPES[asked]).itemsize
     linear = shape.linear_params * (bytes_per_weight(quantization) if quantization else width)
-    adapter = 4 * trainable_params(spec, shape)
-    inputs = sum(i for i, _ in shape.adapted) / shape.num_layers
+    full, sharded = spec.train_config.train_type == "full", spec.train_config.distributed.type == "fsdp"
+    held = workers if sharded else 1  # each worker holds so much of what is sharded
+    learning = 4 * trained_params(spec, shape)  # in float32
+    inputs = 0.0 if full else sum(i for i, _ in shape.adapted) / shape.num_layers
     # LoRA's inputs with their dropout masks; the MLP's four widths; float32 copies in the norms; attention and residuals.
     block = inputs * (4 + width) + 4 * shape.intermediate * width + 24 * shape.hidden + 16 * shape.hidden * width
     if hp.gradient_checkpointing:
@@ -275,30 +287,25 @@ def memory_of_a_worker(spec: JobSpec, shape: ModelShape, batch_tokens: int, hard
     else:
         activations = batch_tokens * shape.num_layers * block
     parts = {
-        "weights": linear + shape.other_params * width,
-        "adapter": adapter,
-        "gradients": adapter * (2 if workers > 1 else 1),  # with a flat copy to sum over workers
-        "optimizer": 2 * adapter,
+        "weights": (learning if full else linear + shape.other_params * width) / held,
+        "adapter": 0 if full else learning / held,
+        # With a flat copy, of a bucket at most, to sum over workers.
+        "gradients": learning / held + (min(learning, BUCKET_BYTES) if workers > 1 and not sharded else 0),
+        "optimizer": 2 * learning / held / (1 if hp.optim == "adamw" else 4),
         "activations": activations,
         "logits": min(batch_tokens, CHUNK_TOKENS) * shape.vocab * (width + 12),
         "runtime": RUNTIME_BYTES[hardware.device],
     }
     # Evaluation on a CPU widens what isn't quantised to float32, and keeps no activations.
     widened = linear * (1 if quantization else 4 / width) + shape.other_params * 4
-    evaluating = sum(parts.values()) - parts["weights"] - parts["activations"] + widened if on_cpu else 0.0
+    widens = on_cpu and not full and not sharded
+    evaluating = sum(parts.values()) - parts["weights"] - parts["activations"] + widened if widens else 0.0
     total = max(sum(parts.values()), evaluating)
     return {f"{name}_bytes": round(size) for name, size in parts.items()} | {
         "total_bytes": round(total),
         "available_bytes": hardware.memory_bytes,
         "batch_tokens": batch_tokens,
     }
-
-
-def trainable_params(spec: JobSpec, shape: ModelShape) -> int:
-    """Parameters that have a gradient and optimizer state."""
-    adapter = spec.train_config.adapter_config
-    magnitudes = sum(o for _, o in shape.adapted) if adapter.use_dora else 0
-    return sum(rank(adapter) * (i + o) for i, o in shape.adapted) + magnitudes + shape.saved_params
 
 
 def bytes_per_weight(quantization: Quantization) -> float:
@@ -310,8 +317,9 @@ def bytes_per_weight(quantization: Quantization) -> float:
 
 
 def flops_per_token(spec: JobSpec, shape: ModelShape) -> float:
-    """FLOPs of one trained token: forward and input gradients (frozen weights need none of their own), and the recomputation."""
-    passes = 3 if spec.train_config.hyperparameters.gradient_checkpointing else 2
+    """FLOPs of one trained token: forward, input gradients, those of weights that learn, and the recomputation."""
+    recomputes = spec.train_config.hyperparameters.gradient_checkpointing
+    passes = 2 + recomputes + (spec.train_config.train_type == "full")
     return 2.0 * passes * (shape.linear_params + shape.hidden * shape.vocab)
 
 
@@ -331,7 +339,9 @@ def warnings_of(spec: JobSpec, shape: ModelShape, sample: DatasetSample, plan: d
         found.append(
             f"{sample.num_rejected} of {looked_at} rows looked at can't be used, more than max_reject_ratio allows: it will fail"
         )
-    if not shape.adapted:
+    if spec.train_config.train_type == "full":
+        pass  # targets and r are an adapter's
+    elif not shape.adapted:
         found.append("adapter_config.targets names no layer of this model: the job will fail")
     elif adapter.r > shape.hidden:
         found.append(
@@ -351,9 +361,10 @@ def warnings_of(spec: JobSpec, shape: ModelShape, sample: DatasetSample, plan: d
     asked = hp.per_device_train_batch_size * hp.gradient_accumulation_steps * spec.infra_config.num_workers
     if asked > plan["rows"]["train"]:
         found.append(f"a step asks for {asked} samples and there are {plan['rows']['train']}: every step is the whole dataset")
-    low, high = USUAL_LEARNING_RATE
+    low, high = USUAL_LEARNING_RATE[spec.train_config.train_type]
     if not low <= hp.learning_rate <= high:
-        found.append(f"learning_rate {hp.learning_rate:g} is outside what LoRA usually wants, {low:g} to {high:g}")
+        what = "LoRA" if spec.train_config.train_type == "lora" else "full fine-tuning"
+        found.append(f"learning_rate {hp.learning_rate:g} is outside what {what} usually wants, {low:g} to {high:g}")
     memory, available = plan["memory"]["total_bytes"], plan["memory"]["available_bytes"]
     if available is not None and memory > 0.95 * available:
         found.append(

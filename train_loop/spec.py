@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from train_loop.section import Fault, NotYet, OnlyYet, Rule, Section, held_to
+from train_loop.section import NOT_SUPPORTED_YET, Fault, NotYet, OnlyYet, Rule, Section, held_to
 
 BUCKET = re.compile(r"[a-z0-9][a-z0-9._\-]{1,220}[a-z0-9]")  # Google's may have `_`, and dots may make them long
 # The hub's own rule; each part also becomes a folder's name in the mirror, so `..` and 300 letters must not pass.
@@ -175,22 +175,22 @@ class Hyperparameters(Section):
     adam_beta1: float = Field(0.9, ge=0, lt=1, strict=True)
     adam_beta2: float = Field(0.999, ge=0, lt=1, strict=True)
     adam_epsilon: float = Field(1e-8, gt=0, le=1, strict=True)
-    optim: Annotated[Literal["adamw", "adamw_8bit", "paged_adamw_8bit"], NotYet("adamw_8bit", "paged_adamw_8bit")] = Field(
-        "adamw", description="Optimizer."
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw", description="Optimizer; 8-bit ones quantise their state, the paged one needs a GPU."
     )
     max_grad_norm: float = Field(1.0, gt=0, le=1e9, strict=True, description="Gradients are clipped to this global norm.")
     save_steps: PositiveSteps = Field(500, description="Steps between checkpoints; the last step always saves one.")
     save_total_limit: int = Field(2, ge=1, le=1000, strict=True, description="Checkpoints kept, the newest first.")
     eval_steps: PositiveSteps = Field(500, description="Steps between evaluations; also before and after training.")
     logging_steps: PositiveSteps = Field(5, description="Steps between metric lines.")
-    early_stopping_patience: Annotated[int | None, OnlyYet(None)] = Field(
-        None, description="Evaluations without improvement before the job stops."
+    early_stopping_patience: Annotated[int, Field(ge=1, strict=True)] | None = Field(
+        None, description="Evaluations without improvement before the job stops; then the best weights are handed out."
     )
     metric_for_best_model: Literal["eval_loss"] = Field("eval_loss", description="What `metrics.best` is judged by.")
     dataloader_num_workers: int = Field(
         1, ge=0, le=64, strict=True, description="Processes per worker that tokenise ahead of the step."
     )
-    neftune_noise_alpha: Annotated[float | None, OnlyYet(None)] = Field(
+    neftune_noise_alpha: Annotated[float, Field(gt=0, le=1000, strict=True)] | None = Field(
         None, description="NEFTune noise on the input embeddings."
     )
     seed: int = Field(42, ge=0, le=2**32 - 1, strict=True, description="Everything random derives from it.")
@@ -234,9 +234,7 @@ class AdapterConfig(Section):
 class Distributed(Section):
     """How workers share the model."""
 
-    type: Annotated[Literal["ddp", "fsdp"], NotYet("fsdp")] = Field(
-        "ddp", description="ddp: a copy in each worker; fsdp: sharded over them."
-    )
+    type: Literal["ddp", "fsdp"] = Field("ddp", description="ddp: a copy in each worker; fsdp: sharded over them.")
 
 
 class Export(Section):
@@ -255,9 +253,7 @@ class TrainConfig(Section):
         "computed in bfloat16.",
     )
     task_type: Literal["causal_lm"] = Field("causal_lm", description="Task.")
-    train_type: Annotated[Literal["lora", "full"], NotYet("full")] = Field(
-        "lora", description="Train an adapter, or every weight (not with quantization)."
-    )
+    train_type: Literal["lora", "full"] = Field("lora", description="Train an adapter, or every weight (not with quantization).")
     tuner_backend: Literal["tuneyard", "simplismart", "peft"] = Field("tuneyard", description="Names of the same engine.")
     hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters)
     adapter_config: AdapterConfig = Field(default_factory=AdapterConfig)
@@ -413,6 +409,33 @@ def loftq_has_something_to_make_up_for(model_details: ModelDetails, train_config
         yield Fault("train_config.adapter_config.init", message)
 
 
+def early_stopping_has_something_to_judge_by(dataset_config: DatasetConfig, train_config: TrainConfig) -> Iterator[Fault]:
+    split, patience = dataset_config.split, train_config.hyperparameters.early_stopping_patience
+    evaluates = not isinstance(split, NoSplit) and not (isinstance(split, RandomSplit) and split.ratios[1] == 0)
+    if patience is not None and not evaluates:
+        message = (
+            "early stopping goes by eval_loss: give dataset_config.split an eval share, or leave early_stopping_patience out"
+        )
+        yield Fault("train_config.hyperparameters.early_stopping_patience", message)
+
+
+def fsdp_shards_what_it_can(model_details: ModelDetails, train_config: TrainConfig) -> Iterator[Fault]:
+    if train_config.distributed.type != "fsdp":
+        return
+    if model_details.quantization is not None and model_details.quantization.quant_bits == 8:
+        message = "fsdp can't shard 8-bit weights, which are no floating-point numbers: use quant_bits 4, or ddp"
+        yield Fault("train_config.distributed.type", message)
+    if train_config.hyperparameters.optim != "adamw":
+        message = "8-bit optimizers keep their state by whole tensors, which fsdp doesn't have: use adamw, or ddp"
+        yield Fault("train_config.hyperparameters.optim", message)
+    if train_config.export.merge and train_config.train_type == "lora":
+        message = "merging a model that fsdp has sharded is not supported yet: use ddp, or merge the adapter with PEFT afterwards"
+        yield Fault("train_config.export.merge", message, NOT_SUPPORTED_YET)
+    if train_config.adapter_config.use_dora and model_details.quantization is not None:
+        message = "DoRA needs whole weights, which a 4-bit base that fsdp has sharded doesn't have: use ddp"
+        yield Fault("train_config.adapter_config.use_dora", message)
+
+
 def all_linear_is_alone(train_config: TrainConfig) -> Iterator[Fault]:
     targets = train_config.adapter_config.targets
     if "all-linear" in targets and len(targets) > 1:
@@ -469,6 +492,8 @@ RULES: tuple[Rule, ...] = (
     adapter_starts_once,
     pissa_keeps_what_it_does_not_train,
     loftq_has_something_to_make_up_for,
+    early_stopping_has_something_to_judge_by,
+    fsdp_shards_what_it_can,
     all_linear_is_alone,
     rows_suit_the_objective,
     images_come_in_a_zip,

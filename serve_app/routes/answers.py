@@ -121,7 +121,7 @@ class JobAnswer(TypedDict):
     dataset_details: Annotated[dict[str, Any], Like(DatasetDetails)]
     infra_config: Annotated[dict[str, Any], Like(InfraConfig)]
     metrics: Annotated[JobMetrics, _is("Last and best numbers.")]
-    output_model_path: Annotated[str | None, _is("Folder of the adapter, once COMPLETED.")]
+    output_model_path: Annotated[str | None, _is("Folder of the adapter, or of the full model, once COMPLETED.")]
     error_message: Annotated[str | None, _is("Of a FAILED job: what to mend.")]
     error_code: Annotated[str | None, _is("The same as a word that stays the same.")]
 

@@ -101,6 +101,7 @@ def test_it_learns_and_leaves_a_complete_run_folder(local_job, tmp_path, mirror)
         "manifest.json",
         "metrics.jsonl",
         "rejected.jsonl",
+        "tensorboard",
     }
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja", "README.md"} <= {
         f["name"] for f in manifest["adapter_files"]

@@ -168,3 +168,16 @@ def test_samples_of_every_format_are_shown(local_job, mirror, tmp_path, dataset_
     assert sample["turns"] == turns
     if "tools" in row:
         assert "weather" in sample["segments"][0]["text"]
+
+
+def test_full_training_takes_more_memory_and_sharding_less(local_job, mirror):
+    gpu = Hardware("cuda", 1 << 40, 1e14)
+    quiet = {"model_details.quantization": None, "infra_config.gpu_count": 2}
+    full = {"train_config.train_type": "full"}
+    sharded = {"train_config.distributed.type": "fsdp"}
+    lora, whole, shards = (planned(local_job(quiet | c), mirror, gpu) for c in ({}, full, full | sharded))
+    assert whole["trainable_params"] > lora["trainable_params"]
+    assert whole["memory"]["optimizer_bytes"] == 8 * whole["trainable_params"]
+    for part in ("weights_bytes", "optimizer_bytes"):
+        assert shards["memory"][part] == pytest.approx(whole["memory"][part] / 2, abs=1)
+    assert not any("targets" in w for w in whole["warnings"])

@@ -22,10 +22,6 @@ def test_null_means_the_default():
     ("field", "value"),
     [
         ("train_config.type", "dpo"),
-        ("train_config.distributed.type", "fsdp"),
-        ("train_config.hyperparameters.optim", "paged_adamw_8bit"),
-        ("train_config.hyperparameters.early_stopping_patience", 3),
-        ("train_config.hyperparameters.neftune_noise_alpha", 5.0),
     ],
 )
 def test_what_is_not_built_yet_is_refused_by_name(field, value):
@@ -60,7 +56,6 @@ def test_wrong_values_are_refused(field, value):
         JobSpec.model_validate(with_fields(DOCUMENTED, {field: value}))
 
 
-FULL = {"train_config.train_type": "full", "model_details.quantization": None}
 VLM = {"model_details.model_type": "vlm", "dataset_details.dataset_type": "zip"}
 
 
@@ -123,6 +118,26 @@ def errors_of(changes):
             "leave one of them out",
         ),
         ({"train_config.train_type": "full"}, "model_details.quantization", "leave quantization out"),
+        (
+            {"dataset_config.split": {"type": "none"}, "train_config.hyperparameters.early_stopping_patience": 3},
+            "train_config.hyperparameters.early_stopping_patience",
+            "goes by eval_loss",
+        ),
+        (
+            {"dataset_config.split.ratios": [1, 0], "train_config.hyperparameters.early_stopping_patience": 3},
+            "train_config.hyperparameters.early_stopping_patience",
+            "goes by eval_loss",
+        ),
+        (
+            {"train_config.distributed.type": "fsdp", "model_details.quantization.quant_bits": 8},
+            "train_config.distributed.type",
+            "use quant_bits 4, or ddp",
+        ),
+        (
+            {"train_config.distributed.type": "fsdp", "train_config.hyperparameters.optim": "adamw_8bit"},
+            "train_config.hyperparameters.optim",
+            "use adamw, or ddp",
+        ),
         ({"train_config.adapter_config.targets": ["all-linear", "q_proj"]}, "train_config.adapter_config.targets", "alone"),
         ({"dataset_details.dataset_format": "preference"}, "dataset_details.dataset_format", "type dpo"),
         ({"model_details.model_type": "vlm"}, "dataset_details.dataset_type", "zip"),
@@ -155,7 +170,6 @@ def test_every_rule_over_several_fields_says_which_to_mend(changes, field, said)
 @pytest.mark.parametrize(
     ("changes", "fields"),
     [
-        (FULL, {"train_config.train_type"}),
         (VLM, {"model_details.model_type", "dataset_details.dataset_type"}),
         (
             {"dataset_config.preprocessing.streaming": True, "train_config.hyperparameters.max_steps": 9},
@@ -189,7 +203,6 @@ def test_wrong_fields_broken_rules_and_what_is_not_built_yet_come_at_once():
         "infra_config.gpu_count": "int_type",
         "dataset_config.preprocessing.streaming": "bool_type",
         "model_details.quantization": "rule",
-        "train_config.train_type": "not_supported_yet",
         "dataset_details.secret_id": "rule",
         "model_details.model_type": "not_supported_yet",
         "dataset_details.dataset_type": "rule",
@@ -197,7 +210,7 @@ def test_wrong_fields_broken_rules_and_what_is_not_built_yet_come_at_once():
 
 
 def test_a_wrong_field_is_not_called_unsupported_too():
-    assert errors_of({"train_config.hyperparameters.neftune_noise_alpha": "x"}).popitem()[1][0] == "float_parsing"
+    assert errors_of({"train_config.adapter_config.lora_plus_ratio": "x"}).popitem()[1][0] == "float_parsing"
 
 
 def test_a_refused_value_is_shown_as_it_was_written():

@@ -57,10 +57,14 @@ class BatchPlan:
         start = within * self.samples_per_step
         return epoch_order(self.num_samples, self.seed, epoch)[start : start + self.samples_per_step]
 
+    def num_micro_batches(self, world_size: int) -> int:
+        """Micro-batches of a full step on each of `world_size` workers."""
+        return math.ceil(self.samples_per_step / (world_size * self.per_device_batch_size))
+
     def micro_batches(self, step: int, rank: int, world_size: int) -> list[np.ndarray]:
         """The stripe of `rank` of `world_size` workers of the global batch, in arrays of at most per_device_batch_size.
 
         As many arrays in every step, on every rank; some may be empty in an epoch's last step.
         """
         mine = self.global_batch(step)[rank::world_size]
-        return np.array_split(mine, math.ceil(self.samples_per_step / (world_size * self.per_device_batch_size)))
+        return np.array_split(mine, self.num_micro_batches(world_size))

@@ -114,13 +114,11 @@ def add_adapter(base: Any, spec: JobSpec, start: Path | None = None) -> Any:
         from_quantisation_error(model, adapter.r)
     if start is not None:
         continue_from(model, start)
-    if spec.train_config.hyperparameters.gradient_checkpointing:
-        base.activation_checkpointing_enable({"use_reentrant": False})
     return model
 
 
 def trainable(model: Any) -> list[torch.nn.Parameter]:
-    """The adapter's parameters, in an order that is the same on every rank."""
+    """The parameters that learn, in an order that is the same on every rank."""
     return [p for p in model.parameters() if p.requires_grad]
 
 

@@ -19,7 +19,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A frozen base, ready for an adapter. `note` says where compute differs from what was asked, or is empty."""
+    """A base, frozen and ready for an adapter, or in float32 to be trained itself.
+
+    `note` says where compute differs from what was asked, or is empty.
+    """
 
     model: Any
     compute_dtype: torch.dtype
@@ -105,18 +108,22 @@ def compute_in(base: Any, dtype: torch.dtype) -> None:
 
 
 def load_base(spec: JobSpec, folder: Path, device: torch.device) -> BaseModel:
-    """Load the base model onto `device`, quantised when asked, every parameter frozen. Raises ModelError."""
+    """Load the base model onto `device`, quantised when asked. Raises ModelError.
+
+    Every parameter is frozen; for full training every one learns, in float32: in bf16 most updates would round to nothing.
+    """
     from bitsandbytes.nn import Linear8bitLt
     from transformers import AutoModelForCausalLM
 
     quieten()
     dtype, note = compute_dtype(spec.train_config.torch_dtype, device)
     quantization = spec.model_details.quantization
+    full = spec.train_config.train_type == "full"
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             # Quantised from float32, so that the 4-bit codes are the same whatever this machine computes in.
-            dtype=torch.float32 if quantization else dtype,
+            dtype=torch.float32 if quantization or full else dtype,
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
@@ -128,7 +135,7 @@ def load_base(spec: JobSpec, folder: Path, device: torch.device) -> BaseModel:
             field="model_details.base_model",
         ) from error
     for parameter in model.parameters():
-        parameter.requires_grad_(False)
+        parameter.requires_grad_(full)
     compute_in(model, dtype)
     for module in quantised_layers(model):
         # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit layer the first time it runs in eval mode, and the repacked

@@ -1,0 +1,123 @@
+"""Full fine-tuning: every weight learns, resumes exactly, and is handed out as a model that transformers loads."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import TINY, write_jsonl
+from tests.train_loop.test_resume import HP, Watcher, curve
+from train_loop.errors import Stopped
+from train_loop.launch import Keys, RunFiles, launch_local
+from train_loop.model.load import load_tokenizer
+from train_loop.spec import JobSpec
+
+FULL = {
+    "train_config.train_type": "full",
+    "model_details.quantization": None,
+    "train_config.torch_dtype": "float32",
+    f"{HP}.learning_rate": 0.003,
+}
+
+
+@pytest.fixture
+def launch(tmp_path, mirror):
+    def start(job, name="run", monitor=None):
+        files = RunFiles(str(tmp_path / name), str(mirror), lambda: Keys())
+        return launch_local(JobSpec.model_validate(job), name, files, monitor or Watcher())
+
+    return start
+
+
+def model_file(folder):
+    return (folder / "merged/model.safetensors").read_bytes()
+
+
+def test_a_resumed_run_ends_with_the_same_bytes_and_every_weight_has_moved(local_job, tmp_path, mirror, launch):
+    job = local_job(FULL | {f"{HP}.max_steps": 3, "train_config.torch_dtype": "bfloat16"})
+    manifest = launch(job, "whole")
+    for step in (1, 2):
+        with pytest.raises(Stopped):
+            launch(job, "cut", Watcher(stop_at=step))
+    launch(job, "cut")
+    assert model_file(tmp_path / "cut") == model_file(tmp_path / "whole")
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+
+    assert manifest["adapter_uri"] is None
+    assert manifest["merged_uri"] == str(tmp_path / "whole/merged")
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {f["name"] for f in manifest["merged_files"]}
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "whole/merged")
+    base = AutoModelForCausalLM.from_pretrained(mirror / TINY)
+    assert trained.dtype is torch.bfloat16
+    assert trained.config.tie_word_embeddings
+    assert [n for (n, p), q in zip(trained.named_parameters(), base.parameters(), strict=True) if torch.equal(p, q)] == []
+
+
+COLOURS = {
+    "one": "red",
+    "two": "green",
+    "six": "blue",
+    "ten": "red",
+    "cat": "black",
+    "dog": "green",
+    "sun": "black",
+    "sea": "blue",
+}
+
+
+def test_it_learns_what_only_training_can_tell(local_job, tmp_path, launch):
+    """The answer to each question was drawn once; chance is one in four."""
+    changes = {
+        f"{HP}.max_steps": 40,
+        f"{HP}.learning_rate": 0.01,
+        f"{HP}.gradient_checkpointing": False,
+        f"{HP}.logging_steps": 40,
+        "dataset_config.split": {"type": "none"},
+    }
+    job = local_job(FULL | changes)
+    # Repeated, so that a small model finds in few steps where to look.
+    questions = {" ".join([word] * 12): colour for word, colour in COLOURS.items()}
+    write_jsonl(tmp_path / "rows.jsonl", [{"conversation": [{"human": q, "assistant": a}]} for q, a in questions.items()])
+    launch(job)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/merged").eval()
+    tokenizer = load_tokenizer(tmp_path / "run/merged")
+    right = 0
+    for question, answer in questions.items():
+        chat = [{"role": "user", "content": question}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+        out = model.generate(ids, max_new_tokens=3, do_sample=False)[0, ids.shape[1] :]
+        right += tokenizer.decode(out, skip_special_tokens=True).strip() == answer
+    assert right / len(questions) > 0.95
+
+
+def test_early_stopping_hands_out_the_best_weights(local_job, tmp_path, launch):
+    """At this rate and scale evaluations soon get worse."""
+    changes = {
+        f"{HP}.max_steps": 20,
+        f"{HP}.learning_rate": 0.5,
+        f"{HP}.lr_scheduler_type": "constant",
+        f"{HP}.eval_steps": 1,
+        f"{HP}.early_stopping_patience": 2,
+        f"{HP}.save_total_limit": 1,
+        "model_details.quantization": None,
+        "train_config.adapter_config.dropout": 0.0,
+        "train_config.adapter_config.alpha": 1024,
+    }
+    job = local_job(changes)
+    monitor = Watcher()
+    manifest = launch(job, "run", monitor)
+    evals = [(p["step"], p["eval_loss"]) for p in curve(tmp_path / "run") if p.get("eval_loss") and p["step"]]
+    best = min(evals, key=lambda e: e[1])
+    assert manifest["steps"] == evals[-1][0] == best[0] + 2 < 20
+    assert monitor.said("stopped_early")
+    assert manifest["metrics"]["best"] == {"step": best[0], "eval_loss": best[1]}
+    assert manifest["metrics"]["eval_loss_after"] == best[1]
+    saved = tmp_path / f"run/checkpoints/step-{best[0]:08d}/adapter_model.safetensors"
+    assert saved.read_bytes() == (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()
+
+    with pytest.raises(Stopped):
+        launch(job, "cut", Watcher(stop_at=best[0] + 1))
+    assert launch(job, "cut")["metrics"]["best"] == manifest["metrics"]["best"]
+    assert curve(tmp_path / "cut") == curve(tmp_path / "run")
+    assert json.loads((tmp_path / "cut/manifest.json").read_text())["adapter_files"] == manifest["adapter_files"]

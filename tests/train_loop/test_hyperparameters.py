@@ -1,0 +1,66 @@
+"""Every hyperparameter changes what it says: the same few steps with and without it end elsewhere."""
+
+import pytest
+
+from tests.train_loop.test_parallel import folder, launch
+from tests.train_loop.test_parallel import job as plain_job
+from tests.train_loop.test_resume import HP, curve
+
+__all__ = ["folder"]
+LORA = "train_config.adapter_config"
+CHANGES = {
+    "learning_rate": {f"{HP}.learning_rate": 0.02},
+    "lr_scheduler_type": {f"{HP}.lr_scheduler_type": "constant"},
+    "warmup_steps": {f"{HP}.warmup_steps": 2},
+    "warmup_ratio": {f"{HP}.warmup_ratio": 1.0},
+    "adam_beta1": {f"{HP}.adam_beta1": 0.5},
+    "adam_beta2": {f"{HP}.adam_beta2": 0.5},
+    "adam_epsilon": {f"{HP}.adam_epsilon": 0.1},
+    "weight_decay": {f"{HP}.weight_decay": 1.0},
+    "max_grad_norm": {f"{HP}.max_grad_norm": 1e-9, f"{HP}.adam_epsilon": 1e-8},
+    "neftune_noise_alpha": {f"{HP}.neftune_noise_alpha": 50.0},
+    "seed": {f"{HP}.seed": 7},
+    "per_device_train_batch_size": {f"{HP}.per_device_train_batch_size": 4},
+    "gradient_accumulation_steps": {f"{HP}.gradient_accumulation_steps": 2},
+    "dropout": {f"{LORA}.dropout": 0.5},
+    "max_steps": {f"{HP}.max_steps": 2},
+}
+
+
+def short(folder, changes):
+    base = {f"{HP}.max_steps": 3, f"{HP}.save_steps": 100, "dataset_config.split": {"type": "none"}}
+    return plain_job(folder, base | changes)
+
+
+def adapter(folder):
+    return (folder / "adapter/adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def plain(folder, mirror):
+    launch(folder, mirror, "plain", short(folder, {}))
+    return folder / "plain"
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_it_changes_the_run(folder, mirror, plain, name):
+    launch(folder, mirror, name, short(folder, CHANGES[name]))
+    assert adapter(folder / name) != adapter(plain)
+
+
+def test_the_same_again_changes_nothing(folder, mirror, plain):
+    launch(folder, mirror, "again", short(folder, {}))
+    assert adapter(folder / "again") == adapter(plain)
+    assert curve(folder / "again") == curve(plain)
+
+
+def test_epochs_may_be_fractions_and_lines_evaluations_and_checkpoints_come_when_they_are_due(folder, mirror):
+    """An epoch is 4 steps; 1.4 epochs are 6."""
+    due = {f"{HP}.logging_steps": 3, f"{HP}.eval_steps": 4, f"{HP}.save_steps": 2, f"{HP}.save_total_limit": 2}
+    job = plain_job(folder, due | {f"{HP}.max_steps": None, f"{HP}.num_epochs": 1.4})
+    manifest = launch(folder, mirror, "due", job)
+    points = curve(folder / "due")
+    assert [p["step"] for p in points if "loss" in p] == [1, 3, 6]
+    assert [p["step"] for p in points if "eval_loss" in p] == [0, 4, 6]
+    kept = {int(p.name.removeprefix("step-")) for p in (folder / "due/checkpoints").iterdir()}
+    assert kept == {4, 6} | {manifest["metrics"]["best"]["step"]}

@@ -1,0 +1,135 @@
+"""However the workers share batch and model, the run takes the same steps."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import DOCUMENTED, TINY, rows, with_fields, write_jsonl
+from tests.train_loop.group import run_group
+from tests.train_loop.test_resume import Watcher, curve
+from train_loop.errors import Stopped
+from train_loop.launch import Keys, RunFiles, launch_local
+from train_loop.spec import JobSpec
+
+HP = "train_config.hyperparameters"
+STEPS, FEW_STEPS, BATCH = 20, 6, 8
+FSDP = {"train_config.distributed.type": "fsdp"}
+NF4 = {"model_details.quantization": {"quant_bits": 4}}
+FULL = {"train_config.train_type": "full", f"{HP}.learning_rate": 0.001}
+WHAT = {"lora": {}, "nf4": NF4, "full": FULL}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, mirror):
+    """A folder with prepared rows of very different lengths, which don't fill the last step of an epoch."""
+    folder = tmp_path_factory.mktemp("parallel")
+    write_jsonl(folder / "rows.jsonl", rows(36))
+    with pytest.raises(Stopped):
+        launch(folder, mirror, "prepared", job(folder), Watcher(stop_at=0))
+    return folder
+
+
+def job(folder, changes=None, *, workers=1, accumulation=1):
+    base = {
+        "dataset_details": {"dataset_path": str(folder / "rows.jsonl"), "source_type": "local", "ownership": "public"},
+        "dataset_config.preprocessing.prompt.max_length": 128,
+        "dataset_config.split.ratios": [0.92, 0.08],
+        "model_details": {"base_model": TINY},
+        "train_config.torch_dtype": "float32",
+        "train_config.adapter_config": {"r": 4, "dropout": 0.0},
+        HP: {
+            "per_device_train_batch_size": BATCH // workers // accumulation,
+            "gradient_accumulation_steps": accumulation,
+            "max_steps": STEPS,
+            "logging_steps": 1,
+            "learning_rate": 0.01,
+            "dataloader_num_workers": 0,
+            "max_grad_norm": 1e9,
+            "save_steps": 1,
+            "save_total_limit": 100,
+        },
+        "infra_config": {"gpu_type": "cpu", "gpu_count": workers},
+    }
+    return with_fields(DOCUMENTED, base | (changes or {}))
+
+
+def launch(folder, mirror, name, job, monitor=None):
+    files = RunFiles(str(folder / name), str(mirror), lambda: Keys())
+    return launch_local(JobSpec.model_validate(job), name, files, monitor or Watcher())
+
+
+def few(changes):
+    return changes | {f"{HP}.max_steps": FEW_STEPS, f"{HP}.save_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def runs(folder, mirror):
+    """Every run of this module: in this process, on two workers, on four."""
+    alone = {"1x8": job(folder), "1x4x2": job(folder, accumulation=2), "1x2x4": job(folder, accumulation=4)}
+    for name, changes in WHAT.items():
+        alone[f"alone-{name}"] = job(folder, few(changes))
+    for name, made in alone.items():
+        launch(folder, mirror, name, made)
+    on_two = [("2x4", job(folder, workers=2), None), ("2x2x2", job(folder, workers=2, accumulation=2), None)]
+    on_four = [("4x2", job(folder, workers=4), None)]
+    for name, changes in WHAT.items():
+        two = job(folder, few(changes) | FSDP, workers=2)
+        on_two.append((f"fsdp-2-{name}", two, None))
+        on_four.append((f"fsdp-4-{name}", job(folder, few(changes) | FSDP, workers=4), None))
+        if name != "lora":
+            on_two += [(f"cut-{name}", two, 3), (f"cut-{name}", two, None)]
+    on_two.append(("fewer", two, 3))
+    on_two.append(("ddp-2-full", job(folder, few(FULL), workers=2), None))
+    for world_size, them in ((2, on_two), (4, on_four)):
+        run_group(folder, world_size, them, folder / "prepared/data", mirror / TINY)
+    return folder
+
+
+def close(a, b, rel=1e-4):
+    a, b = curve(a), curve(b)
+    assert [p["step"] for p in a] == [p["step"] for p in b]
+    for name in ("loss", "grad_norm", "eval_loss"):
+        assert [p[name] for p in a if name in p] == pytest.approx([p[name] for p in b if name in p], rel=rel), name
+
+
+def first_gradients(folder):
+    """Adam's first moment after one step is a tenth of the gradient, which nothing has clipped."""
+    state = torch.load(folder / "checkpoints/step-00000001/optimizer.pt")["state"]
+    return [10 * state[i]["exp_avg"] for i in sorted(state)]
+
+
+def weights(folder):
+    (file,) = (*folder.glob("adapter/*.safetensors"), *folder.glob("merged/*.safetensors"))
+    return load_file(file)
+
+
+@pytest.mark.parametrize("shape", ["1x4x2", "1x2x4", "2x4", "2x2x2", "4x2"])
+def test_workers_batch_and_accumulation_are_the_same_step(runs, shape):
+    close(runs / shape, runs / "1x8")
+    for mine, reference in zip(first_gradients(runs / shape), first_gradients(runs / "1x8"), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("what", WHAT)
+def test_a_sharded_model_takes_the_steps_of_a_whole_one(runs, what, world_size):
+    sharded, alone = runs / f"fsdp-{world_size}-{what}", runs / f"alone-{what}"
+    close(sharded, alone)
+    for name, tensor in weights(alone).items():
+        torch.testing.assert_close(weights(sharded)[name], tensor, rtol=1e-2, atol=1e-3)
+
+
+def test_full_weights_are_trained_alike_by_ddp(runs):
+    close(runs / "ddp-2-full", runs / "alone-full")
+
+
+@pytest.mark.parametrize("what", ["nf4", "full"])
+def test_a_sharded_run_resumes_to_the_same_bytes(runs, what):
+    whole, cut = runs / f"fsdp-2-{what}", runs / f"cut-{what}"
+    assert curve(cut) == curve(whole)
+    assert all(torch.equal(weights(cut)[name], tensor) for name, tensor in weights(whole).items())
+
+
+def test_a_sharded_run_goes_on_with_fewer_workers(runs, mirror):
+    launch(runs, mirror, "fewer", job(runs, few(FULL) | FSDP, workers=2))
+    close(runs / "fewer", runs / "fsdp-2-full")

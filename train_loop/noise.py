@@ -1,0 +1,32 @@
+"""NEFTune: uniform noise on the input embeddings while training.
+
+Its size is alpha / sqrt(tokens * width) with the tokens of the document, so that packing doesn't change it.
+Source: Jain et al., "NEFTune: Noisy Embeddings Improve Instruction Finetuning", 2023.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def add_noise(causal_lm: Any, alpha: float) -> None:
+    """Have the model add noise to its embeddings in training mode, drawn from torch's own generator."""
+
+    def noisy(backbone: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not backbone.training:
+            return arguments, named
+        embeddings = causal_lm.get_input_embeddings()(named["input_ids"])
+        tokens = document_lengths(named["position_ids"])
+        size = alpha / (tokens * embeddings.shape[-1]).sqrt().unsqueeze(-1)
+        noise = torch.empty_like(embeddings).uniform_(-1, 1) * size.to(embeddings.dtype)
+        return arguments, named | {"input_ids": None, "inputs_embeds": embeddings + noise}
+
+    causal_lm.model.register_forward_pre_hook(noisy, with_kwargs=True)
+
+
+def document_lengths(position_ids: torch.Tensor) -> torch.Tensor:
+    """For each position[rows, seq] the tokens of its document; a document starts where positions start again at 0."""
+    document = (position_ids == 0).flatten().cumsum(0) - 1
+    return torch.bincount(document)[document].view_as(position_ids)

@@ -1,0 +1,79 @@
+"""Fully sharded data parallelism (FSDP2): each worker keeps a slice of every weight and gathers a block while it computes.
+
+What isn't sharded are the scales of a 4-bit base, some 3 % of it. Gradients are summed over the workers block by block during
+backward, so every rank must run as many forward and backward passes as the others: one without samples runs `IDLE`.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+
+from train_loop.context import RunContext
+from train_loop.data.packing import MicroBatch
+from train_loop.data.tokenize import IGNORE_INDEX
+from train_loop.model.load import quantised_layers
+
+# A token that nothing is learned from.
+IDLE = MicroBatch(
+    input_ids=torch.zeros((1, 1), dtype=torch.int64),
+    labels=torch.full((1, 1), IGNORE_INDEX),
+    position_ids=torch.zeros((1, 1), dtype=torch.int64),
+    attention_mask=None,
+    num_samples=0,
+    num_tokens=0,
+)
+
+
+def shard(causal_lm: Any, ctx: RunContext) -> None:
+    """Shard the weights over all ranks, in place: its parameters are DTensors afterwards. Collective."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for layer in quantised_layers(causal_lm):
+        _store_as_floats(layer)
+    mesh = init_device_mesh(ctx.device.type, (ctx.world_size,))
+    blocks = [m for m in causal_lm.modules() if type(m).__name__ in (causal_lm._no_split_modules or ())]
+    for module in (*blocks, causal_lm):
+        # Also the outermost, so that outside of a call every parameter is this rank's slice.
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        # The loss is already divided by the tokens of all ranks. Without the second, gloo is asked for an operation it lacks.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    # Backbone and head are called one by one, and a head may share its weight with the embeddings: gather around both.
+    causal_lm.gathered = types.MethodType(lambda self, f, *arguments: f(self, *arguments), causal_lm)
+    register_fsdp_forward_method(causal_lm, "gathered")
+
+
+def _store_as_floats(layer: Any) -> None:
+    """Have a 4-bit layer's packed bytes pass as float32, the only kind FSDP shards; nothing ever computes with them as such.
+
+    bitsandbytes finds the scales at the layer when the weight has lost them on its way.
+    """
+    layer.quant_state = layer.weight.quant_state
+    packed = layer.weight.data.reshape(-1).view(torch.float32).view(-1, 1)
+    layer.weight = torch.nn.Parameter(packed, requires_grad=False)
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether it is spread over the ranks."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or gathered from all ranks into CPU memory. Collective where it is sharded."""
+    return tensor.full_tensor().cpu() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def placed_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a whole `tensor`, sharded as `like` is; the tensor itself where that isn't sharded."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like, DTensor):
+        return tensor
+    # None: every rank has the whole tensor, nothing has to be sent.
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

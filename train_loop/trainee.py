@@ -1,0 +1,68 @@
+"""The model of a run, ready to be trained: loaded, with an adapter or every weight learning, equal on all ranks or sharded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from train_loop.context import RunContext
+from train_loop.evaluate import full_precision
+from train_loop.loss import keeps_documents_apart
+from train_loop.model.adapters import add_adapter, trainable
+from train_loop.model.load import load_base
+from train_loop.noise import add_noise
+from train_loop.parallel import sync_parameters
+from train_loop.sharding import shard
+from train_loop.spec import JobSpec
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A model on its device. `note` says where compute differs from what was asked, or is empty."""
+
+    model: Any
+    compute_dtype: torch.dtype
+    note: str
+    device: torch.device
+    sharded: bool
+    packs: bool  # whether it keeps packed samples apart
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """What is trained, in an order that is the same on every rank."""
+        return trainable(self.model)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Compute in `compute_dtype` inside; weights that are trained stay float32."""
+        if self.compute_dtype is torch.float32:
+            return contextlib.nullcontext()
+        # A cached copy of a weight would outlive the block that it was gathered for.
+        return torch.autocast(self.device.type, self.compute_dtype, cache_enabled=not self.sharded)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Compute as evaluation does: in float32 on a CPU. On a GPU, and sharded, low precision is what can be afforded."""
+        precise = self.device.type == "cpu" and not self.sharded
+        with full_precision(self.model, self.compute_dtype) if precise else self.autocast():
+            yield
+
+
+def load_trainee(spec: JobSpec, ctx: RunContext) -> Trainee:
+    """Load the base and make it trainable. Collective. Raises ModelError."""
+    hp = spec.train_config.hyperparameters
+    base = load_base(spec, ctx.model_folder, ctx.device)
+    packs = keeps_documents_apart(base.model)
+    model = add_adapter(base.model, spec, ctx.start) if spec.train_config.train_type == "lora" else base.model
+    if hp.gradient_checkpointing:
+        base.model.activation_checkpointing_enable({"use_reentrant": False})
+    if hp.neftune_noise_alpha:
+        add_noise(base.model, hp.neftune_noise_alpha)
+    sync_parameters(trainable(model), ctx)
+    sharded = spec.train_config.distributed.type == "fsdp" and ctx.world_size > 1
+    if sharded:
+        shard(base.model, ctx)
+    return Trainee(model, base.compute_dtype, base.note, ctx.device, sharded, packs)
