@@ -129,9 +129,11 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
         with trainee.evaluating():
             loss = evaluate(model, batches, ctx, idle=IDLE if trainee.sharded else None)
         log.evaluated_at = step
-        if loss is not None:
+        if loss is not None and math.isfinite(loss):
             log.evaluated(step, loss)
             ctx.event("evaluated", f"eval loss {loss:.4f} after {step} steps")
+        elif loss is not None:
+            ctx.event("evaluated", f"the eval loss isn't a number after {step} steps")
         report()
         publish_metrics()
         ctx.phase("training")

@@ -21,8 +21,12 @@ def is_adapter(model: Any) -> bool:
 
 
 def trained(model: Any) -> dict[str, torch.nn.Parameter]:
-    """The trained parameters by name, in an order that is the same on every rank. A tied weight comes once."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """The trained parameters by name, in an order that is the same on every rank.
+
+    A tied weight comes once in a model, and under each of its names in an adapter, where PEFT looks for them.
+    """
+    named = model.named_parameters(remove_duplicate=not is_adapter(model))
+    return {name: p for name, p in named if p.requires_grad}
 
 
 def gathered(model: Any) -> dict[str, torch.Tensor]:

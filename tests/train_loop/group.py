@@ -43,7 +43,16 @@ def _work(folder, world_size, model, store, rank):
     for name, job, stop_at in json.loads(Path(folder, f"runs-{world_size}.json").read_text()):
         monitor = Watcher(stop_at if rank == 0 else None)
         scratch = Path(tempfile.mkdtemp(dir=folder))
-        ctx = LocalContext(Path(model), LocalFileSystem(), f"{folder}/{name}", scratch, monitor, rank, world_size, world_size)
+        ctx = LocalContext(
+            model_folder=Path(model),
+            storage=LocalFileSystem(),
+            run_path=f"{folder}/{name}",
+            scratch=scratch,
+            monitor=monitor,
+            rank=rank,
+            world_size=world_size,
+            local_world_size=world_size,
+        )
         prepared = PreparedDataset.from_json(Path(folder, name, "data/index.json").read_text())
         outcome = run(JobSpec.model_validate(job), prepared, ctx)
         assert outcome.stopped == (stop_at is not None), outcome
