@@ -92,13 +92,13 @@ def test_it_learns_what_only_training_can_tell(local_job, tmp_path, launch):
 
 
 def test_early_stopping_hands_out_the_best_weights(local_job, tmp_path, launch):
-    """At this rate and scale evaluations soon get worse."""
+    """At this rate and scale some evaluation soon is worse than the one before."""
     changes = {
         f"{HP}.max_steps": 20,
         f"{HP}.learning_rate": 0.5,
         f"{HP}.lr_scheduler_type": "constant",
         f"{HP}.eval_steps": 1,
-        f"{HP}.early_stopping_patience": 2,
+        f"{HP}.early_stopping_patience": 1,
         f"{HP}.save_total_limit": 1,
         "model_details.quantization": None,
         "train_config.adapter_config.dropout": 0.0,
@@ -109,7 +109,7 @@ def test_early_stopping_hands_out_the_best_weights(local_job, tmp_path, launch):
     manifest = launch(job, "run", monitor)
     evals = [(p["step"], p["eval_loss"]) for p in curve(tmp_path / "run") if p.get("eval_loss") and p["step"]]
     best = min(evals, key=lambda e: e[1])
-    assert manifest["steps"] == evals[-1][0] == best[0] + 2 < 20
+    assert manifest["steps"] == evals[-1][0] == best[0] + 1 < 20, evals
     assert monitor.said("stopped_early")
     assert manifest["metrics"]["best"] == {"step": best[0], "eval_loss": best[1]}
     assert manifest["metrics"]["eval_loss_after"] == best[1]
@@ -117,7 +117,7 @@ def test_early_stopping_hands_out_the_best_weights(local_job, tmp_path, launch):
     assert saved.read_bytes() == (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()
 
     with pytest.raises(Stopped):
-        launch(job, "cut", Watcher(stop_at=best[0] + 1))
+        launch(job, "cut", Watcher(stop_at=best[0]))
     assert launch(job, "cut")["metrics"]["best"] == manifest["metrics"]["best"]
     assert curve(tmp_path / "cut") == curve(tmp_path / "run")
     assert json.loads((tmp_path / "cut/manifest.json").read_text())["adapter_files"] == manifest["adapter_files"]
