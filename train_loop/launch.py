@@ -106,7 +106,9 @@ class RunFiles:
             return storage, f"{run_path.rpartition('/')[0]}/{name}/adapter"
         keys, details = self.keys(), spec.dataset_details
         found = keys.model or (keys.dataset if isinstance(keys.dataset, Credentials) else None)
-        return filesystem_for(name, found, details.region, anonymous=details.ownership == "public")
+        # The machine's own role only for who runs this without the service; there a private dataset in S3 always has keys.
+        own = details.source_type == "s3" and details.ownership == "private"
+        return filesystem_for(name, found, details.region, anonymous=found is None and not own)
 
 
 @dataclass(frozen=True)
