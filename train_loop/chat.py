@@ -1,7 +1,8 @@
-"""One prompt, two answers: the base model's and the adapted model's, from one copy of the weights."""
+"""One prompt, two answers: the base model's and the trained one's, with an adapter from one copy of the weights."""
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,42 +15,49 @@ from train_loop.spec import Quantization
 
 @dataclass(frozen=True)
 class Comparison:
-    """A base model with an adapter that can be switched off."""
+    """A base model and a trained one, which are the same one where an adapter can be switched off."""
 
-    model: Any
+    base: Any
+    tuned: Any
     tokenizer: Any
 
     @classmethod
-    def load(cls, base_folder: Path, adapter_folder: Path, quantization: Quantization | None) -> Comparison:
-        """Load both, quantised as in training."""
+    def load(cls, base_folder: Path, trained_folder: Path, quantization: Quantization | None) -> Comparison:
+        """Load both, quantised as in training; `trained_folder` holds an adapter or a whole model."""
         quieten()
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype, _ = compute_dtype("bfloat16", device)
-        base = AutoModelForCausalLM.from_pretrained(
-            base_folder,
-            dtype=dtype,
-            device_map={"": device},
-            use_safetensors=True,
-            quantization_config=quantization_config(quantization, dtype) if quantization else None,
-        )
-        return cls(PeftModel.from_pretrained(base, adapter_folder).eval(), load_tokenizer(adapter_folder))
+
+        def load(folder: Path) -> Any:
+            return AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                device_map={"": device},
+                use_safetensors=True,
+                quantization_config=quantization_config(quantization, dtype) if quantization else None,
+            ).eval()
+
+        base, is_adapter = load(base_folder), (trained_folder / "adapter_config.json").is_file()
+        if is_adapter:
+            base = PeftModel.from_pretrained(base, trained_folder).eval()
+        return cls(base, base if is_adapter else load(trained_folder), load_tokenizer(trained_folder))
 
     @torch.no_grad()
     def answer(self, prompt: str, max_new_tokens: int) -> tuple[str, str]:
-        """Greedy answers of the base and of base + adapter."""
+        """Greedy answers of the base and of the trained model."""
         inputs = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(self.model.device)
+        ).to(self.base.device)
 
-        def generate() -> str:
+        def generate(model: Any) -> str:
             pad = self.tokenizer.pad_token_id
-            out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
+            out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
             text: str = self.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             return text.strip()
 
-        with self.model.disable_adapter():
-            base = generate()
-        return base, generate()
+        with self.base.disable_adapter() if self.base is self.tuned else contextlib.nullcontext():
+            base = generate(self.base)
+        return base, generate(self.tuned)

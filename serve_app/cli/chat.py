@@ -22,11 +22,11 @@ def chat(
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare the base model's answers with those of the adapter a job made."""
+    """Compare the base model's answers with those of what a job trained."""
     org = org_of(org)
     job = client_for(url, token, org).get(request_id, org)
     if job["status"] != "COMPLETED":
-        die(f"job {request_id} is {job['status']}: there is no adapter to talk to")
+        die(f"job {request_id} is {job['status']}: there is nothing to talk to")
     with tempfile.TemporaryDirectory(prefix="tuneyard-") as folder:
         answers = _chat_model(job, Path(folder))
         if prompt is not None:
@@ -55,7 +55,7 @@ def _chat_model(job: dict[str, Any], folder: Path) -> Any:
     try:
         copy_files(path, str(folder), source_filesystem=source, destination_filesystem=LocalFileSystem())
     except OSError as error:
-        die(f"the adapter at {job['output_model_path']} can't be read: {str(error).splitlines()[0]}")
+        die(f"the files at {job['output_model_path']} can't be read: {str(error).splitlines()[0]}")
     details = ModelDetails.model_validate(job["model_details"])
     places = ModelPlaces(settings.model_mirror, open_mirror=lambda uri: filesystem_for(uri, keys))
     return Comparison.load(model_folder(details, places), folder, details.quantization).answer
@@ -71,6 +71,6 @@ def _show(prompt: str, answers: tuple[str, str], as_json: bool) -> None:
     from rich.text import Text
 
     # Text, or rich would take [brackets] for its markup.
-    table = Table("base model", "your adapter", title=Text(prompt), expand=True, show_lines=True)
+    table = Table("base model", "yours", title=Text(prompt), expand=True, show_lines=True)
     table.add_row(Text(base), Text(tuned))
     Console().print(table)

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import TINY, write_jsonl
 from tests.train_loop.test_resume import HP, Watcher, curve
+from train_loop.chat import Comparison
 from train_loop.errors import Stopped
 from train_loop.launch import Keys, RunFiles, launch_local
-from train_loop.model.load import load_tokenizer
 from train_loop.spec import JobSpec
 
 FULL = {
@@ -66,7 +66,7 @@ COLOURS = {
 }
 
 
-def test_it_learns_what_only_training_can_tell(local_job, tmp_path, launch):
+def test_it_learns_what_only_training_can_tell(local_job, tmp_path, mirror, launch):
     """The answer to each question was drawn once; chance is one in four."""
     changes = {
         f"{HP}.max_steps": 40,
@@ -80,14 +80,11 @@ def test_it_learns_what_only_training_can_tell(local_job, tmp_path, launch):
     questions = {" ".join([word] * 12): colour for word, colour in COLOURS.items()}
     write_jsonl(tmp_path / "rows.jsonl", [{"conversation": [{"human": q, "assistant": a}]} for q, a in questions.items()])
     launch(job)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/merged").eval()
-    tokenizer = load_tokenizer(tmp_path / "run/merged")
-    right = 0
-    for question, answer in questions.items():
-        chat = [{"role": "user", "content": question}]
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
-        out = model.generate(ids, max_new_tokens=3, do_sample=False)[0, ids.shape[1] :]
-        right += tokenizer.decode(out, skip_special_tokens=True).strip() == answer
+    # Beside its base, as `tuneyard chat` shows it.
+    both = Comparison.load(mirror / TINY, tmp_path / "run/merged", None)
+    answers = {question: both.answer(question, 3) for question in questions}
+    right = sum(answers[question][1] == colour for question, colour in questions.items())
+    assert [base for base, _ in answers.values() if base in COLOURS.values()] == []
     assert right / len(questions) > 0.95
 
 
