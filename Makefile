@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo test faults faults-full check format docs clean
+.PHONY: setup demo test service faults faults-full check format docs clean
 
 # The lock holds every package with its version, so nothing is left for pip to resolve; the second line adds what torch's CUDA
 # build needs besides, where that is the one pip found.
@@ -23,6 +23,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Whole jobs on Ray, and the whole service: some minutes.
+service: setup
+	$(BIN)/python -m pytest -m service
 
 # Kills every process of a running service at least once, and in every phase of a job: a few minutes.
 faults: setup

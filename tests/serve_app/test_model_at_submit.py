@@ -68,7 +68,7 @@ def test_a_private_model_of_the_hub_needs_a_token(http, job, settings, store, se
     assert CANARY not in repr(keys)
     refused = fields(http.post("/job/", json=with_fields(private, {SECRET: secret_id})))
     assert refused[SECRET]["allowed"] == ["hf"]
-    with pytest.raises(ModelError, match="doesn't open the hub") as caught:
+    with pytest.raises(ModelError, match="doesn't open what is at hf") as caught:
         keys_of(JobSpec.model_validate(with_fields(private, {SECRET: secret_id})), vault, settings)
     assert caught.value.field == SECRET
 

@@ -29,7 +29,7 @@ def test_the_plan_is_what_the_run_does(local_job, mirror, tmp_path, capsys):
     path = tmp_path / "job.json"
     path.write_text(json.dumps(job))
     assert main([str(path), "--local", "--storage", str(tmp_path / "runs"), "--mirror", str(mirror)]) == 0
-    run = next((tmp_path / "runs").glob("*/*"))
+    run = next((tmp_path / "runs").glob("*/*/manifest.json")).parent
     manifest = json.loads((run / "manifest.json").read_text())
     points = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert plan["steps"] == manifest["steps"]

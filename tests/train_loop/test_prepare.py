@@ -16,6 +16,7 @@ from train_loop.data.prepare import prepare_local
 from train_loop.data.shards import PreparedDataset, ShardSet, split_bounds
 from train_loop.data.sources import Credentials, filesystem_for, find_files
 from train_loop.errors import DatasetError
+from train_loop.model.source import ModelPlaces
 from train_loop.plan import make_plan, this_machine
 from train_loop.spec import JobSpec
 
@@ -152,7 +153,7 @@ def test_every_type_gives_the_same_rows_and_plan(local_job, tmp_path, mirror, mo
         prepared = prepare_local(spec, LOCAL, find_files(spec, LOCAL), LOCAL, str(run), None)
         shards = ShardSet.open(prepared, LOCAL, f"{run}/data", tmp_path / "cache")
         assert len(prepared.shards) > 1
-        plan = make_plan(spec, mirror, this_machine())
+        plan = make_plan(spec, ModelPlaces(str(mirror)), this_machine())
         seen[path] = [shards.conversation(i) for i in shards.ids("train")], plan
         where = [shards.source(int(i)) for i in shards.ids("train")]
         expected = [n - (20 if uri.endswith("2.jsonl.gz") else 0) for n, (uri, _) in enumerate(where, 1)]
@@ -177,7 +178,7 @@ def test_a_large_dataset_of_any_type_is_estimated_from_a_part_of_it(local_job, t
         data = gzip.compress(text.encode(), 1) if dataset_type.endswith("gz") else text.encode()
         (folder / f"{i}.{dataset_type}").write_bytes(data)
     base = {"dataset_details.dataset_path": f"{folder}/", "dataset_details.dataset_type": dataset_type.removesuffix(".gz")}
-    plan = make_plan(JobSpec.model_validate(local_job(base)), mirror, this_machine())
+    plan = make_plan(JobSpec.model_validate(local_job(base)), ModelPlaces(str(mirror)), this_machine())
     assert not plan["rows"]["exact"]
     assert plan["rows"]["read"] <= 9 * 32
     assert plan["rows"]["total"] == pytest.approx(13_500, rel=0.1)
@@ -198,7 +199,7 @@ def test_a_file_of_their_own_gives_the_rows_to_evaluate_on(local_job, tmp_path, 
     assert [shards.source(int(i))[1] for i in shards.ids("eval")] == [1, 2, 3, 4, 5] == prepared.eval_lines
     asked = [shards.conversation(int(i))["messages"][0]["content"] for i in shards.ids("eval")]
     assert asked == [f"What is {i} plus one?" for i in range(45, 50)]
-    plan = make_plan(spec, mirror, this_machine())
+    plan = make_plan(spec, ModelPlaces(str(mirror)), this_machine())
     assert (plan["rows"]["train"], plan["rows"]["eval"]) == (20, 5)
 
     (folder / "eval.jsonl").write_text("{}\n")

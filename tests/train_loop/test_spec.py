@@ -210,7 +210,7 @@ def test_wrong_fields_broken_rules_and_what_is_not_built_yet_come_at_once():
 
 
 def test_a_wrong_field_is_not_called_unsupported_too():
-    assert errors_of({"train_config.adapter_config.lora_plus_ratio": "x"}).popitem()[1][0] == "float_parsing"
+    assert errors_of({"dataset_config.preprocessing.streaming": "x"}).popitem()[1][0] == "bool_type"
 
 
 def test_a_refused_value_is_shown_as_it_was_written():
