@@ -64,9 +64,12 @@ class Service(Running):
 
     def upload(self) -> None:
         """The dataset, once in the life of the home."""
-        s3 = self.s3()
-        s3.create_bucket(Bucket=DATASETS)
-        s3.put_object(Bucket=DATASETS, Key="rows.jsonl", Body="\n".join(json.dumps(r) for r in rows(240)).encode())
+        self.s3().create_bucket(Bucket=DATASETS)
+        self.put_rows()
+
+    def put_rows(self) -> None:
+        """The rows as a new object, so that the next job prepares them instead of taking over what another one has."""
+        self.s3().put_object(Bucket=DATASETS, Key="rows.jsonl", Body="\n".join(json.dumps(r) for r in rows(240)).encode())
 
     @property
     def store(self) -> JobStore:
@@ -296,6 +299,7 @@ def survives(service: Service, table: Table, name: str, strikes: Sequence[Strike
     made = [Row(" + ".join(v.name for v in victims), phase) for phase, victims in strikes]
     table.rows += made
     struck_at = []
+    service.put_rows()
     queued = strikes[0][0] == "queued"
     with service.held() if queued else contextlib.nullcontext():
         request_id = service.submit(name)

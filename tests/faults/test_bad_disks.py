@@ -12,7 +12,7 @@ from tests.faults.conftest import SETTINGS
 from tests.faults.harness import S3, Row, Service, ends_well
 
 pytestmark = pytest.mark.faults
-SIZE_MIB = 512
+SIZE_MIB = 3072  # what SeaweedFS wants for its volumes
 BAD_S = 20
 STOPPED_S, GOES_S = 2.0, 0.3
 
@@ -39,6 +39,7 @@ def on_small_disk(small_disk, mirror):
         yield running
 
 
+@pytest.mark.faults_full
 def test_a_job_goes_on_after_the_disk_of_everything_was_full(on_small_disk, small_disk, table):
     service, row = on_small_disk, Row(f"no room on the disk for {BAD_S} s", "training")
     table.rows.append(row)
@@ -48,7 +49,7 @@ def test_a_job_goes_on_after_the_disk_of_everything_was_full(on_small_disk, smal
     with filler.open("wb") as file:
         try:
             while True:
-                os.write(file.fileno(), bytes(4096))
+                os.write(file.fileno(), bytes(1 << 16))
         except OSError:
             pass
     room_at = time.monotonic() + BAD_S
