@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import TINY
-from tests.train_loop.models import make_base, run, samples
+from tests.train_loop.models import run, samples
 from train_loop.data.packing import collate
 from train_loop.errors import ModelError
 from train_loop.loss import supervised_loss
@@ -22,15 +22,6 @@ ADAPTER = "train_config.adapter_config"
 FLOAT = {"model_details.quantization": None}
 NF4 = {"model_details.quantization": {"quant_bits": 4}}
 INT8 = {"model_details.quantization": {"quant_bits": 8}}
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory, tokenizer):
-    """A mirror with a tied model and one of experts."""
-    mirror = tmp_path_factory.mktemp("mirror")
-    for name in ("smollm", "qwen3_moe"):
-        make_base(name, mirror, tokenizer)
-    return mirror
 
 
 @pytest.fixture

@@ -10,8 +10,6 @@ from tests.conftest import TINY, write_jsonl
 from tests.train_loop.test_resume import HP, Watcher, curve
 from train_loop.chat import Comparison
 from train_loop.errors import Stopped
-from train_loop.launch import Keys, RunFiles, launch_local
-from train_loop.spec import JobSpec
 
 FULL = {
     "train_config.train_type": "full",
@@ -19,15 +17,6 @@ FULL = {
     "train_config.torch_dtype": "float32",
     f"{HP}.learning_rate": 0.003,
 }
-
-
-@pytest.fixture
-def launch(tmp_path, mirror):
-    def start(job, name="run", monitor=None):
-        files = RunFiles(str(tmp_path / name), str(mirror), lambda: Keys())
-        return launch_local(JobSpec.model_validate(job), name, files, monitor or Watcher())
-
-    return start
 
 
 def model_file(folder):

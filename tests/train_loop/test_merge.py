@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.train_loop.models import make_base, run, samples
+from tests.train_loop.models import run, samples
 from tests.train_loop.test_architectures import eval_loss
 from train_loop.__main__ import Console
 from train_loop.data.packing import collate
@@ -17,14 +17,6 @@ from train_loop.spec import JobSpec
 
 HP = "train_config.hyperparameters"
 SMALL = {"train_config.adapter_config.r": 4, f"{HP}.max_steps": 3}
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory, tokenizer):
-    mirror = tmp_path_factory.mktemp("mirror")
-    for name in ("smollm", "qwen3_moe"):
-        make_base(name, mirror, tokenizer)
-    return mirror
 
 
 class Events(Console):

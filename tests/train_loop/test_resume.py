@@ -14,8 +14,6 @@ from train_loop.__main__ import Console
 from train_loop.checkpoint import Checkpoints
 from train_loop.context import LocalContext
 from train_loop.errors import RunFault, Stopped
-from train_loop.launch import Keys, RunFiles, launch_local
-from train_loop.spec import JobSpec
 from train_loop.storage import write_json
 
 HP = "train_config.hyperparameters"
@@ -47,15 +45,6 @@ class Watcher(Console):
 
     def said(self, kind):
         return [message for k, message in self.events if k == kind]
-
-
-@pytest.fixture
-def launch(tmp_path, mirror):
-    def start(job, name="run", monitor=None):
-        files = RunFiles(str(tmp_path / name), str(mirror), lambda: Keys())
-        return launch_local(JobSpec.model_validate(job), name, files, monitor or Watcher())
-
-    return start
 
 
 def adapter(folder):
