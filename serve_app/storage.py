@@ -12,6 +12,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType
 
 from serve_app.settings import Settings
 from train_loop.data.sources import Credentials, filesystem_for
+from train_loop.layout import ADAPTER_FOLDER, MERGED_FOLDER
 from train_loop.tensorboard import FILE
 
 LINK_S = 900
@@ -46,7 +47,7 @@ def artifacts(settings: Settings, org_id: str, request_id: str) -> list[dict[str
         i.path.removeprefix(f"{path}/"): i.size for i in storage.get_file_info([f"{path}/{n}" for n in RUN_FILES]) if _is_file(i)
     }
     manifest = _manifest(storage, path) if "manifest.json" in found else {}
-    outputs = {"adapter": manifest.get("adapter_files", []), "merged": manifest.get("merged_files", [])}
+    outputs = {ADAPTER_FOLDER: manifest.get("adapter_files", []), MERGED_FOLDER: manifest.get("merged_files", [])}
     hashes = {f"{folder}/{f['name']}": f["sha256"] for folder, files in outputs.items() for f in files}
     for folder in (name for name, files in outputs.items() if files):
         listing = storage.get_file_info(FileSelector(f"{path}/{folder}", recursive=True, allow_not_found=True))

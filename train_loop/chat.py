@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from train_loop.layout import ADAPTER_CONFIG
 from train_loop.model.load import compute_dtype, load_tokenizer, quantization_config, quieten
 from train_loop.spec import Quantization
 
@@ -40,7 +41,7 @@ class Comparison:
                 quantization_config=quantization_config(quantization, dtype) if quantization else None,
             ).eval()
 
-        base, is_adapter = load(base_folder), (trained_folder / "adapter_config.json").is_file()
+        base, is_adapter = load(base_folder), (trained_folder / ADAPTER_CONFIG).is_file()
         if is_adapter:
             base = PeftModel.from_pretrained(base, trained_folder).eval()
         return cls(base, base if is_adapter else load(trained_folder), load_tokenizer(trained_folder))

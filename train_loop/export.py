@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from train_loop import weights
+from train_loop.layout import ADAPTER_FOLDER, MERGED_FOLDER
 from train_loop.metrics import MetricLog
 from train_loop.model.load import DTYPES
 from train_loop.spec import JobSpec
-from train_loop.storage import hash_of, list_files
-
-if TYPE_CHECKING:
-    from pyarrow.fs import FileSystem
 
 README = """---
 base_model: {base}
@@ -53,7 +50,6 @@ model = AutoModelForCausalLM.from_pretrained("<this folder>")
 
 Evaluation loss: {before} before training, {after} after.
 """
-ADAPTER_FOLDER, MERGED_FOLDER = "adapter", "merged"
 
 
 def write(folder: Path, spec: JobSpec, model: Any, tensors: Mapping[str, Any], tokenizer: Any, log: MetricLog) -> str:
@@ -87,11 +83,3 @@ def _write_model(folder: Path, spec: JobSpec, model: Any, tensors: Mapping[str, 
     model.save_pretrained(folder, state_dict={name: t.to(dtype) for name, t in tensors.items()} | buffers)
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": spec.train_config.torch_dtype}, indent=2) + "\n")
-
-
-def verify(storage: FileSystem, path: str, files: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the `files` (name, size_bytes, sha256) are under `path`, read back from storage: what is really there."""
-    sizes = list_files(storage, path) if files else {}
-    return all(sizes.get(f["name"]) == f["size_bytes"] for f in files) and all(
-        hash_of(storage, f"{path}/{f['name']}") == f["sha256"] for f in files
-    )

@@ -32,13 +32,13 @@ from train_loop.data.sources import (
     find_files,
 )
 from train_loop.errors import Cause, ModelError, RunFault, Stopped, UserError
-from train_loop.export import ADAPTER_FOLDER, MERGED_FOLDER, verify
 from train_loop.faults import classified, machine_lost
 from train_loop.hang import FACTOR, FLOOR_S, StepClock, Watchdog
+from train_loop.layout import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, MERGED_FOLDER
 from train_loop.model.source import ModelPlaces, model_folder
 from train_loop.scratch import scratch_folder
 from train_loop.spec import JobSpec
-from train_loop.storage import download_file, list_files, outages_told, read_json, write_json
+from train_loop.storage import download_file, list_files, outages_told, read_json, verify, write_json
 from train_loop.worker_log import shipped
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from train_loop.data.tokenize import ChatTokenizer
 
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OUTCOME = "outcome.json"  # how training ended; written when the adapter is in storage
 WORKER_NICENESS = 15  # Ray's own default for all its workers
 SESSION_NICENESS = 10  # a tenth of what others get while they want all
@@ -103,7 +102,7 @@ class RunFiles:
         """File system and folder of the adapter that init_from names: a run of the same org, else a URI for the user's keys."""
         if "/" not in name:
             storage, run_path = self.storage()
-            return storage, f"{run_path.rpartition('/')[0]}/{name}/adapter"
+            return storage, f"{run_path.rpartition('/')[0]}/{name}/{ADAPTER_FOLDER}"
         keys, details = self.keys(), spec.dataset_details
         found = keys.model or (keys.dataset if isinstance(keys.dataset, Credentials) else None)
         # The machine's own role only for who runs this without the service; there a private dataset in S3 always has keys.
@@ -167,7 +166,7 @@ def _fetch_start(spec: JobSpec, files: RunFiles, scratch: Path) -> Path | None:
     folder = Path(tempfile.mkdtemp(dir=scratch, prefix="start-"))
     try:
         storage, path = files.start(spec, name)
-        for file in (CONFIG, WEIGHTS):
+        for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             download_file(storage, f"{path}/{file}", folder / file)
     except OSError as error:
         what = "there is no adapter" if isinstance(error, FileNotFoundError) else "the storage refused the keys"

@@ -26,6 +26,7 @@ from train_loop.data.shards import PreparedDataset, ShardSet
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import Stopped
 from train_loop.evaluate import evaluate
+from train_loop.layout import MERGED_FOLDER
 from train_loop.loss import supervised_loss
 from train_loop.metrics import MetricLog
 from train_loop.model.adapters import parameter_groups
@@ -254,10 +255,10 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
         with tempfile.TemporaryDirectory(dir=ctx.scratch) as folder:
             name = export.write(Path(folder), spec, model, tensors, tokenizer, log)
             written[f"{name}_files"] = upload_folder(Path(folder), ctx.storage, f"{ctx.run_path}/{name}")
-        if spec.train_config.export.merge and name != export.MERGED_FOLDER:
+        if spec.train_config.export.merge and name != MERGED_FOLDER:
             with tempfile.TemporaryDirectory(dir=ctx.scratch) as folder:
                 write_merged(Path(folder), spec, model, tokenizer)
-                written["merged_files"] = upload_folder(Path(folder), ctx.storage, f"{ctx.run_path}/{export.MERGED_FOLDER}")
+                written["merged_files"] = upload_folder(Path(folder), ctx.storage, f"{ctx.run_path}/{MERGED_FOLDER}")
         written["base_model"] = {
             "id": spec.model_details.base_model,
             "revision": revision_of(ctx.model_folder),

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -185,6 +185,14 @@ def upload_folder(folder: Path, storage: FileSystem, path: str) -> list[dict[str
         files.append({"name": local.name, "size_bytes": local.stat().st_size, "sha256": sha})
         upload_file(local, storage, f"{path}/{local.name}")
     return files
+
+
+def verify(storage: FileSystem, path: str, files: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the `files` (name, size_bytes, sha256) are under `path`, read back from storage: what is really there."""
+    sizes = list_files(storage, path) if files else {}
+    return all(sizes.get(f["name"]) == f["size_bytes"] for f in files) and all(
+        hash_of(storage, f"{path}/{f['name']}") == f["sha256"] for f in files
+    )
 
 
 def list_files(storage: FileSystem, path: str) -> dict[str, int]:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from train_loop.layout import ADAPTER_WEIGHTS
 from train_loop.sharding import placed_like, whole
 
-ADAPTER, MODEL = "adapter_model.safetensors", "model.safetensors"
+MODEL = "model.safetensors"
 
 
 def is_adapter(model: Any) -> bool:
@@ -54,6 +55,6 @@ def read(folder: Path, model: Any) -> None:
     if is_adapter(model):
         # The same tensors by the names they have in the file.
         into = get_peft_model_state_dict(model, state_dict=dict(into), save_embedding_layers=False)
-    file = load_file(folder / (ADAPTER if is_adapter(model) else MODEL))
+    file = load_file(folder / (ADAPTER_WEIGHTS if is_adapter(model) else MODEL))
     for name, tensor in into.items():
         tensor.copy_(placed_like(file[name], tensor))

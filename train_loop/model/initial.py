@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from train_loop.errors import ModelError
+from train_loop.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 EXACT_SVD = 1024  # the smaller side, up to which a whole SVD takes well under a second
 POWER_ITERATIONS = 16
 INIT = "train_config.adapter_config.init"
 INIT_FROM = "train_config.adapter_config.init_from"
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Of an adapter: what gives its numbers their meaning.
 MEANING = ("r", "lora_alpha", "use_rslora", "use_dora")
 
@@ -69,8 +69,8 @@ def continue_from(model: Any, folder: Path) -> None:
 
     ours = model.peft_config["default"]
     try:
-        theirs = json.loads((folder / CONFIG).read_text())
-        values = load_file(folder / WEIGHTS)
+        theirs = json.loads((folder / ADAPTER_CONFIG).read_text())
+        values = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, ValueError) as error:
         raise ModelError(f"init_from isn't an adapter that can be read: {type(error).__name__}.", field=INIT_FROM) from error
     if theirs.get("base_model_name_or_path") != ours.base_model_name_or_path:
