@@ -100,10 +100,9 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
     if trainee.note:
         ctx.event("compute_dtype", trainee.note)
     model, parameters = trainee.model, trainee.parameters
-    packing = pre.packing and trainee.packs
-    if packing != pre.packing:
+    if pre.packing and not trainee.packs:
         ctx.event("packing", "this architecture can't keep packed samples apart: rows are padded instead, same loss")
-    layout = Layout(chat, pre.prompt.max_length, packing, tokenizer.pad_token_id)
+    layout = Layout(chat, pre.prompt.max_length, trainee.packs, tokenizer.pad_token_id)
     optimizer = build_optimizer(parameter_groups(model, spec.train_config.adapter_config.lora_plus_ratio), hp)
     # Dropout differs between ranks; everything before this line is the same on all of them.
     torch.manual_seed(hp.seed + 1 + ctx.rank)

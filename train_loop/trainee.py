@@ -29,7 +29,7 @@ class Trainee:
     note: str
     device: torch.device
     sharded: bool
-    packs: bool  # whether it keeps packed samples apart
+    packs: bool  # whether samples are packed: asked for, and kept apart by this architecture
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -55,7 +55,7 @@ def load_trainee(spec: JobSpec, ctx: RunContext) -> Trainee:
     """Load the base and make it trainable. Collective. Raises ModelError."""
     hp = spec.train_config.hyperparameters
     base = load_base(spec, ctx.model_folder, ctx.device)
-    packs = keeps_documents_apart(base.model)
+    packs = spec.dataset_config.preprocessing.packing and keeps_documents_apart(base.model)
     model = add_adapter(base.model, spec, ctx.start) if spec.train_config.train_type == "lora" else base.model
     if hp.gradient_checkpointing:
         base.model.activation_checkpointing_enable({"use_reentrant": False})
