@@ -155,8 +155,6 @@ def test_each_answer_and_its_end_of_turn_is_trained_on_and_nothing_else(family):
 )
 def test_the_published_templates_are_labelled_as_the_short_ones(tokenizer, published, like):
     trl = find_spec("trl")  # which has copies of them
-    if trl is None:
-        pytest.skip("trl isn't installed")
     family = made_as(BY_NAME[like], tokenizer)
     family.tokenizer.chat_template = (Path(trl.origin).parent / f"chat_templates/{published}.jinja").read_text()
     assert trained_text(family, encode(family)) == said(family, TALK)
