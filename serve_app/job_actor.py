@@ -30,7 +30,8 @@ from serve_app.store.jobs import Job, JobStore, StaleAttempt
 from serve_app.store.journal import Notes
 from train_loop.errors import Cause, RunFault, Stopped, UserError
 from train_loop.hang import StepClock
-from train_loop.launch import ActorMonitor, Keys, Placement, RunFiles, launch
+from train_loop.launch import ActorMonitor, Placement, launch
+from train_loop.run_files import Keys, RunFiles
 from train_loop.spec import JobSpec
 
 log = structlog.get_logger()

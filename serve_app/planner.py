@@ -10,7 +10,7 @@ from serve_app.settings import Profile, Settings
 from serve_app.store.jobs import JobStore
 from train_loop.data.sources import dataset_filesystem
 from train_loop.errors import UserError
-from train_loop.launch import model_places
+from train_loop.run_files import model_places
 from train_loop.spec import JobSpec
 
 TIMEOUT_S = 30.0

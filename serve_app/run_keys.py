@@ -9,7 +9,7 @@ from serve_app.settings import Settings
 from serve_app.storage import storage_credentials
 from train_loop.data.sources import Credentials, dataset_keys
 from train_loop.errors import DatasetError, ModelError
-from train_loop.launch import Keys
+from train_loop.run_files import Keys
 from train_loop.spec import JobSpec
 
 

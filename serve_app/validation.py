@@ -19,8 +19,8 @@ from serve_app.secrets import Secret, SecretVault
 from serve_app.settings import Settings
 from serve_app.store.jobs import JobStore
 from train_loop.errors import DatasetError, UserError
-from train_loop.launch import model_places
 from train_loop.model.source import model_config, name_in_mirror
+from train_loop.run_files import model_places
 from train_loop.spec import AWS_REGION, DatasetDetails, JobSpec, ModelDetails
 
 PLAIN = ("org", "experiment_name")

@@ -122,7 +122,7 @@ class Console:
 
 def _keys_from_environment(spec: JobSpec) -> Any:
     from train_loop.data.sources import Credentials, GoogleKey, HubToken
-    from train_loop.launch import Keys
+    from train_loop.run_files import Keys
 
     env = os.environ
     keys: Any = None
@@ -144,7 +144,8 @@ def _keys_from_environment(spec: JobSpec) -> Any:
 
 
 def _run_local(spec: JobSpec, request_id: str, uri: str, mirror: str) -> dict[str, Any]:
-    from train_loop.launch import RunFiles, launch_local
+    from train_loop.launch import launch_local
+    from train_loop.run_files import RunFiles
 
     keys = _keys_from_environment(spec)
     return launch_local(spec, request_id, RunFiles(uri, mirror, lambda: keys), Console(keys))
@@ -153,7 +154,8 @@ def _run_local(spec: JobSpec, request_id: str, uri: str, mirror: str) -> dict[st
 def _run_on_ray(spec: JobSpec, request_id: str, uri: str, mirror: str) -> dict[str, Any]:
     import ray
 
-    from train_loop.launch import ActorMonitor, Placement, RunFiles, launch
+    from train_loop.launch import ActorMonitor, Placement, launch
+    from train_loop.run_files import RunFiles
 
     if not ray.is_initialized():
         # Joins the cluster of RAY_ADDRESS (a submitted job), else starts one here, with the dashboard Ray Train needs.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,23 +21,16 @@ from train_loop.context import LocalContext, Monitor, RayContext
 from train_loop.data.cache import cache_key, fetch, publish
 from train_loop.data.prepare import preparation_key, prepare_local, prepared_before
 from train_loop.data.shards import PreparedDataset
-from train_loop.data.sources import (
-    FIRST_CONTACT_S,
-    Credentials,
-    DatasetKeys,
-    SourceFile,
-    dataset_filesystem,
-    filesystem_for,
-    find_files,
-)
-from train_loop.errors import Cause, ModelError, RunFault, Stopped, UserError
+from train_loop.data.sources import FIRST_CONTACT_S, SourceFile, find_files
+from train_loop.errors import Cause, RunFault, Stopped, UserError
 from train_loop.faults import classified, machine_lost
 from train_loop.hang import FACTOR, FLOOR_S, StepClock, Watchdog
-from train_loop.layout import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, MERGED_FOLDER
-from train_loop.model.source import ModelPlaces, model_folder
+from train_loop.layout import ADAPTER_FOLDER, MERGED_FOLDER
+from train_loop.model.source import model_folder
+from train_loop.run_files import Keys, RunFiles, fetch_start
 from train_loop.scratch import scratch_folder
 from train_loop.spec import JobSpec
-from train_loop.storage import download_file, list_files, outages_told, read_json, verify, write_json
+from train_loop.storage import list_files, outages_told, read_json, verify, write_json
 from train_loop.worker_log import shipped
 
 if TYPE_CHECKING:
@@ -69,48 +61,6 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Keys:
-    """Credentials of a run. They travel from the monitor to who needs them, and are never part of a plan or config."""
-
-    dataset: DatasetKeys | None = None
-    storage: Credentials | None = None
-    model: Credentials | None = None
-    hub_token: str | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True)
-class RunFiles:
-    """Where a run's bytes are. Picklable and free of credentials: they come from the monitor when a file is opened."""
-
-    storage_uri: str  # the run's own folder: <storage>/<org>/<request_id>
-    model_mirror: str  # a folder, or s3://bucket/prefix that the storage's keys open
-    keys: Callable[[], Keys]
-
-    def storage(self) -> tuple[FileSystem, str]:
-        """The run's file system and folder."""
-        return filesystem_for(self.storage_uri, self.keys().storage)
-
-    def source(self, spec: JobSpec) -> FileSystem:
-        """The dataset's file system."""
-        return dataset_filesystem(spec.dataset_details, self.keys().dataset)
-
-    def models(self, spec: JobSpec) -> ModelPlaces:
-        """Where the job's base model is looked for."""
-        return model_places(spec, self.model_mirror, self.keys())
-
-    def start(self, spec: JobSpec, name: str) -> tuple[FileSystem, str]:
-        """File system and folder of the adapter that init_from names: a run of the same org, else a URI for the user's keys."""
-        if "/" not in name:
-            storage, run_path = self.storage()
-            return storage, f"{run_path.rpartition('/')[0]}/{name}/{ADAPTER_FOLDER}"
-        keys, details = self.keys(), spec.dataset_details
-        found = keys.model or (keys.dataset if isinstance(keys.dataset, Credentials) else None)
-        # The machine's own role only for who runs this without the service; there a private dataset in S3 always has keys.
-        own = details.source_type == "s3" and details.ownership == "private"
-        return filesystem_for(name, found, details.region, anonymous=found is None and not own)
-
-
-@dataclass(frozen=True)
 class ActorMonitor:
     """Finds the monitor actor by name; cheap to pickle, holds no secret."""
 
@@ -138,40 +88,11 @@ class ActorMonitor:
         return keys
 
 
-def model_places(spec: JobSpec, mirror: str, keys: Keys) -> ModelPlaces:
-    """Where the job's base model is looked for, and what opens it."""
-    details = spec.model_details
-    anonymous = keys.model is None and details.ownership == "public"
-    return ModelPlaces(
-        mirror,
-        open_mirror=lambda uri: filesystem_for(uri, keys.storage),
-        open_model=lambda uri: filesystem_for(uri, keys.model, details.region, anonymous=anonymous),
-        hub_token=keys.hub_token,
-        org_id=spec.org,
-    )
-
-
 def _chat_tokenizer(spec: JobSpec, files: RunFiles) -> ChatTokenizer:
     from train_loop.data.tokenize import ChatTokenizer
     from train_loop.model.load import load_tokenizer
 
     return ChatTokenizer.of(spec, load_tokenizer(model_folder(spec.model_details, files.models(spec), weights=False)))
-
-
-def _fetch_start(spec: JobSpec, files: RunFiles, scratch: Path) -> Path | None:
-    """A local folder with the adapter that init_from names, or None without one. Raises ModelError."""
-    name = spec.train_config.adapter_config.init_from
-    if name is None:
-        return None
-    folder = Path(tempfile.mkdtemp(dir=scratch, prefix="start-"))
-    try:
-        storage, path = files.start(spec, name)
-        for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-            download_file(storage, f"{path}/{file}", folder / file)
-    except OSError as error:
-        what = "there is no adapter" if isinstance(error, FileNotFoundError) else "the storage refused the keys"
-        raise ModelError(f"init_from {name} can't be read: {what}.", field="train_config.adapter_config.init_from") from error
-    return folder
 
 
 def launch(spec: JobSpec, request_id: str, files: RunFiles, placement: Placement, monitor: ActorMonitor) -> dict[str, Any]:
@@ -221,7 +142,7 @@ def launch_local(spec: JobSpec, request_id: str, files: RunFiles, monitor: Monit
                 storage=storage,
                 run_path=run_path,
                 scratch=scratch,
-                start=_fetch_start(spec, files, scratch),
+                start=fetch_start(spec, files, scratch),
                 monitor=monitor,
             )
             return asdict(run(spec, prepared, ctx))
@@ -416,7 +337,7 @@ def _worker(config: dict[str, Any]) -> None:
             storage=storage,
             run_path=run_path,
             scratch=scratch,
-            start=_fetch_start(spec, files, scratch),
+            start=fetch_start(spec, files, scratch),
             monitor=tell,
             watchdog=watchdog,
         )

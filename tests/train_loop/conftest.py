@@ -4,7 +4,8 @@ import pytest
 
 from tests.train_loop.models import make_base
 from tests.train_loop.test_resume import Watcher
-from train_loop.launch import Keys, RunFiles, launch_local
+from train_loop.launch import launch_local
+from train_loop.run_files import Keys, RunFiles
 from train_loop.spec import JobSpec
 
 

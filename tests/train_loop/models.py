@@ -9,7 +9,8 @@ import torch
 
 from train_loop.__main__ import Console
 from train_loop.data.tokenize import ChatTokenizer
-from train_loop.launch import Keys, RunFiles, launch_local
+from train_loop.launch import launch_local
+from train_loop.run_files import Keys, RunFiles
 from train_loop.spec import JobSpec
 
 SIZES = {

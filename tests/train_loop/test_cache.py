@@ -13,7 +13,8 @@ from train_loop.data.prepare import prepare_local
 from train_loop.data.shards import ShardSet
 from train_loop.data.sources import Credentials, filesystem_for, find_files
 from train_loop.errors import Stopped
-from train_loop.launch import Keys, RunFiles, launch_local
+from train_loop.launch import launch_local
+from train_loop.run_files import Keys, RunFiles
 from train_loop.spec import JobSpec
 
 LOCAL = LocalFileSystem()

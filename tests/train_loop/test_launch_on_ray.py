@@ -24,8 +24,9 @@ from train_loop.data.prepare import prepare_local
 from train_loop.data.sources import find_files
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import Cause, ModelError, RunFault, Stopped
-from train_loop.launch import ActorMonitor, Keys, Placement, RunFiles, launch
+from train_loop.launch import ActorMonitor, Placement, launch
 from train_loop.model.load import load_tokenizer
+from train_loop.run_files import Keys, RunFiles
 from train_loop.spec import JobSpec
 
 pytestmark = pytest.mark.service

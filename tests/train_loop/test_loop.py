@@ -13,10 +13,11 @@ from train_loop.__main__ import Console, main
 from train_loop.data.packing import collate
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import DatasetError, Stopped, TrainingError
-from train_loop.launch import Keys, RunFiles, launch_local
+from train_loop.launch import launch_local
 from train_loop.loss import supervised_loss
 from train_loop.model.adapters import add_adapter, trainable
 from train_loop.model.load import load_base, load_tokenizer, quantization_config
+from train_loop.run_files import Keys, RunFiles
 from train_loop.spec import JobSpec
 
 

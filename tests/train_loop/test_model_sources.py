@@ -14,8 +14,9 @@ from tests.train_loop.models import make_base
 from train_loop.__main__ import Console
 from train_loop.data.sources import Credentials
 from train_loop.errors import ModelError
-from train_loop.launch import Keys, RunFiles, launch_local, model_places
+from train_loop.launch import launch_local
 from train_loop.model.source import CACHE, model_config, model_folder, weights_hash
+from train_loop.run_files import Keys, RunFiles, model_places
 from train_loop.spec import JobSpec
 
 ID = "tuneyard/smollm"
@@ -160,7 +161,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 ASK = """
 import json, sys
 from train_loop.errors import ModelError
-from train_loop.launch import Keys, model_places
+from train_loop.run_files import Keys, model_places
 from train_loop.model.source import model_folder, revision_of
 from train_loop.spec import JobSpec
 spec = JobSpec.model_validate_json(sys.argv[1])

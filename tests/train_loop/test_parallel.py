@@ -8,7 +8,8 @@ from tests.conftest import DOCUMENTED, TINY, rows, with_fields, write_jsonl
 from tests.train_loop.group import run_group
 from tests.train_loop.test_resume import Watcher, curve
 from train_loop.errors import Stopped
-from train_loop.launch import Keys, RunFiles, launch_local
+from train_loop.launch import launch_local
+from train_loop.run_files import Keys, RunFiles
 from train_loop.spec import JobSpec
 
 HP = "train_config.hyperparameters"

@@ -12,7 +12,8 @@ from serve_app.embedded.s3 import start_s3
 from tests.train_loop.test_resume import HP, Watcher, adapter, curve
 from train_loop.data.sources import Credentials, filesystem_for
 from train_loop.errors import Cause, RunFault
-from train_loop.launch import Keys, RunFiles, launch_local
+from train_loop.launch import launch_local
+from train_loop.run_files import Keys, RunFiles
 from train_loop.spec import JobSpec
 from train_loop.storage import (
     PATIENCE_S,
