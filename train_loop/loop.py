@@ -190,7 +190,7 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
             start_step=step + 1,
         )
         for next_step, micro_batches in batches:
-            if log.stalled(hp.early_stopping_patience):
+            if step == log.evaluated_at and log.stalled(hp.early_stopping_patience):
                 ctx.event("stopped_early", f"no better eval loss than that of step {log.best_step} for a while: done")
                 break
             agreed = agree(micro_batches, ctx)

@@ -23,7 +23,8 @@ def add_noise(causal_lm: Any, alpha: float) -> None:
         noise = torch.empty_like(embeddings).uniform_(-1, 1) * size.to(embeddings.dtype)
         return arguments, named | {"input_ids": None, "inputs_embeds": embeddings + noise}
 
-    causal_lm.model.register_forward_pre_hook(noisy, with_kwargs=True)
+    # As in loss.py: `base_model` is what the architecture calls its model, or its transformer.
+    causal_lm.base_model.register_forward_pre_hook(noisy, with_kwargs=True)
 
 
 def document_lengths(position_ids: torch.Tensor) -> torch.Tensor:

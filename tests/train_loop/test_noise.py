@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import TINY
+from tests.train_loop.models import make_base
 from train_loop.noise import add_noise, document_lengths
 
 
@@ -29,3 +30,15 @@ def test_noise_is_uniform_within_alpha_over_the_root_of_a_documents_size_and_abs
         size = 5.0 / (tokens * 64) ** 0.5
         assert 0.95 * size < part.abs().max().item() <= size * 1.001
         assert part.std().item() == pytest.approx(size / 3**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("architecture", ["falcon", "gemma2", "phi3"])
+def test_noise_reaches_whatever_an_architecture_calls_its_model(architecture, tmp_path, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / make_base(architecture, tmp_path, tokenizer), dtype=torch.float32)
+    add_noise(model, 50.0)
+    ids, positions = torch.arange(3, 13)[None], torch.arange(10)[None]
+    clean, noisy = (
+        model.train(training).base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        for training in (False, True)
+    )
+    assert not torch.allclose(clean, noisy)
