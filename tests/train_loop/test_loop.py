@@ -9,15 +9,14 @@ from pyarrow.fs import LocalFileSystem
 from safetensors.torch import load_file
 
 from tests.conftest import TINY, write_jsonl
+from tests.train_loop.models import run
 from train_loop.__main__ import Console, main
 from train_loop.data.packing import collate
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import DatasetError, Stopped, TrainingError
-from train_loop.launch import launch_local
 from train_loop.loss import supervised_loss
 from train_loop.model.adapters import add_adapter, trainable
 from train_loop.model.load import load_base, load_tokenizer, quantization_config
-from train_loop.run_files import Keys, RunFiles
 from train_loop.spec import JobSpec
 
 
@@ -33,11 +32,6 @@ class StopAfter(Console):
 
     def stop_requested(self):
         return self.seen >= self.at
-
-
-def run(job, tmp_path, mirror, name="run", monitor=None):
-    files = RunFiles(str(tmp_path / name), str(mirror), lambda: Keys())
-    return launch_local(JobSpec.model_validate(job), name, files, monitor or Console())
 
 
 def adapter(tmp_path, name="run"):

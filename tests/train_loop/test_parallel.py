@@ -6,11 +6,9 @@ from safetensors.torch import load_file
 
 from tests.conftest import DOCUMENTED, TINY, rows, with_fields, write_jsonl
 from tests.train_loop.group import run_group
+from tests.train_loop.models import run
 from tests.train_loop.test_resume import Watcher, curve
 from train_loop.errors import Stopped
-from train_loop.launch import launch_local
-from train_loop.run_files import Keys, RunFiles
-from train_loop.spec import JobSpec
 
 HP = "train_config.hyperparameters"
 STEPS, FEW_STEPS, BATCH = 20, 6, 8
@@ -55,8 +53,7 @@ def job(folder, changes=None, *, workers=1, accumulation=1):
 
 
 def launch(folder, mirror, name, job, monitor=None):
-    files = RunFiles(str(folder / name), str(mirror), lambda: Keys())
-    return launch_local(JobSpec.model_validate(job), name, files, monitor or Watcher())
+    return run(job, folder, mirror, name, monitor or Watcher())
 
 
 def few(changes):
