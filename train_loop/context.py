@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from pyarrow.fs import FileSystem, LocalFileSystem
 
 from train_loop.hang import Beat, Watchdog
 
 if TYPE_CHECKING:
     import torch
-    from pyarrow.fs import FileSystem
 
 log = logging.getLogger(__name__)
 CAUSE_FIRST_S = 5.0  # longer than Ray Train takes to notice that a worker is gone
@@ -30,6 +32,11 @@ class RunContext(Protocol):
     run_path: str  # the run's folder inside `storage`
     scratch: Path  # local, removed after the run
     start: Path | None  # the folder of the adapter that training continues from
+
+    @property
+    def open_source(self) -> Callable[[], FileSystem]:
+        """Opens the dataset's file system, with keys that are good at that moment."""
+        ...
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` over ranks, in place."""
@@ -86,6 +93,7 @@ class LocalContext:
     scratch: Path
     monitor: Monitor
     start: Path | None = None
+    open_source: Callable[[], FileSystem] = LocalFileSystem
     rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
@@ -132,6 +140,7 @@ class RayContext:
         run_path: str,
         scratch: Path,
         start: Path | None,
+        open_source: Callable[[], FileSystem],
         monitor: Any,
         watchdog: Watchdog,
     ) -> None:
@@ -148,6 +157,7 @@ class RayContext:
         self.run_path = run_path
         self.scratch = scratch
         self.start = start
+        self.open_source = open_source
         self._monitor = monitor
         self._watchdog = watchdog
         self._asked: Any = None

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,6 +143,7 @@ def launch_local(spec: JobSpec, request_id: str, files: RunFiles, monitor: Monit
                 run_path=run_path,
                 scratch=scratch,
                 start=fetch_start(spec, files, scratch),
+                open_source=partial(files.source, spec),
                 monitor=monitor,
             )
             return asdict(run(spec, prepared, ctx))
@@ -338,6 +339,7 @@ def _worker(config: dict[str, Any]) -> None:
             run_path=run_path,
             scratch=scratch,
             start=fetch_start(spec, files, scratch),
+            open_source=partial(files.source, spec),
             monitor=tell,
             watchdog=watchdog,
         )

@@ -23,6 +23,7 @@ from train_loop.context import RunContext
 from train_loop.data.loader import Layout, eval_batches, step_batches
 from train_loop.data.sampler import BatchPlan
 from train_loop.data.shards import PreparedDataset, ShardSet
+from train_loop.data.streaming import RowReader
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import Stopped
 from train_loop.evaluate import evaluate
@@ -92,7 +93,8 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
     if pre.prompt.template is not None:
         tokenizer.chat_template = pre.prompt.template  # exported with the adapter: inference must render as training did
     chat = None if prepared.eager else ChatTokenizer.of(spec, tokenizer)
-    shards = ShardSet.open(prepared, ctx.storage, f"{ctx.run_path}/data", ctx.scratch / f"data-{ctx.rank}")
+    rows = RowReader(ctx.open_source, spec.dataset_details.dataset_format) if pre.streaming else None
+    shards = ShardSet.open(prepared, ctx.storage, f"{ctx.run_path}/data", ctx.scratch / f"data-{ctx.rank}", rows)
     train_ids, eval_ids = shards.ids("train"), shards.ids("eval")
     plan = batch_plan(spec, len(train_ids))
 

@@ -28,6 +28,7 @@ BUCKET = re.compile(r"[a-z0-9][a-z0-9._\-]{1,220}[a-z0-9]")  # Google's may have
 # The hub's own rule; each part also becomes a folder's name in the mirror, so `..` and 300 letters must not pass.
 HUB_ID = re.compile(r"(?!.*(\.\.|--))[A-Za-z0-9_][\w.\-]{0,95}(/[A-Za-z0-9_][\w.\-]{0,95})?", re.ASCII)
 EXPERIMENT_NAME = r"^[A-Za-z0-9._-]{1,128}$"
+COMPRESSED = (".gz", ".zst")
 AWS_REGION = re.compile(r"^(us|eu|ap|sa|ca|me|af|il|mx|cn|us-gov|us-iso|us-isob)-[a-z]+-\d$")
 
 
@@ -58,8 +59,10 @@ class Preprocessing(Section):
     lazy_tokenize: bool = Field(
         True, strict=True, description="Tokenise in the workers, ahead of the step (true), or once before training."
     )
-    streaming: Annotated[bool, NotYet(True)] = Field(
-        False, strict=True, description="Read without materialising the dataset; needs hyperparameters.max_steps."
+    streaming: bool = Field(
+        False,
+        strict=True,
+        description="Keep no copy of the rows: workers read them from the dataset as they need them; needs max_steps.",
     )
     packing: bool = Field(
         True, strict=True, description="Put several short samples in one row, isolated from each other; same loss."
@@ -359,6 +362,24 @@ def streaming_has_an_end(dataset_config: DatasetConfig, train_config: TrainConfi
         yield Fault("train_config.hyperparameters.max_steps", message)
 
 
+def streaming_reads_from_anywhere(dataset_config: DatasetConfig, dataset_details: DatasetDetails) -> Iterator[Fault]:
+    pre, split = dataset_config.preprocessing, dataset_config.split
+    if not pre.streaming:
+        return
+    if not pre.lazy_tokenize:
+        message = "streamed rows are tokenised by the workers: lazy_tokenize must be true with streaming"
+        yield Fault("dataset_config.preprocessing.lazy_tokenize", message)
+    if dataset_details.dataset_type == "parquet":
+        message = "streaming reads single rows, which jsonl and json files allow and parquet files don't: streaming must be false"
+        yield Fault("dataset_config.preprocessing.streaming", message)
+    paths = {"dataset_details.dataset_path": dataset_details.dataset_path}
+    if isinstance(split, FileSplit):
+        paths["dataset_config.split.eval_path"] = split.eval_path
+    for field, path in paths.items():
+        if path.endswith(COMPRESSED):
+            yield Fault(field, "streaming reads single rows, which a compressed file doesn't allow: store it uncompressed")
+
+
 def model_is_where_it_is_said(model_details: ModelDetails) -> Iterator[Fault]:
     field, name, scheme = "model_details.base_model", model_details.base_model, SCHEMES.get(model_details.source_type)
     if scheme is None and "://" in name:
@@ -485,6 +506,7 @@ RULES: tuple[Rule, ...] = (
     ratios_add_up,
     eval_file_is_next_to_the_dataset,
     streaming_has_an_end,
+    streaming_reads_from_anywhere,
     model_is_where_it_is_said,
     only_the_hub_has_revisions,
     private_model_has_a_secret,

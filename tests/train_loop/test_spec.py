@@ -4,6 +4,8 @@ from pydantic import ValidationError
 from tests.conftest import DOCUMENTED, with_fields
 from train_loop.spec import JobSpec, TrainConfig
 
+STREAMED = {"dataset_config.preprocessing.streaming": True, "train_config.hyperparameters.max_steps": 9}
+
 
 def test_the_documented_request_is_valid_and_defaults_are_filled_in():
     spec = JobSpec.model_validate(DOCUMENTED)
@@ -82,6 +84,22 @@ def errors_of(changes):
             {"dataset_config.preprocessing.streaming": True},
             "train_config.hyperparameters.max_steps",
             "streaming needs max_steps",
+        ),
+        (
+            STREAMED | {"dataset_config.preprocessing.lazy_tokenize": False},
+            "dataset_config.preprocessing.lazy_tokenize",
+            "must be true",
+        ),
+        (STREAMED | {"dataset_details.dataset_type": "parquet"}, "dataset_config.preprocessing.streaming", "parquet files don't"),
+        (
+            STREAMED | {"dataset_details.dataset_path": "s3://bucket/rows.jsonl.gz"},
+            "dataset_details.dataset_path",
+            "uncompressed",
+        ),
+        (
+            STREAMED | {"dataset_config.split": {"type": "file", "eval_path": "s3://bucket/eval.jsonl.zst"}},
+            "dataset_config.split.eval_path",
+            "uncompressed",
         ),
         ({"model_details.base_model": "s3://bucket/llama"}, "model_details.base_model", "source_type is s3"),
         ({"model_details.base_model": "a//b"}, "model_details.base_model", "owner/name"),
@@ -171,10 +189,6 @@ def test_every_rule_over_several_fields_says_which_to_mend(changes, field, said)
     ("changes", "fields"),
     [
         (VLM, {"model_details.model_type", "dataset_details.dataset_type"}),
-        (
-            {"dataset_config.preprocessing.streaming": True, "train_config.hyperparameters.max_steps": 9},
-            {"dataset_config.preprocessing.streaming"},
-        ),
         (
             {"train_config.type": "dpo", "dataset_details.dataset_format": "preference"},
             {"train_config.type", "dataset_details.dataset_format"},

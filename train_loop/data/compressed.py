@@ -11,11 +11,11 @@ import zstandard
 
 from train_loop.data import lines
 from train_loop.data.lines import Damaged, WrongType
+from train_loop.spec import COMPRESSED
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
-SUFFIXES = (".gz", ".zst")
 GZIP = 31  # zlib's name of the format
 GZIP_MAGIC = b"\x1f"
 GZIP_OUT_BYTES = 256 << 10
@@ -26,7 +26,7 @@ ZSTD_WINDOW_BYTES = 128 << 20  # what `zstd --long` makes; more has to be asked 
 
 def is_compressed(path: str) -> bool:
     """By its name."""
-    return path.endswith(SUFFIXES)
+    return path.endswith(COMPRESSED)
 
 
 def read_chunks(filesystem: FileSystem, path: str, start: int = 0, limit: int | None = None) -> Iterator[bytes]:

@@ -1,10 +1,17 @@
-"""A rank's micro-batches, step by step, tokenised ahead of the step in processes of their own."""
+"""A rank's micro-batches, step by step, tokenised ahead of the step in processes of their own.
+
+Of a streamed dataset in threads: they wait for the network most of the time, and neither connections nor the way to fresh keys
+survive a fork.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +26,8 @@ if TYPE_CHECKING:
     from train_loop.data.sampler import BatchPlan
     from train_loop.data.shards import ShardSet
     from train_loop.data.tokenize import ChatTokenizer, Sample
+
+STEPS_AHEAD = 2  # of each process or thread
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,9 @@ def step_batches(
     steps = _Steps(shards, ids, plan, rank, world_size, layout, start_step)
     if len(steps) == 0:
         return
+    if shards.streamed:
+        yield from enumerate(_in_threads(steps, max(1, num_workers)), start_step)
+        return
     # batch_size=None: an item is already a step. DataLoader draws a seed for its workers; give it a generator of its own so
     # that the number of workers doesn't move the dropout masks.
     loader: DataLoader[list[MicroBatch] | UserError] = DataLoader(
@@ -95,12 +107,29 @@ def step_batches(
         batch_size=None,
         num_workers=min(num_workers, len(steps)),
         multiprocessing_context="fork" if num_workers else None,
+        prefetch_factor=STEPS_AHEAD if num_workers else None,
         generator=torch.Generator(),
     )
     for step, item in enumerate(loader, start_step):
         if isinstance(item, UserError):
             raise item
         yield step, item
+
+
+def _in_threads(steps: _Steps, num_threads: int) -> Iterator[list[MicroBatch]]:
+    """The steps in order, each thread some ahead as DataLoader's processes are."""
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="rows")
+    try:
+        read = (pool.submit(steps.__getitem__, i) for i in range(len(steps)))
+        ahead = deque(islice(read, STEPS_AHEAD * num_threads))
+        while ahead:
+            item = ahead.popleft().result()
+            if isinstance(item, UserError):
+                raise item
+            ahead.extend(islice(read, 1))
+            yield item
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def eval_batches(

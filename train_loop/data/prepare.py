@@ -25,6 +25,7 @@ from train_loop.data.shards import (
     EAGER,
     LAZY,
     SPLITS,
+    STREAMED,
     PreparedDataset,
     ShardInfo,
     split_bounds,
@@ -81,8 +82,9 @@ def parse_block(
     lines: Sequence[Line], part: Part, block: int, spec: JobSpec, chat: ChatTokenizer | None
 ) -> tuple[pa.Table, BlockSummary]:
     """Parse a block's lines into a table of good rows and a summary without shard. `chat` tokenises now; None leaves that
-    to the workers."""
-    columns: dict[str, list[Any]] = {name: [] for name in (LAZY if chat is None else EAGER).names}
+    to the workers. Of a streamed dataset the table says only where the rows are."""
+    schema = STREAMED if spec.dataset_config.preprocessing.streaming else LAZY if chat is None else EAGER
+    columns: dict[str, list[Any]] = {name: [] for name in schema.names}
     rejects: list[Reject] = []
     digest = hashlib.sha256()
     blank = rejected = 0
@@ -93,7 +95,9 @@ def parse_block(
             continue
         try:
             conversation = to_conversation(decode_row(line), spec.dataset_details.dataset_format)
-            if chat is None:
+            if schema is STREAMED:
+                columns["size"].append(len(line.data))
+            elif chat is None:
                 columns["conversation"].append(json.dumps(conversation, ensure_ascii=False))
             else:
                 sample = chat.encode(conversation)
@@ -109,7 +113,7 @@ def parse_block(
         columns["offset"].append(line.offset)
         columns["line"].append(number)
         columns["u"].append(place_of(spec, part.file, line.offset))
-    table = pa.table(columns, schema=LAZY if chat is None else EAGER)
+    table = pa.table(columns, schema=schema)
     return table, BlockSummary(
         part=part.index,
         block=block,

@@ -1,7 +1,8 @@
 """Prepared rows as Arrow IPC files in the run's `data/` folder, memory-mapped by workers.
 
 Columns: `file`, `offset` and `line` (which line this was; `line` counts from 1 within the shard's block), `u` in [0, 1) (its
-place in the split), and `conversation` (JSON; tokenised by the workers) or `input_ids` and `labels` (tokenised already).
+place in the split), and `conversation` (JSON; tokenised by the workers), `input_ids` and `labels` (tokenised already), or of a
+streamed dataset `size`, in bytes: what the row holds is read from there.
 """
 
 from __future__ import annotations
@@ -24,20 +25,13 @@ from train_loop.storage import download_file, write_bytes
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
+    from train_loop.data.streaming import RowReader
+
 SPLITS = ("train", "eval", "test")
-LAZY = pa.schema(
-    [("file", pa.int32()), ("offset", pa.int64()), ("line", pa.int64()), ("u", pa.float64()), ("conversation", pa.string())]
-)
-EAGER = pa.schema(
-    [
-        ("file", pa.int32()),
-        ("offset", pa.int64()),
-        ("line", pa.int64()),
-        ("u", pa.float64()),
-        ("input_ids", pa.large_list(pa.int32())),
-        ("labels", pa.large_list(pa.int32())),
-    ]
-)
+PLACE = [("file", pa.int32()), ("offset", pa.int64()), ("line", pa.int64()), ("u", pa.float64())]
+LAZY = pa.schema([*PLACE, ("conversation", pa.string())])
+EAGER = pa.schema([*PLACE, ("input_ids", pa.large_list(pa.int32())), ("labels", pa.large_list(pa.int32()))])
+STREAMED = pa.schema([*PLACE, ("size", pa.int64())])
 
 
 def split_place(seed: int, file: str, offset: int) -> float:
@@ -117,24 +111,35 @@ def write_shard(storage: FileSystem, path: str, table: pa.Table) -> None:
 class ShardSet:
     """Random access to prepared rows by row number, in shard order."""
 
-    def __init__(self, prepared: PreparedDataset, folder: Path) -> None:
+    def __init__(self, prepared: PreparedDataset, folder: Path, rows: RowReader | None = None) -> None:
         self._prepared = prepared
+        self._rows = rows
         self._tables = [pa.ipc.open_file(pa.memory_map(str(folder / s.path))).read_all() for s in prepared.shards]
         self._ends = np.cumsum([s.num_rows for s in prepared.shards])
         u = [t.column("u").to_numpy() for t in self._tables]
         self._split = np.searchsorted(prepared.bounds, np.concatenate(u) if u else np.empty(0), side="right")
 
     @classmethod
-    def open(cls, prepared: PreparedDataset, storage: FileSystem, data_path: str, cache: Path) -> ShardSet:
-        """Open the shards under `data_path`; those that aren't on this machine's disk are copied to `cache` first."""
+    def open(
+        cls, prepared: PreparedDataset, storage: FileSystem, data_path: str, cache: Path, rows: RowReader | None = None
+    ) -> ShardSet:
+        """Open the shards under `data_path`; those that aren't on this machine's disk are copied to `cache` first.
+
+        `rows` reads what a streamed dataset's shards only point to.
+        """
         from pyarrow.fs import LocalFileSystem
 
         if isinstance(storage, LocalFileSystem):
-            return cls(prepared, Path(data_path))
+            return cls(prepared, Path(data_path), rows)
         cache.mkdir(parents=True, exist_ok=True)
         for shard in prepared.shards:
             download_file(storage, f"{data_path}/{shard.path}", cache / shard.path)
-        return cls(prepared, cache)
+        return cls(prepared, cache, rows)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the rows are read from the dataset."""
+        return self._rows is not None
 
     def ids(self, split: str) -> np.ndarray:
         """Row numbers of a split, ascending."""
@@ -156,8 +161,11 @@ class ShardSet:
         return self._prepared.files[table.column("file")[at].as_py()].uri, line
 
     def conversation(self, row: int) -> Conversation:
-        """The row's messages (lazy shards)."""
+        """The row's messages (lazy shards, and streamed ones). Raises DatasetError when a streamed row isn't there any more."""
         table, at = self._row(row)
+        if self._rows is not None:
+            file, offset, size = (table.column(c)[at].as_py() for c in ("file", "offset", "size"))
+            return self._rows.read(self._prepared.files[file], offset, size)
         conversation: Conversation = json.loads(table.column("conversation")[at].as_py())
         return conversation
 

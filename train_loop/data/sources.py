@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from pyarrow import fs as pafs
 
 from train_loop.errors import DatasetError, RunFault
-from train_loop.spec import DatasetDetails, FileSplit, JobSpec
+from train_loop.spec import COMPRESSED, DatasetDetails, FileSplit, JobSpec
 from train_loop.storage import DENIED, NO_BUCKET, NO_OBJECT, patiently
 
 CONNECT_TIMEOUT_S = 5
@@ -228,10 +228,13 @@ def find_files(spec: JobSpec, filesystem: pafs.FileSystem, patience_s: float | N
     dataset, held_out_at = details.dataset_path, split.eval_path if isinstance(split, FileSplit) else ""
     if details.source_type == "hf":
         dataset, held_out_at = f"hf://datasets/{dataset}", f"hf://datasets/{dataset}/{held_out_at}"
+    streaming = spec.dataset_config.preprocessing.streaming
     found = _files_at(dataset, PATH, details.dataset_type, filesystem, patience_s)
+    _check_streaming(found, PATH, streaming)
     if not isinstance(split, FileSplit):
         return found
     held_out = _files_at(held_out_at, EVAL_PATH, details.dataset_type, filesystem, patience_s)
+    _check_streaming(held_out, EVAL_PATH, streaming)
     paths = {f.path for f in held_out}
     found = [f for f in found if f.path not in paths]
     if not found:
@@ -241,6 +244,16 @@ def find_files(spec: JobSpec, filesystem: pafs.FileSystem, patience_s: float | N
             code="dataset_empty",
         )
     return found + [replace(f, is_eval=True) for f in held_out]
+
+
+def _check_streaming(files: Sequence[SourceFile], field: str, streaming: bool) -> None:
+    compressed = [f.uri for f in files if f.path.endswith(COMPRESSED)]
+    if streaming and compressed:
+        raise DatasetError(
+            f"streaming reads single rows, which a compressed file doesn't allow: store {compressed[0]} uncompressed.",
+            field=field,
+            code="cannot_stream",
+        )
 
 
 def _files_at(uri: str, field: str, dataset_type: str, filesystem: pafs.FileSystem, patience_s: float | None) -> list[SourceFile]:
