@@ -113,7 +113,7 @@ def abandoned_uploads(settings: Settings, older_than: dt.datetime) -> Iterator[U
     if not settings.storage_uri.startswith("s3://"):
         return
     client, bucket, prefix = _s3(settings)
-    for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
+    for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=f"{prefix}/" if prefix else ""):
         for found in page.get("Uploads", []):
             if found["Initiated"] < older_than:
                 yield Upload(found["Key"], found["UploadId"])

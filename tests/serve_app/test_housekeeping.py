@@ -37,7 +37,7 @@ def test_uploads_that_were_cut_off_are_given_up(settings, s3):
             "storage_secret_access_key": type(settings.jwt_secret)(s3.secret_access_key),
         }
     )
-    begun = {key: client.create_multipart_upload(Bucket="runs", Key=key)["UploadId"] for key in ("ours/a", "theirs/b")}
+    begun = {key: client.create_multipart_upload(Bucket="runs", Key=key)["UploadId"] for key in ("ours/a", "ours-too/b")}
     for key, upload_id in begun.items():
         client.upload_part(Bucket="runs", Key=key, UploadId=upload_id, PartNumber=1, Body=b"x")
     now = dt.datetime.now(dt.UTC)
@@ -46,7 +46,7 @@ def test_uploads_that_were_cut_off_are_given_up(settings, s3):
     assert found == [Upload("ours/a", begun["ours/a"])]
     abort_upload(ours, found[0])
     left = client.list_multipart_uploads(Bucket="runs").get("Uploads", [])
-    assert [u["Key"] for u in left] == ["theirs/b"]
+    assert [u["Key"] for u in left] == ["ours-too/b"]
     client.put_object(Bucket="runs", Key="ours/whole", Body=b"x")
     assert list(abandoned_uploads(ours, now + dt.timedelta(minutes=1))) == []
 
