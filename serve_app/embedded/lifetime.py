@@ -35,6 +35,7 @@ HEAD_READY_TIMEOUT_S = 180
 HEAD_STOP_TIMEOUT_S = 30
 HEAD_TRIES = 3  # starts in a row that fail before the supervisor gives up
 WATCH_S = 0.5
+SAME_S = 2.0  # /proc tells the time of boot in whole seconds
 INSTANCE = "TUNEYARD_INSTANCE"
 PUBLIC = ("url", "dashboard_url", "s3_endpoint_url", "s3_access_key_id", "s3_secret_access_key", "s3_bucket")
 
@@ -45,15 +46,25 @@ def read_state(home: Path) -> dict[str, Any] | None:
         state: dict[str, Any] = json.loads((home / STATE_FILE).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return state if _alive(state["pid"]) else None
+    return state if _supervisor(state) is not None else None
 
 
-def _alive(pid: int) -> bool:
-    """Whether the process runs; a zombie, which only waits for its parent to notice, doesn't."""
+def _supervisor(state: dict[str, Any]) -> psutil.Process | None:
+    """The process that wrote `state`, if it still runs: after a reboot its pid may be a stranger's, or our own.
+
+    A zombie, which only waits for its parent to notice, doesn't run.
+    """
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+        process = psutil.Process(state["pid"])
+        same = abs(_since_boot_s(process) - state["since_boot_s"]) < SAME_S
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    except (psutil.NoSuchProcess, psutil.AccessDenied, KeyError):  # KeyError: of an earlier version
+        return None
+
+
+def _since_boot_s(process: psutil.Process) -> float:
+    """When it began; putting the clock right doesn't change it."""
+    return float(process.create_time() - psutil.boot_time())
 
 
 def up(detach: bool, json_output: bool) -> int:
@@ -154,7 +165,8 @@ def _supervise(home: Path, json_output: bool) -> int:
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     # Unix sockets below this folder must stay under 108 characters, so it can't be inside the home.
     ray_dir = tempfile.mkdtemp(prefix="tuneyard-ray-")
-    state: dict[str, Any] = {"pid": os.getpid(), "instance": instance, "ray_dir": ray_dir, "ready": False}
+    started = {"pid": os.getpid(), "since_boot_s": _since_boot_s(psutil.Process())}
+    state: dict[str, Any] = started | {"instance": instance, "ray_dir": ray_dir, "ready": False}
     _write_state(home, state)
 
     head: _Head | None = None
@@ -311,16 +323,13 @@ def _members(instance: str, but: Collection[int] = ()) -> list[psutil.Process]:
 
 def _end(state: dict[str, Any]) -> None:
     """Ask the supervisor to stop, then end whatever of the instance is left."""
-    try:
-        supervisor = psutil.Process(state["pid"])
-        # The pid may have been given to a stranger since.
-        if any(word in " ".join(supervisor.cmdline()) for word in ("serve_app.cli", "tuneyard")):
+    supervisor = _supervisor(state)
+    if supervisor is not None:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             supervisor.terminate()
-            deadline = time.monotonic() + STOP_TIMEOUT_S
-            while _alive(supervisor.pid) and time.monotonic() < deadline:
-                time.sleep(0.1)
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        pass
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        while _supervisor(state) is not None and time.monotonic() < deadline:
+            time.sleep(0.1)
     _kill(_members(state["instance"]))
 
 

@@ -21,12 +21,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import typer
 from rich.console import Console
 
 from serve_app.cli import read_spec
 from serve_app.client import ApiError, AsyncClient, Client
+from serve_app.embedded.lifetime import _since_boot_s
 from serve_app.progress import describe, follow
 from tests.conftest import DOCUMENTED, ORG
 
@@ -291,7 +293,8 @@ def test_a_home_shows_its_token_to_its_own_service_only(tmp_path: Path, server: 
     assert refused.returncode == 1
     assert "give --token" in refused.stderr
     assert server.requests == []
-    (tmp_path / "up.json").write_text(json.dumps({"pid": os.getpid(), "ready": True, "url": server.url}))
+    me = {"pid": os.getpid(), "since_boot_s": _since_boot_s(psutil.Process())}
+    (tmp_path / "up.json").write_text(json.dumps(me | {"ready": True, "url": server.url}))
     allowed = tuneyard(tmp_path, "list", "--org", ORG, "--json")
     assert json.loads(allowed.stdout) == {"jobs": [], "next_cursor": None}
     assert server.requests[-1][1]["Authorization"].startswith("Bearer ey")

@@ -1,7 +1,16 @@
-"""What a process of the service has to load before it answers."""
+"""What a process of the service has to load before it answers, and what it finds of earlier ones."""
 
+import json
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
+
+import psutil
+
+from serve_app.embedded.lifetime import _since_boot_s, read_state
+from serve_app.job_actor import JobActor
+from serve_app.logs import Redactor
 
 NOT_TRAINING = ("serve_app.app", "serve_app.job_actor", "serve_app.dispatcher", "serve_app.cli")
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes")  # a second and a hundred MiB or two, in every job's actor
@@ -11,3 +20,20 @@ def test_processes_that_do_not_train_start_without_what_trains():
     code = f"import sys, {', '.join(NOT_TRAINING)}; print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_pid_that_is_somebody_else_s_by_now_is_not_a_running_service(tmp_path):
+    """After a reboot, or in a container that was restarted, where the first pid is always the same."""
+    me = {"pid": os.getpid(), "since_boot_s": _since_boot_s(psutil.Process()), "ready": True}
+    states = [me, me | {"since_boot_s": me["since_boot_s"] - 3600.0}, {"pid": os.getpid()}, me | {"pid": 2**22 + 1}]
+    found = []
+    for state in states:
+        (tmp_path / "up.json").write_text(json.dumps(state))
+        found.append(read_state(tmp_path))
+    assert found == [me, None, None, None]
+
+
+def test_what_a_run_says_can_be_written_down_by_every_database():
+    actor = SimpleNamespace(redactor=Redactor())
+    actor.redactor.hide("hunter22hunter22")
+    assert JobActor._told(actor, "a\0b\ud800c hunter22hunter22") == "a\ufffdb?c [redacted]"
