@@ -59,7 +59,7 @@ class Cluster(Protocol):
         ...
 
     def ask_for(self, bundles: Sequence[Bundle]) -> None:
-        """Have the autoscaler keep at least room for these."""
+        """Have the autoscaler keep at least room for these, instead of what it was asked for before. It outlives who asks."""
         ...
 
 
@@ -94,7 +94,6 @@ class RayCluster:
 
     def __init__(self, namespace: str) -> None:
         self._namespace = namespace
-        self._asked: list[dict[str, float]] = []
 
     def attempts(self) -> set[Attempt]:
         named = ray.util.list_named_actors(all_namespaces=True)
@@ -144,10 +143,7 @@ class RayCluster:
     def ask_for(self, bundles: Sequence[Bundle]) -> None:
         from ray.autoscaler.sdk import request_resources
 
-        wanted = [dict(bundle) for bundle in bundles]
-        if wanted != self._asked:
-            request_resources(bundles=wanted)
-            self._asked = wanted
+        request_resources(bundles=[dict(bundle) for bundle in bundles])
 
 
 NOWHERE = ("", 0)

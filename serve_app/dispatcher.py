@@ -15,15 +15,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 import structlog
-from sqlalchemy.exc import OperationalError
 
 from serve_app import logs
 from serve_app.cluster import DISPATCHER, Attempt, Cluster, Node, RayCluster, bundle_of
 from serve_app.housekeeping import clean
-from serve_app.lifecycle import Phase
-from serve_app.scheduler import HALF_LIFE_S, Decision, Gang, Limits, Room, Shares, decide
+from serve_app.lifecycle import NOTHING_TO_SAVE
+from serve_app.scheduler import HALF_LIFE_S, Bundle, Decision, Gang, Limits, Room, Shares, decide
 from serve_app.settings import Settings
-from serve_app.store.jobs import Job, JobStore, StaleAttempt, utc_now
+from serve_app.store.jobs import STORE_AWAY, Job, JobStore, StaleAttempt, utc_now
 from train_loop.errors import Cause
 
 log = structlog.get_logger()
@@ -31,13 +30,11 @@ POLL_S = 2.0
 BUSY_POLL_S = 0.5  # while a job is being canceled or between two attempts
 LEASE_S = 15.0
 START_S = 30.0  # an actor that hasn't reported by then isn't coming
-LEFTOVERS_S = 30.0  # what a dead actor started ends by itself within about a second; a lost node can make that longer
+LEFTOVERS_S = 120.0  # what a dead actor started ends within about a second; on a lost node, when Ray has noticed that it is lost
 LOOK_AHEAD_PER_ORG = 200  # queued jobs of an org looked at in a pass
 UNPLACEABLE_S = 600.0  # a machine may be away for a while; a job too large for all that are left waits as long as this
 CAPACITY_S = 30.0
 CLEAN_S = 600.0
-# A run has nothing to save yet: cancel ends it at once.
-NOTHING_TO_SAVE = frozenset({Phase.QUEUED, Phase.PREPARING_DATA, Phase.WAITING_FOR_RESOURCES, Phase.LOADING_MODEL})
 
 
 class Dispatcher:
@@ -72,7 +69,7 @@ class Dispatcher:
                     busy = self.passes.run()
                 else:
                     self.passes.forget()
-            except OperationalError as error:
+            except STORE_AWAY as error:
                 log.warning("the job store is away; trying again", error=type(error).__name__)
                 self.passes.forget()
             except Exception:
@@ -93,8 +90,16 @@ class Dispatcher:
 class Passes:
     """What a dispatcher does again and again. What it keeps between passes may be lost at any time."""
 
-    def __init__(self, settings: Settings, store: JobStore, cluster: Cluster, now: Callable[[], dt.datetime] = utc_now) -> None:
-        self.settings, self.store, self.cluster, self._now = settings, store, cluster, now
+    def __init__(
+        self,
+        settings: Settings,
+        store: JobStore,
+        cluster: Cluster,
+        now: Callable[[], dt.datetime] = utc_now,
+        awake_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.settings, self.store, self.cluster, self._now, self._awake_s = settings, store, cluster, now, awake_s
+        self._passed = now(), awake_s()
         self.forget()
 
     def forget(self) -> None:
@@ -107,21 +112,31 @@ class Passes:
         self._capacity_at = self._since
         self._ended_at: dict[Attempt, dt.datetime] = {}
         self._clear: set[Attempt] = set()
+        self._asked: list[Bundle] | None = None  # what the autoscaler was asked for
 
     def run(self) -> bool:
         """One pass; whether the next one should come soon."""
+        if self._slept_s() > LEASE_S:
+            self.forget()
         nodes = self.cluster.nodes()
+        running = self.store.running()  # before who is alive: another dispatcher may be starting one
         alive = self.cluster.attempts()
-        busy = self._reconcile(alive, nodes)
+        busy = self._reconcile(running, alive, nodes)
         self._sweep(alive)
         self._admit(nodes)
         return busy
 
+    def _slept_s(self) -> float:
+        """For how long the machine was suspended, or its clock put forward, since the last pass: nobody could report then."""
+        (then, awake_then), self._passed = self._passed, (self._now(), self._awake_s())
+        now, awake = self._passed
+        return (now - then).total_seconds() - (awake - awake_then)
+
     # --- reconciliation ---
 
-    def _reconcile(self, alive: set[Attempt], nodes: list[Node]) -> bool:
+    def _reconcile(self, running: list[Job], alive: set[Attempt], nodes: list[Node]) -> bool:
         busy = False
-        for job in self.store.running():
+        for job in running:
             attempt = (job.request_id, job.attempt)
             try:
                 if job.cancel_requested:
@@ -136,6 +151,10 @@ class Passes:
                     self.cluster.end(attempt)
             except StaleAttempt:
                 log.info("the attempt has ended by itself", request_id=job.request_id, attempt=job.attempt)
+            except STORE_AWAY:
+                raise
+            except Exception:  # the others' turn must come all the same
+                log.exception("a job can't be seen to", request_id=job.request_id, attempt=job.attempt)
         return busy
 
     def _cancel(self, job: Job, alive: bool) -> None:
@@ -152,7 +171,7 @@ class Passes:
 
     def _missing(self, job: Job, nodes: list[Node]) -> None:
         """An open attempt without an actor: it never came to be, or has died."""
-        if job.heartbeat_at is None and (self._now() - job.updated_at).total_seconds() < START_S:
+        if job.heartbeat_at is None and self._silent_s(job) < START_S:
             self.cluster.start(job)  # a dispatcher died between its transaction and this
         elif job.actor_node is not None and job.actor_node not in {n.node_id for n in nodes}:
             self._fault(job, Cause.NODE_LOST, "the machine that the job was run from is gone.")
@@ -190,7 +209,8 @@ class Passes:
         told = {job.request_id: job.queue_position for job in waiting}
         self.store.set_queue_positions({k: place for k, place in decision.positions.items() if told[k] != place})
         self._ask_for_room(running, decision)
-        self._refuse_what_never_fits(decision, taking, due, now)
+        started = {gang.request_id for gang, _ in decision.starts}
+        self._refuse_what_never_fits([job for job in waiting if job.request_id not in started], taking, now)
         self._publish_capacity(taking, now)
 
     def _is_clear(self, job: Job) -> bool:
@@ -243,30 +263,32 @@ class Passes:
             # A profile that the operator has taken away since: nothing has such a resource, so the job is refused in time.
             bundle=bundle_of(profile) if profile else {f"gpu_type:{infra['gpu_type']}": 1.0},
             per_node=infra["gpu_count"],
-            min_nodes=infra["min_node_count"] or infra["node_count"],
+            min_nodes=infra.get("min_node_count") or infra["node_count"],
             max_nodes=infra["node_count"],
         )
 
     def _ask_for_room(self, running: list[tuple[Gang, int]], decision: Decision) -> None:
         """Show the autoscaler what runs and what waits for room; nothing when nobody waits, so that nodes go again."""
         held = [*running, *decision.starts] if decision.lacking else []
-        self.cluster.ask_for([gang.bundle for gang, n in [*held, *decision.lacking] for _ in range(gang.per_node * n)])
+        wanted = [gang.bundle for gang, n in [*held, *decision.lacking] for _ in range(gang.per_node * n)]
+        if wanted != self._asked:
+            self.cluster.ask_for(wanted)
+            self._asked = wanted
 
-    def _refuse_what_never_fits(
-        self, decision: Decision, taking: list[Mapping[str, float]], due: dict[str, Job], now: dt.datetime
-    ) -> None:
+    def _refuse_what_never_fits(self, waiting: list[Job], taking: list[Mapping[str, float]], now: dt.datetime) -> None:
         empty = Room.of(taking)
         too_large = {}
-        for gang, _ in decision.lacking:
+        for job in waiting:
+            gang, kind = self._gang(job), job.spec["infra_config"]["gpu_type"]
             needed = gang.per_node * gang.min_nodes
-            kind = due[gang.request_id].spec["infra_config"]["gpu_type"]
-            most = self._most(kind, empty)
+            limits = (self._most(kind, empty), self.settings.max_workers, self.settings.max_gpus_per_org)
+            most = min((limit for limit in limits if limit is not None), default=None)
             if most is not None and most < needed:
-                too_large[gang.request_id] = (needed, most, kind)
+                too_large[job.request_id] = (needed, most, kind)
         self._unplaceable = {k: self._unplaceable.get(k, now) for k in too_large}
         for request_id, (needed, most, kind) in too_large.items():
             if (now - self._unplaceable[request_id]).total_seconds() > UNPLACEABLE_S:
-                text = f"The job needs {needed} workers of {kind}; this cluster and its autoscaler can have {most}."
+                text = f"The job needs {needed} workers of {kind}; it can have {most} here, by the cluster's size or its limits."
                 self.store.refuse(request_id, "too_large", text)
 
     def _most(self, kind: str, empty: Room) -> int | None:

@@ -17,16 +17,15 @@ from typing import Any, TypeVar
 
 import ray
 import structlog
-from sqlalchemy.exc import InterfaceError, OperationalError
 
 from serve_app import logs
 from serve_app.cluster import actor_name, poke_dispatcher
-from serve_app.lifecycle import Phase, Status
+from serve_app.lifecycle import NOTHING_TO_SAVE, Phase, Status
 from serve_app.run_keys import keys_of
 from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
 from serve_app.storage import run_uri
-from serve_app.store.jobs import Job, JobStore, StaleAttempt
+from serve_app.store.jobs import STORE_AWAY, Job, JobStore, StaleAttempt
 from serve_app.store.journal import Notes
 from train_loop.errors import Cause, RunFault, Stopped, UserError
 from train_loop.hang import StepClock
@@ -65,8 +64,8 @@ class JobActor:
         self.live: dict[str, Any] = {"phase": str(Phase.PREPARING_DATA)}
         self.outbox = _Outbox()
         self.redactor = logs.Redactor()
-        self.stop = job.cancel_requested
-        self.overtime = False
+        self.stop = self.canceled = job.cancel_requested
+        self.overtime_at: float | None = None
         self.started = time.monotonic()
         self.why: UserError | RunFault | None = None  # told by a worker that ends itself
         self.workers_on = set[str]()
@@ -99,7 +98,7 @@ class JobActor:
         self.outbox.wake()
 
     async def on_event(self, kind: str, message: str) -> None:
-        self.outbox.event(kind, self.redactor(message))
+        self.outbox.event(kind, self._told(message))
 
     async def on_progress(self, progress: dict[str, Any]) -> None:
         self.outbox.points(progress.pop("points", []))
@@ -111,7 +110,7 @@ class JobActor:
 
     async def on_log(self, rank: int, lines: list[tuple[float, str]]) -> None:
         """Keep a worker's log lines, without any secret of the run."""
-        self.outbox.lines([(rank, time_, self.redactor(line)) for time_, line in lines])
+        self.outbox.lines([(rank, time_, self._told(line)) for time_, line in lines])
 
     async def stop_requested(self) -> bool:
         return self.stop
@@ -153,14 +152,15 @@ class JobActor:
         except Stopped:
             return self._stopped
         except UserError as error:
-            failed = {"message": error.message, "error_code": error.code, "error_message": error.message}
+            message = self._told(error.message)
+            failed = {"message": message, "error_code": error.code, "error_message": message}
             return lambda: self.store.finish(request_id, attempt, Status.FAILED, **failed)
         except RunFault as fault:
-            cause, text = fault.cause, self.redactor(fault.message)
+            cause, text = fault.cause, self._told(fault.message)
             return lambda: self.store.record_fault(request_id, attempt, cause, text)
         except Exception as error:
             self.log.exception("the run failed")
-            text = self.redactor(f"an unexpected error ({type(error).__name__}): {_first_line(error)}")
+            text = self._told(f"an unexpected error ({type(error).__name__}): {_first_line(error)}")
             return lambda: self.store.record_fault(request_id, attempt, Cause.INTERNAL, text)
         self.live |= {"step": manifest["steps"], "progress": 1.0, "eta_s": 0.0, "metrics": manifest["metrics"]}
         self.live["phase"] = str(Phase.DONE)
@@ -170,9 +170,13 @@ class JobActor:
         done = {"message": f"{title} saved: {count} files at {uri}.", "output_model_path": uri}
         return lambda: self.store.finish(request_id, attempt, Status.COMPLETED, **done)
 
+    def _told(self, text: str) -> str:
+        """What a run says as it may be written down: without secrets, and without what PostgreSQL or UTF-8 can't hold."""
+        return self.redactor(text).replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
+
     def _stopped(self) -> Job:
         """Out of time is FAILED; CANCELED is the dispatcher's to write, once nothing of this attempt is left."""
-        if self.overtime:
+        if self.overtime_at is not None and not self.canceled:
             limit = self.spec.infra_config.max_runtime_s
             text = (
                 f"Stopped after infra_config.max_runtime_s = {limit} seconds; what was trained so far is kept as a checkpoint: "
@@ -230,12 +234,14 @@ class JobActor:
         fields["actor_node"] = ray.get_runtime_context().get_node_id()
         try:
             job = self.store.report(self.job.request_id, self.attempt, notes, **fields)
-        except (OperationalError, InterfaceError):
+        except STORE_AWAY:
             self.outbox.put_back(notes)
             raise
         limit = self.spec.infra_config.max_runtime_s
-        self.overtime = self.overtime or (limit is not None and fields["ran_s"] > limit)
-        self.stop = self.stop or job.cancel_requested or self.overtime
+        if self.overtime_at is None and limit is not None and fields["ran_s"] > limit:
+            self.overtime_at = time.monotonic()
+        self.canceled = job.cancel_requested
+        self.stop = self.stop or self.canceled or self.overtime_at is not None
         return job
 
     def _flush_until_ended(self) -> None:
@@ -248,14 +254,16 @@ class JobActor:
                 try:
                     self._report()
                     written, beat_at = seen, now
-                except (OperationalError, InterfaceError) as error:
+                except STORE_AWAY as error:
                     # Training goes on; what there is to tell waits.
                     self.log.warning("the job store is away", error=type(error).__name__)
                 except StaleAttempt:
                     self.log.info("a newer attempt has taken over")
                     self._exit()
                     return
-            if self._hangs():
+                except Exception:  # what was to be told is lost; the heartbeat isn't
+                    self.log.exception("progress can't be written")
+            if self._hangs() or self._is_over():
                 return
             self.outbox.wait(FLUSH_S)
 
@@ -270,12 +278,24 @@ class JobActor:
         self._exit()
         return True
 
+    def _is_over(self) -> bool:
+        """Close the attempt and end this process when the run is out of time and doesn't stop by itself, as cancel does."""
+        if self.overtime_at is None or self.canceled:
+            return False
+        waits_s = 0.0 if self.live["phase"] in NOTHING_TO_SAVE else self.settings.cancel_grace_s
+        if time.monotonic() - self.overtime_at < waits_s:
+            return False
+        with contextlib.suppress(StaleAttempt):
+            self._patiently(self._stopped)
+        self._exit()
+        return True
+
     def _patiently(self, ask: Callable[[], Answer]) -> Answer:
         """Ask the store, for as long as it takes it to come back."""
         while True:
             try:
                 return ask()
-            except (OperationalError, InterfaceError) as error:
+            except STORE_AWAY as error:
                 self.log.warning("the job store is away; waiting for it", error=type(error).__name__)
                 time.sleep(FLUSH_S)
 

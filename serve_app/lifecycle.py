@@ -29,6 +29,10 @@ class Phase(StrEnum):
     DONE = "done"
 
 
+# A run that is to end there can be ended at once.
+NOTHING_TO_SAVE = frozenset({Phase.QUEUED, Phase.PREPARING_DATA, Phase.WAITING_FOR_RESOURCES, Phase.LOADING_MODEL})
+
+
 TRANSITIONS: dict[Status, frozenset[Status]] = {
     Status.QUEUED: frozenset({Status.RUNNING, Status.CANCELED, Status.FAILED}),
     Status.RUNNING: frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELED}),

@@ -164,16 +164,22 @@ def decide(
         ):
             decision.positions[gang.request_id] = place
             continue
-        free = room.count(gang.bundle)
-        if limits.max_workers is not None:
-            free = min(free, limits.max_workers - total)
-        if limits.max_workers_per_org is not None:
-            free = min(free, limits.max_workers_per_org - workers_of[org])
-        fitting = min(gang.max_nodes, free // gang.per_node)
+        has_waited_long = (now - gang.waiting_since).total_seconds() > RESERVE_AFTER_S
+        left = [
+            limit - used
+            for limit, used in ((limits.max_workers, total), (limits.max_workers_per_org, workers_of[org]))
+            if limit is not None
+        ]
+        allowed = min([gang.max_nodes, *(workers // gang.per_node for workers in left)])
+        if allowed < gang.min_nodes:  # no machine more would help
+            decision.positions[gang.request_id] = place
+            full = has_waited_long
+            continue
+        fitting = min(allowed, room.count(gang.bundle) // gang.per_node)
         if fitting < gang.min_nodes or reserved & set(gang.bundle):
             decision.positions[gang.request_id] = place
-            decision.lacking.append((gang, gang.max_nodes))
-            if (now - gang.waiting_since).total_seconds() > RESERVE_AFTER_S:
+            decision.lacking.append((gang, allowed))
+            if has_waited_long:
                 reserved |= set(gang.bundle)
             continue
         decision.starts.append((gang, fitting))

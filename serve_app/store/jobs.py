@@ -30,6 +30,7 @@ IDEMPOTENCY_HOURS = 24
 MAX_SEQ = 2**63 - 1
 CAPACITY_AGE_S = 5.0
 WRITES = "tuneyard_writes"
+STORE_AWAY = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)  # nothing was written; it may come back
 
 
 class Conflict(Exception):
@@ -319,10 +320,13 @@ class JobStore:
         return page, _cursor(page[-1].seq) if more else None
 
     def waiting(self, limit_per_org: int) -> list[Job]:
-        """Jobs that want an attempt, oldest first: QUEUED ones, each org's foremost, and those between two attempts."""
-        turn = sa.func.row_number().over(partition_by=jobs.c.org_id, order_by=[jobs.c.priority.desc(), jobs.c.seq])
-        queued = sa.select(jobs.c.seq, turn.label("turn")).where(jobs.c.status == Status.QUEUED).subquery()
-        foremost = sa.select(queued.c.seq).where(queued.c.turn <= limit_per_org)
+        """Jobs that want an attempt, oldest first: QUEUED ones, each org's foremost by priority and by age, and those between two
+        attempts."""
+        place, of = sa.func.row_number(), jobs.c.org_id
+        by_priority = place.over(partition_by=of, order_by=[jobs.c.priority.desc(), jobs.c.seq]).label("by_priority")
+        by_age = place.over(partition_by=of, order_by=[jobs.c.waiting_since, jobs.c.seq]).label("by_age")
+        queued = sa.select(jobs.c.seq, by_priority, by_age).where(jobs.c.status == Status.QUEUED).subquery()
+        foremost = sa.select(queued.c.seq).where((queued.c.by_priority <= limit_per_org) | (queued.c.by_age <= limit_per_org))
         between = (jobs.c.status == Status.RUNNING) & jobs.c.retry_at.is_not(None) & jobs.c.cancel_requested_at.is_(None)
         with self.read() as tx:
             return [
@@ -439,7 +443,7 @@ class JobStore:
             values: dict[str, Any] = {
                 "faults": verdict.faults,
                 "losses": verdict.losses,
-                "fault_step": job.step,
+                "fault_step": max(job.step, job.fault_step),  # an attempt that got less far than one before is no progress
                 "updated_at": now,
             }
             if verdict.retry or job.cancel_requested:

@@ -13,6 +13,7 @@ class World:
 
     def __init__(self):
         self.now = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+        self.seconds_awake = 0.0
         self.actors = {}  # (request_id, attempt) → whether it has started to work
         self.told_to_stop = set()
         self.unseen = {}  # actors on a machine that the cluster thinks dead: they may still act
@@ -22,6 +23,13 @@ class World:
 
     def clock(self):
         return self.now
+
+    def awake_s(self):
+        return self.seconds_awake
+
+    def later(self, seconds):
+        self.now += dt.timedelta(seconds=seconds)
+        self.seconds_awake += seconds
 
 
 class SimCluster:

@@ -20,14 +20,19 @@ from train_loop.spec import JobSpec
 class Bench:
     """A dispatcher, its store and its world."""
 
-    def __init__(self, max_workers=None, autoscales=True):
+    def __init__(self, max_workers=None, autoscales=True, **settings):
         engine = sa.create_engine("sqlite://", poolclass=sa.pool.StaticPool, connect_args={"check_same_thread": False})
         metadata.create_all(engine)
         self.world = World()
         self.store = JobStore(engine, self.world.clock)
         h100 = Profile(resources={"GPU": 1}, max_workers=max_workers)
-        config = Settings(home=Path("/nonexistent"), profiles={"h100": h100}, cancel_grace_s=20, autoscales=autoscales)
-        self.passes = Passes(config, self.store, SimCluster(self.world), self.world.clock)
+        config = {"profiles": {"h100": h100}, "cancel_grace_s": 20, "autoscales": autoscales} | settings
+        self.config = Settings(home=Path("/nonexistent"), **config)
+        self.restart()
+
+    def restart(self):
+        """Another dispatcher, which knows nothing of what the one before did."""
+        self.passes = Passes(self.config, self.store, SimCluster(self.world), self.world.clock, self.world.awake_s)
 
     def submit(self, name="job", nodes=1, **infra):
         infra = {"gpu_type": "h100", "gpu_count": GPUS, "node_count": nodes} | infra
@@ -35,7 +40,7 @@ class Bench:
         return self.store.insert(JobSpec.model_validate(spec), "queued")[0].request_id
 
     def later(self, seconds):
-        self.world.now += dt.timedelta(seconds=seconds)
+        self.world.later(seconds)
 
     def job(self, request_id):
         return self.store.get(request_id)
@@ -94,7 +99,7 @@ def test_a_job_waits_for_machines_where_some_may_come(bench):
     assert bench.store.capacity() == {}
 
 
-@pytest.mark.parametrize("limits", [{"max_workers": 4}, {"autoscales": False}])
+@pytest.mark.parametrize("limits", [{"max_workers": 4}, {"autoscales": False}, {"max_gpus_per_org": 4}])
 def test_a_job_no_cluster_can_hold_fails_with_the_reason_after_a_while(limits):
     bench = Bench(**limits)
     huge = bench.submit(nodes=50)
@@ -106,7 +111,7 @@ def test_a_job_no_cluster_can_hold_fails_with_the_reason_after_a_while(limits):
     bench.passes.run()
     job = bench.job(huge)
     assert (job.status, job.error_code) == (Status.FAILED, "too_large")
-    assert job.error_message == "The job needs 100 workers of h100; this cluster and its autoscaler can have 4."
+    assert job.error_message == "The job needs 100 workers of h100; it can have 4 here, by the cluster's size or its limits."
 
 
 def test_the_ingress_is_told_what_the_cluster_can_have():
@@ -183,6 +188,95 @@ def test_a_silent_actor_is_ended_but_not_for_a_silence_of_the_store(bench):
     assert bench.world.actors == {}
     bench.passes.run()
     assert (bench.job(job).attempt, bench.job(job).faults) == (2, 1)
+
+
+def test_an_attempt_that_was_opened_long_ago_by_a_dispatcher_that_died_is_started(bench):
+    job = bench.submit()
+    bench.store.start_attempt(job, 0, 1)
+    bench.later(10 * START_S)  # nobody led meanwhile
+    bench.restart()
+    bench.passes.run()
+    assert (set(bench.world.actors), bench.job(job).faults) == ({(job, 1)}, 0)
+
+
+def test_a_laptop_that_slept_does_not_take_its_actors_for_silent(bench):
+    job = bench.submit()
+    bench.passes.run()
+    bench.store.report(job, 1, phase="training")
+    bench.world.now += dt.timedelta(hours=8)  # nobody was awake
+    bench.passes.run()
+    assert set(bench.world.actors) == {(job, 1)}
+    bench.later(100)  # awake, and silent
+    bench.passes.run()
+    assert bench.world.actors == {}
+
+
+def test_a_job_started_by_another_dispatcher_meanwhile_is_not_taken_for_dead(bench):
+    job = bench.submit()
+    cluster, attempts = bench.passes.cluster, bench.passes.cluster.attempts
+
+    def while_another_one_starts_it():
+        found = attempts()
+        started = bench.store.start_attempt(job, 0, 1)
+        if started is not None:
+            cluster.start(started)
+            bench.store.report(job, 1, phase="training")
+        return found
+
+    cluster.attempts = while_another_one_starts_it
+    bench.passes.run()
+    assert (bench.job(job).attempt, bench.job(job).faults) == (1, 0)
+
+
+def test_a_job_that_can_not_be_seen_to_holds_nobody_up(bench):
+    broken, fine = bench.submit("a"), bench.submit("b")
+    bench.passes.run()
+    cluster, end = bench.passes.cluster, bench.passes.cluster.end
+
+    def ended(attempt):
+        if attempt[0] == broken:
+            raise RuntimeError("no such thing")
+        end(attempt)
+
+    cluster.end = ended
+    for job in (broken, fine):
+        bench.store.report(job, 1, phase="preparing_data")
+        bench.store.request_cancel(job)
+    bench.passes.run()
+    assert set(bench.world.actors) == {(broken, 1)}
+
+
+def test_what_a_dispatcher_asked_the_autoscaler_for_is_taken_back_by_the_next_one(bench):
+    bench.submit("a", nodes=3)
+    bench.passes.run()
+    assert bench.world.asked == [{"GPU": 1.0}] * 3 * GPUS
+    for job in bench.store.waiting(10):
+        bench.store.request_cancel(job.request_id)
+    bench.restart()
+    bench.passes.run()
+    assert bench.world.asked == []
+
+
+def test_no_machine_is_asked_for_that_the_limits_leave_idle():
+    bench = Bench(max_running_jobs=10, max_gpus_per_org=2 * GPUS + GPUS)
+    bench.submit("a", nodes=2)
+    bench.submit("elastic", nodes=4, min_node_count=1)
+    bench.passes.run()
+    assert bench.world.asked == [{"GPU": 1.0}] * 3 * GPUS  # what runs, and as much as the org may still have
+    bench.submit("c", nodes=2)
+    bench.passes.run()
+    assert bench.world.asked == [{"GPU": 1.0}] * 3 * GPUS
+
+
+def test_a_job_too_large_is_refused_however_busy_the_service_is():
+    bench = Bench(autoscales=False, max_running_jobs=1)
+    bench.submit("runs")
+    bench.passes.run()
+    huge = bench.submit("huge", nodes=50)
+    bench.passes.run()
+    bench.later(UNPLACEABLE_S + 1)
+    bench.passes.run()
+    assert bench.job(huge).error_code == "too_large"
 
 
 def test_actors_nobody_stands_behind_are_ended(bench):

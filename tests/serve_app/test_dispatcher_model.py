@@ -57,12 +57,12 @@ class Gated:
 class SteppedPass:
     """One pass of a dispatcher, a step at a time."""
 
-    def __init__(self, owner, store, cluster, config, clock):
+    def __init__(self, owner, store, world, config):
         self.turn, self.back = threading.Semaphore(0), threading.Semaphore(0)
         self.killed = self.done = False
         self.error = None
-        gated = Gated(store, self._gate)
-        self.passes = Passes(config, gated, Gated(cluster, self._gate), clock)
+        gated, cluster = Gated(store, self._gate), SimCluster(world)
+        self.passes = Passes(config, gated, Gated(cluster, self._gate), world.clock, world.awake_s)
 
         def body():
             try:
@@ -127,7 +127,6 @@ class Service(RuleBasedStateMachine):
         metadata.create_all(engine)
         self.world = World()
         self.store = JobStore(engine, self.world.clock)
-        self.cluster = SimCluster(self.world)
         self.config = Settings(
             home=Path("/nonexistent"), max_running_jobs=3, profiles={"h100": Profile(resources={"GPU": 1})}, cancel_grace_s=20
         )
@@ -182,7 +181,7 @@ class Service(RuleBasedStateMachine):
         name = "AB"[flag]
         one = self.passes.get(name)
         if one is None or one.done:
-            one = self.passes[name] = SteppedPass(name, self.store, self.cluster, self.config, self.world.clock)
+            one = self.passes[name] = SteppedPass(name, self.store, self.world, self.config)
         for _ in range(1 + 2 * which if which < 5 else 1000):
             one.step()
 
@@ -250,7 +249,11 @@ class Service(RuleBasedStateMachine):
     # --- machines and time ---
 
     def time_goes_by(self, which, flag):
-        self.world.now += dt.timedelta(seconds=(0.1, 1, 5, 16, 20, 31, 61, 700)[which])
+        seconds = (0.1, 1, 5, 16, 20, 31, 61, 700)[which]
+        if flag and seconds > 600:  # the machine was suspended
+            self.world.now += dt.timedelta(seconds=seconds)
+        else:
+            self.world.later(seconds)
 
     def node_is_cut_off(self, which, flag):
         """The cluster takes its actors for dead; they go on for a while, perhaps until others have taken over."""
@@ -258,8 +261,8 @@ class Service(RuleBasedStateMachine):
         self.world.actors.clear()
         self.world.nodes_up = max(0, self.world.nodes_up - 1)
         for _ in range(3 if flag else 0):
-            self.world.now += dt.timedelta(seconds=61)
-            SteppedPass("A", self.store, self.cluster, self.config, self.world.clock).finish()
+            self.world.later(61)
+            SteppedPass("A", self.store, self.world, self.config).finish()
 
     def node_comes_back(self, which, flag):
         self.world.nodes_up = min(NODES, self.world.nodes_up + 1)
@@ -287,14 +290,14 @@ class Service(RuleBasedStateMachine):
         self.world.nodes_up = NODES
         self.world.unseen.clear()
         for _ in range(400):
-            one = SteppedPass("last", self.store, self.cluster, self.config, self.world.clock)
+            one = SteppedPass("last", self.store, self.world, self.config)
             one.finish()
             for attempt in list(self.world.actors):
                 for act in ("work", "work", "complete"):
                     if attempt in self.world.actors:
                         self._act(attempt, act)
             self.final_states_are_final()
-            self.world.now += dt.timedelta(seconds=10)
+            self.world.later(10)
             if len(self.final) == len(self.jobs) and not self.world.actors:
                 break
         assert set(self.final) == set(self.jobs), [self.store.get(r) for r in self.jobs if r not in self.final]

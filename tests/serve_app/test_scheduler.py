@@ -3,7 +3,9 @@
 import datetime as dt
 from collections import Counter, defaultdict
 from dataclasses import replace
+from random import Random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -104,6 +106,29 @@ def test_shares_even_out_over_time():
         assert len(set(began[10 * turn : 10 * turn + 10])) == 10
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_orgs_with_jobs_of_any_size_and_length_get_alike(seed):
+    """Ten orgs, on a small cluster, each with more waiting than it can have: worker-seconds within a tenth of each other."""
+    random = Random(seed)
+    queue = [gang(i, org=str(i % 10), workers=random.choice([1, 1, 2, 4])) for i in range(800)]
+    lengths = {g.request_id: random.choice([30, 60, 120, 300]) for g in queue}
+    shares, running, had = Shares(), [], Counter()
+    for second in range(0, 2 * 3600, 20):
+        now = NOW + dt.timedelta(seconds=second)
+        running = [(g, until) for g, until in running if until > second]
+        made = decide(queue, [(g, 1) for g, _ in running], nodes(2), ANY, shares, now)
+        running += [(g, second + lengths[g.request_id]) for g, _ in made.starts]
+        queue = [g for g in queue if g.request_id in made.positions]
+        busy = Counter()
+        for g, _ in running:
+            busy[g.org_id] += g.per_node
+        shares.pass_time(20.0, busy)
+        had.update({org: 20 * workers for org, workers in busy.items()})
+        assert len({g.org_id for g in queue}) == 10
+    fair = had.total() / 10
+    assert all(abs(had[str(org)] - fair) < 0.1 * fair for org in range(10)), had
+
+
 def test_a_small_job_runs_past_a_large_one_that_has_no_room_until_that_has_waited_long():
     running = [(gang(0, workers=4), 1)]
     large, small = gang(1, org="b", workers=8), gang(2, org="c")
@@ -143,6 +168,16 @@ def test_an_org_at_its_quota_holds_nobody_up():
     made = decide(queue, [], nodes(1), Limits(10, max_running_jobs_per_org=1), Shares(), NOW)
     assert started(made) == [("job-1", 1), ("job-3", 1)]
     assert made.lacking == []  # no machine more would help
+
+
+def test_a_job_over_the_limit_of_all_workers_waits_for_others_to_end_and_not_for_machines():
+    running, limits = [(gang(0, workers=4), 1)], Limits(10, max_workers=6)
+    large, small = gang(1, org="b", workers=4), gang(2, org="c", workers=2)
+    made = decide([large, small], running, nodes(0), limits, Shares(), NOW)
+    assert (made.lacking, made.positions) == ([(small, 1)], {"job-1": 1, "job-2": 2})
+    waited = gang(1, org="b", workers=4, waited_s=RESERVE_AFTER_S + 1)
+    made = decide([waited, small], running, nodes(1), limits, Shares(), NOW)
+    assert (made.starts, made.positions) == ([], {"job-1": 1, "job-2": 2})  # so that small ones can't starve it
 
 
 def test_kinds_of_machine_are_told_apart():

@@ -136,6 +136,22 @@ def test_too_many_faults_fail_the_job_with_the_cause_and_lost_machines_do_not(st
     assert store.resume(job.request_id).faults == 0
 
 
+def test_an_attempt_that_got_less_far_than_one_before_is_no_progress(store):
+    job = submit(store)
+    for attempt, step in enumerate([6, 5, 6, 5], 1):
+        store.start_attempt(job.request_id, attempt - 1, 1)
+        store.report(job.request_id, attempt, step=step)
+        closed = store.record_fault(job.request_id, attempt, Cause.NODE_LOST, "gone.")
+    assert (closed.losses, closed.fault_step) == (4, 6)  # in a row without a step beyond the sixth
+
+
+def test_what_has_waited_longest_is_seen_behind_any_number_of_higher_ones(store):
+    old = submit(store, "old").request_id
+    soon = [with_fields(DOCUMENTED, {"experiment_name": f"u{i}", "infra_config.priority": 5}) for i in range(3)]
+    urgent = [store.insert(JobSpec.model_validate(job), "queued")[0].request_id for job in soon]
+    assert [j.request_id for j in store.waiting(1)] == [old, urgent[0]]
+
+
 def test_the_queue_shows_each_org_by_its_foremost_jobs(store):
     names = [submit(store, f"a{i}").request_id for i in range(4)]
     other = store.insert(spec("b", OTHER_ORG), "queued")[0].request_id

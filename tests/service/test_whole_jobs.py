@@ -170,6 +170,18 @@ def test_a_running_job_can_be_canceled_and_resumed_from_its_checkpoint(service):
     assert steps == sorted(set(steps))
 
 
+def test_a_job_that_is_out_of_time_ends_wherever_it_is_and_can_be_resumed(service):
+    changes = {"train_config.hyperparameters.max_steps": 3000, "infra_config.max_runtime_s": 5}
+    changes["dataset_config.preprocessing.max_reject_ratio"] = 0.1
+    request_id = service.client.submit(service.job("slow", changes))["request_id"]
+    for attempt in (1, 2):  # it hasn't loaded its model by then, and doesn't look whether to stop
+        job = service.wait(request_id)
+        assert (job["status"], job["error_code"], job["attempt"]) == ("FAILED", "max_runtime_exceeded", attempt)
+        assert "infra_config.max_runtime_s = 5 seconds" in job["error_message"]
+        if attempt == 1:
+            service.client.resume(request_id, ORG)
+
+
 def test_a_run_whose_processes_are_killed_goes_on_from_its_checkpoint(service):
     hp = "train_config.hyperparameters"
     changes = {f"{hp}.max_steps": 150, f"{hp}.save_steps": 5, "dataset_config.preprocessing.max_reject_ratio": 0.1}
