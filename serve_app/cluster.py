@@ -5,16 +5,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 import ray
+import yaml
 from ray.exceptions import RayError
 
-from serve_app.scheduler import Bundle
+from serve_app.scheduler import Bundle, Room
 from serve_app.settings import Profile
 from serve_app.store.jobs import Job
 
 DISPATCHER = "dispatcher"
+ACCELERATOR = "accelerator_type:"
+CONFIG_OPTION = "--autoscaling-config="
 # An actor that takes nothing doesn't keep the autoscaler from its node; the head stays.
 ON_HEAD = {"node:__internal_head__": 0.001}
 
@@ -26,6 +31,29 @@ class Node:
     node_id: str
     resources: Mapping[str, float]  # in all, whoever uses them
     draining: bool  # will go soon: takes no new work
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What the autoscaler may have besides the head: kinds of node with how many of each, and how many in all."""
+
+    kinds: Sequence[tuple[Mapping[str, float], int]]
+    max_nodes: int
+
+    def count(self, bundle: Bundle) -> int:
+        """How many such bundles all those nodes have room for."""
+        most = sorted(((_on_one(resources, bundle), number) for resources, number in self.kinds), reverse=True)
+        count, left = 0, self.max_nodes
+        for fitting, number in most:
+            count += fitting * min(number, left)
+            left -= min(number, left)
+        return count
+
+
+def _on_one(resources: Mapping[str, float], bundle: Bundle) -> int:
+    if not any(name.startswith(ACCELERATOR) for name in resources):  # only the node itself will know
+        bundle = {name: amount for name, amount in bundle.items() if not name.startswith(ACCELERATOR)}
+    return Room.of([resources]).count(bundle)
 
 
 Attempt = tuple[str, int]  # request_id, attempt
@@ -58,6 +86,10 @@ class Cluster(Protocol):
         """The machines that are alive."""
         ...
 
+    def growth(self) -> Growth | None:
+        """What the autoscaler may have; None where there is none or nobody can tell."""
+        ...
+
     def ask_for(self, bundles: Sequence[Bundle]) -> None:
         """Have the autoscaler keep at least room for these, instead of what it was asked for before. It outlives who asks."""
         ...
@@ -86,7 +118,7 @@ def poke_dispatcher(namespace: str) -> None:
 def bundle_of(profile: Profile) -> dict[str, float]:
     """The Ray resources that one worker takes."""
     kind = profile.accelerator_type
-    return dict(profile.resources) | ({f"accelerator_type:{kind}": 0.001} if kind else {})
+    return dict(profile.resources) | ({f"{ACCELERATOR}{kind}": 0.001} if kind else {})
 
 
 class RayCluster:
@@ -140,6 +172,15 @@ class RayCluster:
         draining = state.get_draining_nodes()
         return [Node(node["NodeID"], node["Resources"], node["NodeID"] in draining) for node in ray.nodes() if node["Alive"]]
 
+    def growth(self) -> Growth | None:
+        # Ray tells nobody what its autoscaler was given; on the head, where the dispatcher is, its process has it.
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if any(word.endswith("monitor.py") and "autoscaler" in word for word in words):
+                paths = [word.removeprefix(CONFIG_OPTION) for word in words if word.startswith(CONFIG_OPTION)]
+                return _growth_of(Path(paths[0])) if paths and paths[0] else None
+        return None
+
     def ask_for(self, bundles: Sequence[Bundle]) -> None:
         from ray.autoscaler.sdk import request_resources
 
@@ -147,6 +188,20 @@ class RayCluster:
 
 
 NOWHERE = ("", 0)
+
+
+def _growth_of(path: Path) -> Growth | None:
+    """From the autoscaler's own configuration, as `ray up` leaves it on the head; None where resources aren't filled in."""
+    try:
+        config = yaml.safe_load(path.expanduser().read_text())
+        kinds, head = config["available_node_types"], config["head_node_type"]
+        max_nodes = int(config["max_workers"])
+        workers = {name: kind for name, kind in kinds.items() if name != head or kind.get("max_workers")}
+        if not all(kind.get("resources") for kind in workers.values()):
+            return None
+        return Growth([(k["resources"], int(k.get("max_workers", max_nodes))) for k in workers.values()], max_nodes)
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError):
+        return None
 
 
 def _address(address: Mapping[str, Any]) -> tuple[str, int]:

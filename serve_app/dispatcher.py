@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 import structlog
 
 from serve_app import logs
-from serve_app.cluster import DISPATCHER, Attempt, Cluster, Node, RayCluster, bundle_of
+from serve_app.cluster import DISPATCHER, Attempt, Cluster, Growth, Node, RayCluster, bundle_of
 from serve_app.housekeeping import clean
 from serve_app.lifecycle import NOTHING_TO_SAVE
 from serve_app.scheduler import HALF_LIFE_S, Bundle, Decision, Gang, Limits, Room, Shares, decide
@@ -110,6 +110,7 @@ class Passes:
         self._unplaceable: dict[str, dt.datetime] = {}
         self._capacity: dict[str, int] | None = None
         self._capacity_at = self._since
+        self._growth: Growth | None = None
         self._ended_at: dict[Attempt, dt.datetime] = {}
         self._clear: set[Attempt] = set()
         self._asked: list[Bundle] | None = None  # what the autoscaler was asked for
@@ -209,6 +210,8 @@ class Passes:
         told = {job.request_id: job.queue_position for job in waiting}
         self.store.set_queue_positions({k: place for k, place in decision.positions.items() if told[k] != place})
         self._ask_for_room(running, decision)
+        if self._looks_again(now):
+            self._growth = self.cluster.growth()
         started = {gang.request_id for gang, _ in decision.starts}
         self._refuse_what_never_fits([job for job in waiting if job.request_id not in started], taking, now)
         self._publish_capacity(taking, now)
@@ -292,17 +295,23 @@ class Passes:
                 self.store.refuse(request_id, "too_large", text)
 
     def _most(self, kind: str, empty: Room) -> int | None:
-        """The most workers of a gpu_type that there can ever be; None where nobody knows, for Ray does not tell."""
+        """The most workers of a gpu_type that there can ever be; None where nobody knows."""
         profile = self.settings.profiles.get(kind)
         if profile is None:
             return 0
         if profile.max_workers is not None:
             return profile.max_workers
-        return None if self.settings.autoscales else empty.count(bundle_of(profile))
+        there = empty.count(bundle_of(profile))
+        if not self.settings.autoscales:
+            return there
+        return None if self._growth is None else max(there, self._growth.count(bundle_of(profile)))
+
+    def _looks_again(self, now: dt.datetime) -> bool:
+        return self._capacity is None or (now - self._capacity_at).total_seconds() >= CAPACITY_S
 
     def _publish_capacity(self, taking: list[Mapping[str, float]], now: dt.datetime) -> None:
         """Let the ingress know, without asking Ray, what can be accepted."""
-        if self._capacity is not None and (now - self._capacity_at).total_seconds() < CAPACITY_S:
+        if not self._looks_again(now):
             return
         room = Room.of(taking)
         before = self._capacity or {}

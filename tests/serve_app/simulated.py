@@ -20,6 +20,7 @@ class World:
         self.nodes_up = NODES
         self.stuck = 0  # processes of ended actors that are still there
         self.asked = []
+        self.growth = None
 
     def clock(self):
         return self.now
@@ -55,6 +56,9 @@ class SimCluster:
 
     def nodes(self):
         return [Node(f"node-{i}", {"GPU": float(GPUS)}, False) for i in range(self.world.nodes_up)]
+
+    def growth(self):
+        return self.world.growth
 
     def ask_for(self, bundles):
         self.world.asked = list(bundles)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from serve_app.cluster import Growth
 from serve_app.dispatcher import LEFTOVERS_S, START_S, UNPLACEABLE_S, Passes
 from serve_app.lifecycle import Status
 from serve_app.settings import Profile, Settings
@@ -112,6 +113,25 @@ def test_a_job_no_cluster_can_hold_fails_with_the_reason_after_a_while(limits):
     job = bench.job(huge)
     assert (job.status, job.error_code) == (Status.FAILED, "too_large")
     assert job.error_message == "The job needs 100 workers of h100; it can have 4 here, by the cluster's size or its limits."
+
+
+def test_a_job_the_autoscaler_can_not_make_room_for_fails_with_the_reason(bench):
+    bench.world.growth = Growth([({"GPU": 8.0}, 3), ({"CPU": 64.0}, 100)], max_nodes=50)
+    fits, huge = bench.submit("a", nodes=12), bench.submit("b", nodes=13)
+    for _ in range(3):
+        bench.passes.run()
+        bench.later(UNPLACEABLE_S)
+    assert bench.job(fits).status is Status.QUEUED
+    assert (bench.job(huge).error_code, "can have 24 here" in bench.job(huge).error_message) == ("too_large", True)
+    assert bench.store.capacity() == {"h100": 24}
+
+
+def test_room_on_nodes_to_come_is_counted_within_all_limits():
+    growth = Growth([({"GPU": 8.0}, 3), ({"GPU": 4.0, "accelerator_type:A100": 1.0}, 10)], max_nodes=5)
+    assert growth.count({"GPU": 1.0}) == 3 * 8 + 2 * 4
+    assert growth.count({"GPU": 3.0}) == 3 * 2 + 2 * 1
+    assert growth.count({"GPU": 1.0, "accelerator_type:A100": 0.001}) == 3 * 8 + 2 * 4  # the first kind doesn't say what it has
+    assert growth.count({"GPU": 1.0, "accelerator_type:H100": 0.001}) == 3 * 8
 
 
 def test_the_ingress_is_told_what_the_cluster_can_have():

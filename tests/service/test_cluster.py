@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from serve_app.cluster import RayCluster, actor_name
+from serve_app.cluster import Growth, RayCluster, actor_name
 from serve_app.embedded.ports import free_ports
 
 pytestmark = pytest.mark.service
@@ -99,6 +99,7 @@ def slots(cluster):
 
 def test_nodes_come_for_what_is_asked_and_go_again(cluster):
     assert slots(cluster) == []
+    assert cluster.growth() == Growth([({"CPU": 1, "slot": 2}, 2)], max_nodes=2)
     cluster.ask_for([SLOT] * 3)
     until(lambda: len(slots(cluster)) == 2, "two nodes for three workers")
     assert not any(node.draining for node in slots(cluster))
