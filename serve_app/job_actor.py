@@ -115,6 +115,11 @@ class JobActor:
     async def stop_requested(self) -> bool:
         return self.stop
 
+    async def is_current(self) -> bool:
+        """Whether this attempt is still the job's own, by the store: a cut-off machine's workers must not write any more."""
+        job = await asyncio.to_thread(self._patiently, lambda: self.store.get(self.job.request_id))
+        return job is not None and job.open and job.attempt == self.attempt
+
     async def on_place(self, node_id: str) -> None:
         """A worker runs on that machine."""
         self.workers_on.add(node_id)

@@ -102,6 +102,9 @@ class Console:
     def stop_requested(self) -> bool:
         return False
 
+    def is_current(self) -> bool:
+        return True
+
     def on_place(self, node_id: str) -> None:
         self._places.add(node_id)
 

@@ -111,6 +111,7 @@ class Checkpoints:
     def _publish(self, folder: Path, step: int, best: int | None) -> None:
         path = self._path(step)
         files = upload_folder(folder, self._ctx.storage, path)
+        self._ctx.require_current()  # what comes now counts for whoever goes on
         marker = {"step": step, "world_size": self._ctx.world_size, "files": files}
         write_json(self._ctx.storage, f"{path}/{MARKER}", marker)
         shutil.rmtree(folder)

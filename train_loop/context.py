@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pyarrow.fs import FileSystem, LocalFileSystem
 
+from train_loop.errors import Cause, RunFault
 from train_loop.hang import Beat, Watchdog
 
 if TYPE_CHECKING:
@@ -58,6 +59,10 @@ class RunContext(Protocol):
         """Whether the run should save and stop at this step boundary. Never blocks; may differ between ranks."""
         ...
 
+    def require_current(self) -> None:
+        """Raise RunFault(superseded) where another attempt may have begun: then nothing may be written that it counts on."""
+        ...
+
     def beat(self, kind: Beat = "other") -> None:
         """Say that the run goes on: a step is done, or something else is, or something slow is to follow."""
         ...
@@ -75,6 +80,7 @@ class Monitor(Protocol):
     def on_progress(self, progress: dict[str, Any]) -> None: ...
     def on_log(self, rank: int, lines: list[tuple[float, str]]) -> None: ...
     def stop_requested(self) -> bool: ...
+    def is_current(self) -> bool: ...
 
 
 def _local_device() -> torch.device:
@@ -114,11 +120,19 @@ class LocalContext:
     def stop_requested(self) -> bool:
         return self.monitor.stop_requested()
 
+    def require_current(self) -> None:
+        _require(self.monitor.is_current())
+
     def beat(self, kind: Beat = "other") -> None:
         """Who started the process sees for themselves whether it hangs."""
 
     def preemption(self) -> str | None:
         return None
+
+
+def _require(current: bool) -> None:
+    if not current:
+        raise RunFault(Cause.SUPERSEDED, "Another attempt at the job has begun, or this one's own actor is gone.")
 
 
 def _all_reduce_sum(tensor: torch.Tensor, world_size: int) -> torch.Tensor:
@@ -197,6 +211,16 @@ class RayContext:
         if self._asked is None:
             self._asked = self._monitor.stop_requested.remote()
         return self._stop
+
+    def require_current(self) -> None:
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            current = ray.get(self._monitor.is_current.remote())
+        except RayError:  # it is gone, or the way to it: the dispatcher may see that too, and start another one
+            current = False
+        _require(current)
 
     def beat(self, kind: Beat = "other") -> None:
         self._watchdog.beat(kind)

@@ -57,6 +57,7 @@ class Cause(StrEnum):
     WORKER_DIED = "worker_died"  # a process of the run was ended, or crashed
     HANG = "hang"  # no step for many times what a step takes
     STORAGE_AWAY = "storage_away"  # the run's storage couldn't be read or written for minutes
+    SUPERSEDED = "superseded"  # another attempt has begun, or may have
     CLUSTER_AWAY = "cluster_away"  # Ray doesn't answer, or has no room for the workers
     INTERNAL = "internal"  # an error of ours
 

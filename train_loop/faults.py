@@ -14,6 +14,7 @@ from train_loop.spec import JobSpec
 
 # When workers failed for several reasons, the first of these is the one that explains the others.
 TELLING = (
+    Cause.SUPERSEDED,
     Cause.PREEMPTED,
     Cause.NODE_LOST,
     Cause.HANG,

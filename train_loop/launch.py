@@ -345,6 +345,7 @@ def _worker(config: dict[str, Any]) -> None:
         )
         outcome = run(spec, PreparedDataset.from_json(config["prepared"]), ctx)
         if rank == 0:
+            ctx.require_current()
             write_json(storage, f"{run_path}/{OUTCOME}", asdict(outcome))
 
 

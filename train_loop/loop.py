@@ -174,7 +174,7 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
         return Outcome(stopped, step, plan.total_steps, dtype, log.summary(), log.worlds, **written)
 
     model.train()
-    told_preempted = False
+    told = 0  # the notice that a checkpoint was made for
     try:
         if is_due(hp.eval_steps):
             run_evaluation()
@@ -198,10 +198,10 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
             agreed = agree(micro_batches, ctx)
             if agreed.stop:
                 raise Stopped
-            if agreed.preempted and not told_preempted:
-                told_preempted = True
+            if agreed.notice not in (0, told):
+                told = agreed.notice
                 save(wait=True)
-                ctx.event("preempted", f"{ctx.preemption() or 'a machine will be taken back'}; step {step} is saved")
+                ctx.event("preempted", f"{ctx.preemption()}; step {step} is saved")
             step = next_step
             if trainee.sharded:  # every rank runs the model as often as the others
                 micro_batches += [IDLE] * (plan.num_micro_batches(ctx.world_size) - len(micro_batches))
@@ -253,6 +253,7 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
     written: dict[str, Any] = {}
     if ctx.rank == 0:
         publish_metrics()
+        ctx.require_current()
         with tempfile.TemporaryDirectory(dir=ctx.scratch) as folder:
             name = export.write(Path(folder), spec, model, tensors, tokenizer, log)
             written[f"{name}_files"] = upload_folder(Path(folder), ctx.storage, f"{ctx.run_path}/{name}")

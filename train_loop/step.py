@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -22,12 +23,12 @@ class Agreed:
     supervised: int
     tokens: int
     stop: bool
-    preempted: bool
+    notice: int  # which notice of preemption stands, 0 for none
 
 
 def agree(micro_batches: list[MicroBatch], ctx: RunContext) -> Agreed:
-    """Supervised tokens and tokens of the global batch, whether any rank was asked to stop, whether any was told that a
-    machine will be taken back: one all-reduce.
+    """Supervised tokens and tokens of the global batch, whether any rank was asked to stop, and the notice that a machine will
+    be taken back, as rank 0 has it (all are told the same, if not at the same step): one all-reduce.
 
     Raises DatasetError when no rank has anything to learn from in this step.
     """
@@ -36,17 +37,17 @@ def agree(micro_batches: list[MicroBatch], ctx: RunContext) -> Agreed:
         sum(m.num_tokens for m in micro_batches),
         sum(m.num_samples for m in micro_batches),
         int(ctx.stop_requested()),
-        int(ctx.preemption() is not None),
+        crc32((ctx.preemption() or "").encode()) if ctx.rank == 0 else 0,
     ]
     agreed = ctx.all_reduce_sum(torch.tensor(mine, dtype=torch.int64, device=ctx.device)).tolist()
-    supervised, tokens, samples, stop, preempted = agreed
+    supervised, tokens, samples, stop, notice = agreed
     if samples == 0 and not stop:
         raise DatasetError(
             "no row of this step has a token to learn from: is max_length too short for the answers to fit?",
             field="dataset_config.preprocessing.prompt.max_length",
             code="no_supervised_tokens",
         )
-    return Agreed(supervised, tokens, bool(stop), bool(preempted))
+    return Agreed(supervised, tokens, bool(stop), notice)
 
 
 def not_finite(

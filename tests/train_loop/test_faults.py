@@ -14,7 +14,7 @@ from ray.train.v2.api.exceptions import PreemptionError
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from train_loop.errors import Cause, DatasetError, RunFault, Stopped, UserError
-from train_loop.faults import classified, classify
+from train_loop.faults import TELLING, classified, classify
 from train_loop.spec import JobSpec
 
 
@@ -127,3 +127,7 @@ def test_only_three_ends_leave_a_run(spec):
     with pytest.raises(DatasetError) as caught, classified(spec):
         raise OURS
     assert caught.value is OURS
+
+
+def test_every_cause_has_its_place_among_the_others():
+    assert sorted(TELLING) == sorted(Cause)

@@ -40,7 +40,7 @@ class Recorder:
     """A monitor that remembers."""
 
     def __init__(self):
-        self.step, self.stop_at, self.told = -1, None, None
+        self.step, self.stop_at, self.told, self.current = -1, None, None, True
         self.phases, self.events, self.lines, self.nodes = [], [], [], set()
 
     def keys(self):
@@ -60,6 +60,12 @@ class Recorder:
 
     def stop_requested(self):
         return self.stop_at is not None and self.step >= self.stop_at
+
+    def is_current(self):
+        return self.current
+
+    def supersede(self):
+        self.current = False
 
     def on_place(self, node_id):
         self.nodes.add(node_id)
@@ -180,6 +186,19 @@ def test_a_hang_is_seen_by_the_other_worker_and_its_stacks_are_logged(start):
     lines = [line for _, line in ray.get(monitor.seen.remote())[3]]
     assert any("this worker hangs; its threads are at" in line for line in lines)
     assert any("in all_reduce" in line for line in lines)
+
+
+def test_an_attempt_that_another_one_has_superseded_writes_nothing_that_counts(start, tmp_path):
+    end, monitor = start({f"{HP}.max_steps": 3000, f"{HP}.save_steps": 10})
+    wait_for_step(end, monitor, 12)
+    ray.get(monitor.supersede.remote())
+    error = end.exception(WAIT_S)
+    assert isinstance(error, RunFault)
+    assert error.cause == Cause.SUPERSEDED
+    whole = [p.parent.name for p in (tmp_path / "run/checkpoints").glob("*/complete.json")]
+    last = ray.get(monitor.seen.remote())[0]
+    assert max(whole) < f"step-{last // 10 * 10:08d}"
+    assert not (tmp_path / "run/outcome.json").exists()
 
 
 def test_a_stopped_attempt_leaves_a_checkpoint_of_the_step_it_stopped_at(start, tmp_path):

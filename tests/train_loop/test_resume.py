@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 from pyarrow.fs import LocalFileSystem
 
+from tests.conftest import TINY
 from train_loop.__main__ import Console
 from train_loop.checkpoint import Checkpoints
 from train_loop.context import LocalContext
-from train_loop.errors import RunFault, Stopped
+from train_loop.data.shards import PreparedDataset
+from train_loop.errors import Cause, RunFault, Stopped
+from train_loop.loop import run
+from train_loop.spec import JobSpec
 from train_loop.storage import write_json
 
 HP = "train_config.hyperparameters"
@@ -23,9 +27,9 @@ STEPS = 5
 class Watcher(Console):
     """A monitor that remembers, asks to stop once a step has been reported, or breaks there."""
 
-    def __init__(self, stop_at=None, break_at=None):
+    def __init__(self, stop_at=None, break_at=None, superseded_at=10**9):
         super().__init__()
-        self.stop_at, self.break_at, self.seen = stop_at, break_at, -1
+        self.stop_at, self.break_at, self.superseded_at, self.seen = stop_at, break_at, superseded_at, -1
         self.events, self.phases, self.points = [], [], {}
 
     def on_phase(self, name):
@@ -42,6 +46,9 @@ class Watcher(Console):
 
     def stop_requested(self):
         return self.stop_at is not None and self.seen >= self.stop_at
+
+    def is_current(self):
+        return self.seen < self.superseded_at
 
     def said(self, kind):
         return [message for k, message in self.events if k == kind]
@@ -93,6 +100,36 @@ def test_broken_at_every_step_a_run_ends_with_the_same_bytes(local_job, tmp_path
         assert adapter(tmp_path / name) == adapter(tmp_path / "whole")
         assert curve(tmp_path / name) == curve(tmp_path / "whole")
         assert list(monitor.points) == [line["step"] for line in curve(tmp_path / "whole")]  # what got lost is told again
+
+
+@pytest.mark.parametrize("step", [2, STEPS])
+def test_an_attempt_that_another_one_has_superseded_writes_nothing_that_counts(local_job, tmp_path, launch, step):
+    job = short(local_job)
+    with pytest.raises(RunFault) as caught:
+        launch(job, "cut", Watcher(superseded_at=step))
+    assert caught.value.cause is Cause.SUPERSEDED
+    whole = {p.parent.name for p in (tmp_path / "cut/checkpoints").glob("*/complete.json")}
+    assert whole <= {f"step-{s:08d}" for s in (2, 4) if s < step}
+    assert not any((tmp_path / "cut" / name).exists() for name in ("adapter", "outcome.json", "manifest.json"))
+    launch(job, "cut")
+    launch(job, "whole")
+    assert adapter(tmp_path / "cut") == adapter(tmp_path / "whole")
+
+
+def test_every_notice_of_a_preemption_makes_a_checkpoint_and_no_notice_makes_two(local_job, tmp_path, mirror, launch):
+    class Noticed(LocalContext):
+        def preemption(self):
+            return {2: "machine 1 will go", 3: "machine 1 will go", 4: "machines 1 and 2 will go"}.get(self.monitor.seen)
+
+    job = short(local_job, {f"{HP}.save_steps": 100})
+    with pytest.raises(Stopped):
+        launch(job, "run", Watcher(stop_at=0))
+    prepared = PreparedDataset.from_json((tmp_path / "run/data/index.json").read_text())
+    monitor = Watcher()
+    (tmp_path / "scratch").mkdir()
+    ctx = Noticed(mirror / TINY, LocalFileSystem(), str(tmp_path / "run"), tmp_path / "scratch", monitor)
+    run(JobSpec.model_validate(job), prepared, ctx)
+    assert monitor.said("preempted") == ["machine 1 will go; step 2 is saved", "machines 1 and 2 will go; step 4 is saved"]
 
 
 def test_a_stop_during_an_evaluation_makes_up_for_it_later(local_job, tmp_path, launch):
