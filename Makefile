@@ -28,12 +28,15 @@ test: setup
 service: setup
 	$(BIN)/python -m pytest -m service
 
-# Kills every process of a running service at least once, and in every phase of a job: a few minutes.
+# Kills every process of a running service at least once, and in every phase of a job, and plays hundreds of histories of dispatchers
+# that die anywhere: half an hour.
 faults: setup
+	TUNEYARD_MODEL_RUNS=200 $(BIN)/python -m pytest tests/serve_app/test_dispatcher_model.py
 	$(BIN)/python -m pytest -m 'faults and not faults_full' tests/faults
 
 # Every process in every phase: most of an hour on two cores.
 faults-full: setup
+	TUNEYARD_MODEL_RUNS=2000 $(BIN)/python -m pytest tests/serve_app/test_dispatcher_model.py
 	$(BIN)/python -m pytest -m faults tests/faults
 
 check: $(VENV)/installed

@@ -114,7 +114,7 @@ ACTIONS = [
     *["actor_works"] * 5,
     *["time_goes_by"] * 3,
     *("cancel", "resume", "dispatcher_dies", "actor_dies", "actor_completes", "actor_fails", "actor_is_preempted"),
-    *("node_is_cut_off", "node_comes_back"),
+    *("node_is_cut_off", "node_comes_back", "processes_linger"),
 ]
 
 
@@ -267,6 +267,10 @@ class Service(RuleBasedStateMachine):
     def node_comes_back(self, which, flag):
         self.world.nodes_up = min(NODES, self.world.nodes_up + 1)
 
+    def processes_linger(self, which, flag):
+        """What ended actors started is slow to go, or has gone."""
+        self.world.stuck = which if flag else 0
+
     # --- what must hold ---
 
     @invariant()
@@ -278,6 +282,10 @@ class Service(RuleBasedStateMachine):
                 self.final[request_id] = job.status
 
     @invariant()
+    def no_more_runs_than_may(self):
+        assert len([job for job in self.store.running() if job.open]) <= self.config.max_running_jobs
+
+    @invariant()
     def at_most_one_attempt_can_write(self):
         for request_id in self.jobs:
             job = self.store.get(request_id)
@@ -287,7 +295,7 @@ class Service(RuleBasedStateMachine):
 
     def _settle(self):
         """Without more faults everything comes to an end, and nothing is left."""
-        self.world.nodes_up = NODES
+        self.world.nodes_up, self.world.stuck = NODES, 0
         self.world.unseen.clear()
         for _ in range(400):
             one = SteppedPass("last", self.store, self.world, self.config)
@@ -302,6 +310,8 @@ class Service(RuleBasedStateMachine):
                 break
         assert set(self.final) == set(self.jobs), [self.store.get(r) for r in self.jobs if r not in self.final]
         assert self.world.actors == {}
+        SteppedPass("last", self.store, self.world, self.config).finish()
+        assert self.world.asked == []
         at_most_retries = [self.store.get(r) for r in self.jobs]
         assert all(j.faults <= j.spec["infra_config"]["max_retries"] + 1 for j in at_most_retries)
 
