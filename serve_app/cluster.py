@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 from serve_app.scheduler import Bundle, Room
 from serve_app.settings import Profile
 from serve_app.store.jobs import Job
+from train_loop.faults import machines_lost
 
 DISPATCHER = "dispatcher"
 ACCELERATOR = "accelerator_type:"
@@ -84,6 +85,10 @@ class Cluster(Protocol):
 
     def nodes(self) -> list[Node]:
         """The machines that are alive."""
+        ...
+
+    def unreachable(self, node_ids: Collection[str]) -> set[str]:
+        """Those of these machines that don't answer, which Ray may not have noticed yet."""
         ...
 
     def growth(self) -> Growth | None:
@@ -171,6 +176,9 @@ class RayCluster:
 
         draining = state.get_draining_nodes()
         return [Node(node["NodeID"], node["Resources"], node["NodeID"] in draining) for node in ray.nodes() if node["Alive"]]
+
+    def unreachable(self, node_ids: Collection[str]) -> set[str]:
+        return machines_lost(node_ids) if node_ids else set()
 
     def growth(self) -> Growth | None:
         # Ray tells nobody what its autoscaler was given; on the head, where the dispatcher is, its process has it.

@@ -113,6 +113,7 @@ class Passes:
         self._growth: Growth | None = None
         self._ended_at: dict[Attempt, dt.datetime] = {}
         self._clear: set[Attempt] = set()
+        self._unreachable: set[str] = set()  # machines
         self._asked: list[Bundle] | None = None  # what the autoscaler was asked for
 
     def run(self) -> bool:
@@ -200,8 +201,8 @@ class Passes:
         waiting = self.store.waiting(LOOK_AHEAD_PER_ORG)
         open_jobs = [job for job in self.store.running() if job.open]
         shares = self._shares_now(open_jobs, now)
-        taking = [node.resources for node in nodes if not node.draining]
         due = {job.request_id: job for job in waiting if (job.retry_at is None or job.retry_at <= now) and self._is_clear(job)}
+        taking = self._taking(nodes, due)
         running = [(self._gang(job), job.num_nodes or 1) for job in open_jobs]
         decision = decide([self._gang(j) for j in due.values()], running, taking, self._limits(), shares, now)
         for gang, num_nodes in decision.starts:
@@ -215,6 +216,13 @@ class Passes:
         started = {gang.request_id for gang, _ in decision.starts}
         self._refuse_what_never_fits([job for job in waiting if job.request_id not in started], taking, now)
         self._publish_capacity(taking, now)
+
+    def _taking(self, nodes: list[Node], due: dict[str, Job]) -> list[Mapping[str, float]]:
+        """What the machines have that take new work. One that a job has just lost may seem alive to Ray for half a minute."""
+        lately_lost = any(job.losses for job in due.values())
+        suspects = {node.node_id for node in nodes if lately_lost or node.node_id in self._unreachable}
+        self._unreachable = self.cluster.unreachable(suspects)
+        return [node.resources for node in nodes if not node.draining and node.node_id not in self._unreachable]
 
     def _is_clear(self, job: Job) -> bool:
         """Whether nothing is left of the job's earlier attempts, for as long as that is worth waiting for."""

@@ -36,6 +36,7 @@ from train_loop.spec import JobSpec
 log = structlog.get_logger()
 FLUSH_S = 1.0
 BEAT_S = 5.0
+ROOM_WAITS = 1  # there was room when the dispatcher started the attempt: where Ray has none, it decides again
 FROZEN = 2.0  # times the silence after which a worker ends itself
 MAX_KEPT_LINES = 20_000  # while the store is away
 REPORTED = frozenset({"phase", "step", "total_steps", "epoch", "eta_s", "progress", "metrics"})
@@ -228,6 +229,7 @@ class JobActor:
             accelerator_type=profile.accelerator_type,
             data_cpus=self.settings.data_cpus,
             num_workers=self.job.num_workers,
+            room_waits=ROOM_WAITS,
         )
 
     # --- the store ---

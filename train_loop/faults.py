@@ -7,6 +7,7 @@ import errno
 import socket
 import sys
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from train_loop.errors import Cause, RunFault, Stopped, TrainingError, UserError
@@ -25,6 +26,7 @@ TELLING = (
 )
 MAX_WRAPPERS = 20
 REACH_S = 5.0
+REACH_AT_ONCE = 32
 NODE_GONE = ("its node has died", "node it was running on is dead", "is dead because its owner has died")
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "NCCL", "recv timeout")
 CHILD_GONE = ("DataLoader worker",)
@@ -64,14 +66,17 @@ def classify(error: BaseException, spec: JobSpec) -> End:
     return _internal(error)
 
 
-def machine_lost(node_ids: Collection[str]) -> bool:
-    """Whether one of these Ray nodes is gone: Ray says so, or its raylet can't be reached.
+def machines_lost(node_ids: Collection[str]) -> set[str]:
+    """Those of these Ray nodes that are gone: Ray says so, or the raylet can't be reached.
 
     Ray takes up to half a minute to miss a machine that went without a word, while the death of its workers shows at once.
     """
     import ray
 
-    return any(not (node["Alive"] and _answers(node)) for node in ray.nodes() if node["NodeID"] in node_ids)
+    asked = [node for node in ray.nodes() if node["NodeID"] in node_ids]
+    with ThreadPoolExecutor(REACH_AT_ONCE) as pool:
+        there = pool.map(lambda node: node["Alive"] and _answers(node), asked)
+        return {node["NodeID"] for node, is_there in zip(asked, there, strict=True) if not is_there}
 
 
 def _answers(node: Mapping[str, Any]) -> bool:

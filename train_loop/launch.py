@@ -23,7 +23,7 @@ from train_loop.data.prepare import preparation_key, prepare_local, prepared_bef
 from train_loop.data.shards import PreparedDataset
 from train_loop.data.sources import FIRST_CONTACT_S, SourceFile, find_files
 from train_loop.errors import Cause, RunFault, Stopped, UserError
-from train_loop.faults import classified, machine_lost
+from train_loop.faults import classified, machines_lost
 from train_loop.hang import FACTOR, FLOOR_S, StepClock, Watchdog
 from train_loop.layout import ADAPTER_FOLDER, MERGED_FOLDER
 from train_loop.model.source import model_folder
@@ -43,7 +43,6 @@ OUTCOME = "outcome.json"  # how training ended; written when the adapter is in s
 WORKER_NICENESS = 15  # Ray's own default for all its workers
 SESSION_NICENESS = 10  # a tenth of what others get while they want all
 TELL_S = 10.0  # a worker that ends itself waits so long for the monitor to hear why
-ROOM_WAITS = 10  # times that Ray Train waits for room for the workers, a minute each
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,7 @@ class Placement:
     accelerator_type: str | None = None
     data_cpus: float = 0.5  # CPU of one Ray Data task
     num_workers: int | None = None  # of this attempt, when fewer than the job's fit; None is the job's
+    room_waits: int = 10  # times that Ray Train waits for room for the workers, a minute each: nodes may be on their way
     # Silence that counts as a hang: hang_factor times a step, at least hang_floor_s.
     hang_floor_s: float = field(default_factory=lambda: float(os.environ.get("TUNEYARD_HANG_FLOOR_S", FLOOR_S)))
     hang_factor: float = field(default_factory=lambda: float(os.environ.get("TUNEYARD_HANG_FACTOR", FACTOR)))
@@ -120,7 +120,7 @@ def launch(spec: JobSpec, request_id: str, files: RunFiles, placement: Placement
             return _attempt(spec, request_id, files, tell.on_phase.remote, tell.on_event.remote, prepare, train)
     except RunFault as fault:
         # Whoever trained with a machine that went without a word only sees a connection closed, or nothing at all.
-        if fault.cause in (Cause.WORKER_DIED, Cause.HANG) and machine_lost(ray.get(tell.places.remote())):
+        if fault.cause in (Cause.WORKER_DIED, Cause.HANG) and machines_lost(ray.get(tell.places.remote())):
             raise RunFault(Cause.NODE_LOST, f"The machine of a worker is gone. {fault.message}") from fault
         raise
 
@@ -263,8 +263,10 @@ def _train(
             run_config=RunConfig(
                 name=request_id,
                 storage_path=str(notes),
-                # An attempt ends with the first fault. Only room for the workers is waited for: nodes may be on their way.
-                failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=ROOM_WAITS),
+                # An attempt ends with the first fault. Only room for the workers is waited for.
+                failure_config=FailureConfig(
+                    max_failures=0, max_preemption_failures=0, controller_failure_limit=placement.room_waits
+                ),
             ),
         )
         try:

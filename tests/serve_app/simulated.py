@@ -21,6 +21,7 @@ class World:
         self.stuck = 0  # processes of ended actors that are still there
         self.asked = []
         self.growth = None
+        self.silent = set()  # machines that are gone and that the cluster hasn't missed yet
 
     def clock(self):
         return self.now
@@ -56,6 +57,9 @@ class SimCluster:
 
     def nodes(self):
         return [Node(f"node-{i}", {"GPU": float(GPUS)}, False) for i in range(self.world.nodes_up)]
+
+    def unreachable(self, node_ids):
+        return self.world.silent & set(node_ids)
 
     def growth(self):
         return self.world.growth

@@ -90,6 +90,22 @@ def test_an_elastic_job_goes_on_smaller_after_a_node_is_lost(bench):
     assert [e.kind for e in bench.store.journal.events(elastic)] == ["queued", "started", "node_lost", "started"]
 
 
+def test_no_attempt_waits_for_a_machine_that_is_lost_and_not_missed_yet(bench):
+    elastic = bench.submit(nodes=2, min_node_count=1)
+    bench.passes.run()
+    bench.world.silent = {"node-1"}
+    bench.world.actors.clear()
+    bench.store.record_fault(elastic, 1, Cause.NODE_LOST, "gone.")
+    bench.passes.run()
+    assert (bench.job(elastic).attempt, bench.job(elastic).num_nodes) == (2, 1)
+    next_ = bench.submit("b")
+    bench.passes.run()
+    assert bench.job(next_).status is Status.QUEUED  # it isn't forgotten in the pass after
+    bench.world.silent = set()
+    bench.passes.run()
+    assert bench.job(next_).status is Status.RUNNING
+
+
 def test_a_job_waits_for_machines_where_some_may_come(bench):
     huge = bench.submit(nodes=50)
     for _ in range(3):
