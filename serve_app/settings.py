@@ -104,6 +104,8 @@ class Settings(BaseSettings):
     max_gpus_per_org: int | None = Field(None, ge=1, description="Workers of one org's running jobs; default no limit.")
     max_queued_jobs_per_org: int = Field(1000, ge=1, description="Jobs of one org waiting; one more is a 429.")
     rate_limit: str = Field("1200/minute", description="Requests of one org to one ingress replica, as <n>/<second|minute|hour>.")
+    max_plans: int = Field(4, ge=1, description="Plans made at once for one ingress replica, each by a process with torch in it.")
+    max_plans_per_org: int = Field(2, ge=1, description="Of those, for one org.")
     max_workers: int | None = Field(None, description="Most workers of all running jobs; default no limit.")
     autoscales: bool | None = Field(
         None,

@@ -176,7 +176,7 @@ def _hub_config(details: ModelDetails, token: str | None, where: str, offline: b
             blocks = answer.iter_bytes() if answer.is_success else iter(())
             while len(text) <= MAX_CONFIG_BYTES and (block := next(blocks, b"")):
                 text += block
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise ModelError(f"{where}, and the hub can't be reached ({type(error).__name__})", field=BASE_MODEL) from None
     if answer.is_success:
         return parse_config(text, details.base_model)

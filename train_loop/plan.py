@@ -24,7 +24,7 @@ from train_loop.data.prepare import decode_row
 from train_loop.data.sampler import BatchPlan
 from train_loop.data.sources import SourceFile, filesystem_for, find_files
 from train_loop.data.tokenize import IGNORE_INDEX, ChatTokenizer, Sample
-from train_loop.errors import DatasetError
+from train_loop.errors import DatasetError, ModelError
 from train_loop.loss import CHUNK_TOKENS
 from train_loop.model.adapters import ALL_LINEAR, expert_parameters, is_named, linear_layers, rank
 from train_loop.model.load import DTYPES, compute_dtype, load_tokenizer
@@ -97,9 +97,7 @@ def make_plan(spec: JobSpec, places: ModelPlaces, hardware: Hardware, source: Fi
 
     Raises UserError, as the job would, where model or dataset can't be read.
     """
-    folder = model_folder(spec.model_details, places, weights=False)
-    shape = model_shape(spec, folder)
-    tokenizer = load_tokenizer(folder)
+    shape, tokenizer = _described(spec, model_folder(spec.model_details, places, weights=False))
     filesystem = source or filesystem_for(spec.dataset_details.dataset_path, None, anonymous=True)[0]
     files = find_files(spec, filesystem)
     sample = look(spec, filesystem, [f for f in files if not f.is_eval], ChatTokenizer.of(spec, tokenizer))
@@ -152,8 +150,20 @@ def make_plan(spec: JobSpec, places: ModelPlaces, hardware: Hardware, source: Fi
     return plan | {"warnings": warnings_of(spec, shape, sample, plan)}
 
 
+def _described(spec: JobSpec, folder: Path) -> tuple[ModelShape, Any]:
+    """The base model's shape and tokenizer, which anyone may have written. Raises ModelError."""
+    base, field = spec.model_details.base_model, "model_details.base_model"
+    try:
+        what = "config.json"
+        shape = model_shape(spec, folder)
+        what = "tokenizer"
+        return shape, load_tokenizer(folder)
+    except Exception as error:  # transformers has no kind of its own for what it can't read
+        raise ModelError(f"transformers can't use the {what} of {base} ({type(error).__name__}).", field=field) from error
+
+
 def model_shape(spec: JobSpec, folder: Path) -> ModelShape:
-    """The base model's shape, from its config alone: the model is built without memory. Raises ModelError."""
+    """The base model's shape, from its config alone: the model is built without memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()

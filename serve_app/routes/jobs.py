@@ -70,7 +70,9 @@ async def plan(request: Request, asking: Asking, here: Here) -> Response:
 
 def _plan(here: Service, asking: Principal, payload: dict[str, Any]) -> dict[str, Any]:
     spec = _accepted(here, asking, payload)
-    return here.runtime.plan(spec) | {"message": acceptance(spec, here).replace("Queued: ", "It would be: ", 1)}
+    with here.plans.hold(spec.org):
+        made = here.runtime.plan(spec)
+    return made | {"message": acceptance(spec, here).replace("Queued: ", "It would be: ", 1)}
 
 
 def _accepted(here: Service, asking: Principal, payload: dict[str, Any]) -> JobSpec:

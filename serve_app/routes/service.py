@@ -13,7 +13,7 @@ from fastapi import Depends, Header, Request
 from serve_app.auth import Principal, Verifier
 from serve_app.errors import ApiError, field_error, invalid
 from serve_app.lifecycle import Phase
-from serve_app.quota import RateLimit
+from serve_app.quota import Places, RateLimit
 from serve_app.routes.answers import JobAnswer, JobMetrics
 from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
@@ -33,7 +33,7 @@ class Runtime(Protocol):
         ...
 
     def plan(self, spec: JobSpec) -> dict[str, Any]:
-        """The job's plan. Raises UserError where the job would fail at once, ApiError 503 when it takes too long."""
+        """The job's plan. Raises UserError where the job would fail at once, ApiError 503 where it takes too long or too much."""
         ...
 
     def not_ready(self) -> str | None:
@@ -51,6 +51,7 @@ class Service:
     runtime: Runtime
     verifier: Verifier
     rate_limit: RateLimit
+    plans: Places
 
 
 def service(request: Request) -> Service:

@@ -5,6 +5,7 @@ import json
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import jwt
 import pytest
@@ -451,6 +452,36 @@ def test_a_full_queue_is_429_until_there_is_room(settings, store, job, monkeypat
         assert client.post("/job/", json=job, headers={"Idempotency-Key": "k"}).json() == first.json()
         client.post(f"/job/{first.json()['request_id']}/cancel")
         assert client.post("/job/", json=job | {"experiment_name": "second"}).status_code == 200
+
+
+def test_plans_at_once_are_bounded_for_an_org_and_for_all(settings, store, job):
+    started, go_on = threading.Semaphore(0), threading.Event()
+
+    class Slow(Idle):
+        def plan(self, spec):
+            started.release()
+            go_on.wait(60)
+            return {}
+
+    settings.max_plans, settings.max_plans_per_org = 3, 2
+    with TestClient(build_app(settings, store, Slow())) as client, ThreadPoolExecutor() as others:
+
+        def ask(org):
+            headers = {"Authorization": f"Bearer {mint_token(settings, org, 'x', 60)}"}
+            public = with_fields(job, {"org": org, "dataset_details.ownership": "public", "dataset_details.secret_id": None})
+            return client.post("/job/plan/", json=public, headers=headers)
+
+        waiting = [others.submit(ask, ORG), others.submit(ask, ORG)]
+        assert all(started.acquire(timeout=60) for _ in waiting)
+        refused = ask(ORG)
+        assert (refused.status_code, int(refused.headers["Retry-After"]) > 0) == (429, True)
+        waiting.append(others.submit(ask, OTHER_ORG))
+        assert started.acquire(timeout=60)
+        refused = ask(OTHER_ORG)
+        assert (refused.status_code, int(refused.headers["Retry-After"]) > 0) == (503, True)
+        go_on.set()
+        assert [answer.result().status_code for answer in waiting] == [200] * 3
+        assert ask(ORG).status_code == 200
 
 
 def test_a_job_larger_than_the_orgs_quota_is_refused(settings, store, job, monkeypatch):
