@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,9 +11,8 @@ from http import HTTPStatus
 from typing import Any
 
 import structlog
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -113,8 +113,8 @@ def _walk(loc: Sequence[Any], model: type[BaseModel]) -> tuple[str, type[BaseMod
     return ".".join(names), section
 
 
-def problem(error: ApiError) -> JSONResponse:
-    """The response for `error`."""
+def problem(error: ApiError) -> Response:
+    """The response for `error`. It may quote what a user's template or file says: what isn't Unicode in it becomes `?`."""
     body: dict[str, Any] = {
         "type": "about:blank",
         "title": HTTPStatus(error.status).phrase,
@@ -123,7 +123,8 @@ def problem(error: ApiError) -> JSONResponse:
     }
     if error.errors:
         body["errors"] = error.errors
-    return JSONResponse(body, error.status, error.headers, media_type="application/problem+json")
+    text = json.dumps(body, ensure_ascii=False, allow_nan=False)
+    return Response(text.encode(errors="replace"), error.status, error.headers, media_type="application/problem+json")
 
 
 def to_api_error(error: Exception) -> ApiError:
@@ -159,7 +160,7 @@ def to_api_error(error: Exception) -> ApiError:
 def install(app: FastAPI) -> None:
     """Answer every exception of `app` as a problem."""
 
-    async def handle(request: Request, error: Exception) -> JSONResponse:
+    async def handle(request: Request, error: Exception) -> Response:
         return problem(to_api_error(error))
 
     # Starlette raises again, into the server's log, what only `Exception` answers: that is for what nobody expected.

@@ -18,9 +18,18 @@ from serve_app.secret_types import OPENS
 from serve_app.secrets import Secret, SecretVault
 from serve_app.settings import Settings
 from serve_app.store.jobs import JobStore
+from train_loop.advice import advice
 from train_loop.errors import DatasetError, ModelError, UserError
 from train_loop.model.mirror import COMPLETE
-from train_loop.model.source import BASE_MODEL, MAX_CONFIG_BYTES, context_of, model_config, name_in_mirror, parse_config
+from train_loop.model.source import (
+    BASE_MODEL,
+    MAX_CONFIG_BYTES,
+    context_of,
+    hidden_size_of,
+    model_config,
+    name_in_mirror,
+    parse_config,
+)
 from train_loop.run_files import model_places
 from train_loop.spec import AWS_REGION, DatasetDetails, JobSpec, ModelDetails
 
@@ -32,8 +41,8 @@ UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 
 def validate(
     payload: dict[str, Any], settings: Settings, vault: SecretVault, capacity: Mapping[str, int], jobs: JobStore
-) -> JobSpec:
-    """The job, if its fields are right and it can run here. Raises ApiError 422 with every error.
+) -> tuple[JobSpec, list[str]]:
+    """The job, if its fields are right and it can run here, and its warnings. Raises ApiError 422 with every error.
 
     `capacity` is the most workers that the cluster could have, by gpu_type, as far as is known.
     """
@@ -41,7 +50,7 @@ def validate(
         spec = JobSpec.model_validate(payload)
     except ValidationError as error:
         raise invalid(validation_errors(error, JobSpec)) from None
-    _, model_errors = _model(spec, settings, vault)
+    config, model_errors = _model(spec, settings, vault)
     errors = [
         *_infra_errors(spec, settings, capacity),
         *_dataset_errors(spec, vault),
@@ -50,7 +59,7 @@ def validate(
     ]
     if errors:
         raise invalid(errors)
-    return spec
+    return spec, list(advice(spec, hidden=hidden_size_of(config), context=context_of(config)))
 
 
 def _infra_errors(spec: JobSpec, settings: Settings, capacity: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -69,14 +69,14 @@ async def plan(request: Request, asking: Asking, here: Here) -> Response:
 
 
 def _plan(here: Service, asking: Principal, payload: dict[str, Any]) -> dict[str, Any]:
-    spec = _accepted(here, asking, payload)
+    spec, _ = _accepted(here, asking, payload)
     with here.plans.hold(spec.org):
         made = here.runtime.plan(spec)
-    return made | {"message": acceptance(spec, here).replace("Queued: ", "It would be: ", 1)}
+    return made | {"message": f"It would be: {in_short(spec, here)}"}
 
 
-def _accepted(here: Service, asking: Principal, payload: dict[str, Any]) -> JobSpec:
-    """The job, of an org the caller speaks for and able to run here. Raises 403, 422."""
+def _accepted(here: Service, asking: Principal, payload: dict[str, Any]) -> tuple[JobSpec, list[str]]:
+    """The job, of an org the caller speaks for and able to run here, and its warnings. Raises 403, 422."""
     if is_uuid(payload.get("org")):
         asking.require_org(uuid_of(payload["org"], "org"))
     return validate(payload, here.settings, here.vault, here.store.capacity(), here.store)
@@ -87,8 +87,9 @@ def _submit(here: Service, asking: Principal, payload: dict[str, Any], key: str 
     # A repeated request gets the first one's answer, even if it couldn't be accepted any more.
     job = _replayed(here, asking, payload, key, digest)
     if job is None:
-        spec = _accepted(here, asking, payload)
-        job, created = here.store.insert(spec, acceptance(spec, here), key, digest, here.settings.max_queued_jobs_per_org)
+        spec, warnings = _accepted(here, asking, payload)
+        message = " ".join([f"Queued: {in_short(spec, here)}", *(f"Warning: {w}." for w in warnings)])
+        job, created = here.store.insert(spec, message, key, digest, here.settings.max_queued_jobs_per_org)
         if created:
             here.runtime.poke()
     return {
@@ -107,8 +108,8 @@ def _replayed(here: Service, asking: Principal, payload: dict[str, Any], key: st
     return here.store.replay(org, key, digest)
 
 
-def acceptance(spec: JobSpec, here: Service) -> str:
-    """What was accepted, for a person."""
+def in_short(spec: JobSpec, here: Service) -> str:
+    """The job in a sentence, for a person."""
     infra, hp, quantization = spec.infra_config, spec.train_config.hyperparameters, spec.model_details.quantization
     gpu = f"{infra.gpu_type} x {infra.gpu_count} x {infra.node_count}"
     where = f"{infra.num_workers} workers ({gpu})"
@@ -117,10 +118,8 @@ def acceptance(spec: JobSpec, here: Service) -> str:
     base = spec.model_details.base_model + (f" in {quantization.quant_bits} bit" if quantization else "")
     length = f"{hp.max_steps} steps" if hp.max_steps else f"{hp.num_epochs:g} epoch{'s' if hp.num_epochs != 1 else ''}"
     batch = infra.num_workers * hp.per_device_train_batch_size * hp.gradient_accumulation_steps
-    return (
-        f"Queued: LoRA r {spec.train_config.adapter_config.r} on {base}, {length} with {batch} samples a step, on {where}; "
-        f"data from {spec.dataset_details.dataset_path}."
-    )
+    what = f"LoRA r {spec.train_config.adapter_config.r} on" if spec.train_config.train_type == "lora" else "full fine-tuning of"
+    return f"{what} {base}, {length} with {batch} samples a step, on {where}; data from {spec.dataset_details.dataset_path}."
 
 
 @router.get("/job/get/", responses=A_JOB)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jwt
 import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.testclient import TestClient
 
@@ -20,6 +21,7 @@ from serve_app.settings import Settings
 from serve_app.store.jobs import JobStore
 from serve_app.store.journal import Notes
 from tests.conftest import CANARY, ORG, OTHER_ORG, Idle, fields, with_fields
+from train_loop.errors import UserError
 
 TEMPLATE = "dataset_config.preprocessing.prompt.template"
 SECTIONS = ("dataset_config", "model_details", "train_config", "dataset_details", "infra_config")
@@ -50,6 +52,31 @@ def test_the_documented_request_is_accepted_in_every_encoding(http, store, job, 
     assert accepted["experiment_name"] == job["experiment_name"]
     assert "4 CPU workers" in accepted["message"]
     assert store.get(accepted["request_id"]).spec["train_config"]["hyperparameters"]["warmup_ratio"] == 0.03
+
+
+def test_the_message_says_what_was_accepted_and_what_to_think_over(settings, store, job):
+    class Planning(Idle):
+        def plan(self, spec):
+            return {}
+
+    public = {"dataset_details.ownership": "public", "dataset_details.secret_id": None}
+    with TestClient(build_app(settings, store, Planning())) as client:
+        client.headers["Authorization"] = f"Bearer {mint_token(settings, ORG, 'x', 60)}"
+
+        def said(path, name, **changes):
+            changes = {f"train_config.{k}": v for k, v in changes.items()}
+            asked = with_fields(job, public | {"experiment_name": name, "model_details.quantization": None} | changes)
+            return client.post(path, json=asked).json()["message"]
+
+        assert said("/job/", "a").startswith("Queued: LoRA r 16 on tuneyard/tiny-random-llama, 1 epoch with 32 samples a step")
+        assert "Warning" not in said("/job/", "b")
+        for path in ("/job/", "/job/plan/"):
+            assert ": full fine-tuning of tuneyard/tiny-random-llama, 1 epoch" in said(path, "c", train_type="full")
+        careless = {"hyperparameters.learning_rate": 0.5, "adapter_config.r": 100}
+        warned = said("/job/", "d", **careless)
+        assert "Warning: learning_rate 0.5 is outside what LoRA usually wants" in warned
+        assert "Warning: adapter_config.r 100 is more than the model's hidden size 64" in warned
+        assert "r 100" not in said("/job/", "e", train_type="full", **careless)
 
 
 def test_every_path_works_with_and_without_its_slash():
@@ -452,6 +479,19 @@ def test_a_full_queue_is_429_until_there_is_room(settings, store, job, monkeypat
         assert client.post("/job/", json=job, headers={"Idempotency-Key": "k"}).json() == first.json()
         client.post(f"/job/{first.json()['request_id']}/cancel")
         assert client.post("/job/", json=job | {"experiment_name": "second"}).status_code == 200
+
+
+def test_a_refusal_that_quotes_a_lone_surrogate_can_be_read(settings, store, job):
+    class Quoting(Idle):
+        def plan(self, spec):
+            render = ImmutableSandboxedEnvironment().from_string(spec.dataset_config.preprocessing.prompt.template).render
+            raise UserError(f"the chat template says {render()}", field=TEMPLATE)
+
+    with TestClient(build_app(settings, store, Quoting()), raise_server_exceptions=False) as client:
+        client.headers["Authorization"] = f"Bearer {mint_token(settings, ORG, 'x', 60)}"
+        public = {"dataset_details.ownership": "public", "dataset_details.secret_id": None}
+        said = fields(client.post("/job/plan/", json=with_fields(job, public | {TEMPLATE: r'{{ "a\ud800b" }}'})))
+        assert said[TEMPLATE]["message"] == "the chat template says a?b"
 
 
 def test_plans_at_once_are_bounded_for_an_org_and_for_all(settings, store, job):

@@ -66,6 +66,7 @@ def test_samples_are_rendered_with_their_trained_tokens_marked(local_job, mirror
     [
         ({"dataset_config.preprocessing.prompt.max_length": 40}, "longer than max_length 40"),
         ({"train_config.adapter_config.r": 100}, "more than the model's hidden size 64"),
+        ({"dataset_config.preprocessing.prompt.max_length": 9000}, "more than the model's context, 8192"),
         ({f"{HP}.per_device_train_batch_size": 500}, "every step is the whole dataset"),
         ({f"{HP}.learning_rate": 0.5}, "learning_rate 0.5 is outside"),
         ({"train_config.adapter_config.targets": ["no_such_layer"]}, "names no layer"),
