@@ -81,6 +81,9 @@ class Settings(BaseSettings):
     )
     jwt_jwks_url: str | None = Field(None, description="Instead: https URL of the issuer's keys (JWKS), by kid.")
     jwt_jwks_refresh_s: float = Field(30, ge=0, description="Least time between two fetches of the JWKS, in seconds.")
+    jwt_jwks_max_age_s: float = Field(
+        600, ge=0, description="Age from which the JWKS is fetched again, so that a withdrawn key ends, in seconds."
+    )
     jwt_issuer: str | None = Field(None, description="Required `iss` of tokens.")
     jwt_audience: str | None = Field(None, description="Required `aud` of tokens.")
     jwt_leeway_s: int = Field(30, ge=0, description="Clock difference allowed in tokens, in seconds.")
