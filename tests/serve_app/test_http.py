@@ -468,6 +468,21 @@ def test_more_requests_than_the_rate_allows_are_429(settings, store, monkeypatch
         assert client.get("/healthz").status_code == 200
 
 
+def test_requests_count_for_the_org_that_they_ask_for(settings, store):
+    settings.rate_limit = "2/hour"
+    with TestClient(build_app(settings, store, Idle())) as client:
+
+        def ask(org, *orgs):
+            headers = {"Authorization": "Bearer " + token(settings, org=None, orgs=list(orgs))}
+            return client.get("/job/list/", params={"org_id": org}, headers=headers).status_code
+
+        third = "99999999-2222-4333-8444-555555555555"
+        assert [ask(OTHER_ORG, ORG, OTHER_ORG) for _ in range(3)] == [200, 200, 429]
+        assert [ask(ORG, ORG), ask(ORG, ORG, OTHER_ORG), ask(ORG, ORG)] == [200, 200, 429]
+        assert [ask(third, ORG, OTHER_ORG) for _ in range(3)] == [403, 403, 429]  # guessing counts, too
+        assert [ask("no-org", third) for _ in range(3)] == [422, 422, 429]
+
+
 def test_a_full_queue_is_429_until_there_is_room(settings, store, job, monkeypatch):
     monkeypatch.setenv("TUNEYARD_MAX_QUEUED_JOBS_PER_ORG", "1")
     with TestClient(build_app(Settings.load(), store, Idle())) as client:
