@@ -181,7 +181,7 @@ async def resume(request: Request, asking: Asking, here: Here) -> Response:
 
 def _resume(here: Service, asking: Principal, request_id: Any, org_id: str | None) -> JobAnswer:
     job = find_job(here, asking, request_id, org_id)
-    job = here.store.resume(job.request_id)
+    job = here.store.resume(job.request_id, here.settings.max_queued_jobs_per_org)
     here.runtime.poke()
     return render_one(here, job)
 

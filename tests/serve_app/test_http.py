@@ -494,6 +494,7 @@ def test_a_full_queue_is_429_until_there_is_room(settings, store, job, monkeypat
         assert client.post("/job/", json=job, headers={"Idempotency-Key": "k"}).json() == first.json()
         client.post(f"/job/{first.json()['request_id']}/cancel")
         assert client.post("/job/", json=job | {"experiment_name": "second"}).status_code == 200
+        assert client.post(f"/job/{first.json()['request_id']}/resume").status_code == 429
 
 
 def test_a_refusal_that_quotes_a_lone_surrogate_can_be_read(settings, store, job):
