@@ -74,13 +74,15 @@ def _infra_errors(spec: JobSpec, settings: Settings, capacity: Mapping[str, int]
     if spec.train_config.hyperparameters.optim == "paged_adamw_8bit" and not profile.use_gpu:
         message = f"paged_adamw_8bit needs a GPU, and workers of {infra.gpu_type} have none here: adamw_8bit takes the same steps"
         return [field_error("train_config.hyperparameters.optim", message, allowed=["adamw", "adamw_8bit"])]
-    quota = settings.max_gpus_per_org
-    if quota is not None and infra.num_workers > quota:
-        return [field_error("infra_config.node_count", f"{infra.num_workers} workers are more than this org's quota of {quota}")]
-    if settings.max_workers is not None and infra.num_workers > settings.max_workers:
-        message = f"gpu_count x node_count is {infra.num_workers} workers; this service has room for {settings.max_workers}"
-        return [field_error("infra_config.node_count", message)]
+    # An elastic job starts on as few as that.
     at_least = infra.gpu_count * (infra.min_node_count or infra.node_count)
+    what = "gpu_count x node_count" if infra.min_node_count is None else "gpu_count x min_node_count"
+    quota = settings.max_gpus_per_org
+    if quota is not None and at_least > quota:
+        return [field_error("infra_config.node_count", f"{at_least} workers ({what}) are more than this org's quota of {quota}")]
+    if settings.max_workers is not None and at_least > settings.max_workers:
+        message = f"{what} is {at_least} workers; this service has room for {settings.max_workers}"
+        return [field_error("infra_config.node_count", message)]
     most = capacity.get(infra.gpu_type, at_least)
     if most < at_least:
         offer = ", ".join(f"{name} ({count})" for name, count in sorted(capacity.items()) if count) or "none"

@@ -540,11 +540,16 @@ def test_plans_at_once_are_bounded_for_an_org_and_for_all(settings, store, job):
         assert ask(ORG).status_code == 200
 
 
-def test_a_job_larger_than_the_orgs_quota_is_refused(settings, store, job, monkeypatch):
-    monkeypatch.setenv("TUNEYARD_MAX_GPUS_PER_ORG", "3")
+@pytest.mark.parametrize(("setting", "said"), [("MAX_GPUS_PER_ORG", "quota of 3"), ("MAX_WORKERS", "room for 3")])
+def test_a_job_larger_than_a_quota_is_refused_unless_it_can_do_with_less(settings, store, job, monkeypatch, setting, said):
+    monkeypatch.setenv(f"TUNEYARD_{setting}", "3")
     with TestClient(build_app(Settings.load(), store, Idle())) as client:
         client.headers["Authorization"] = f"Bearer {mint_token(settings, ORG, 'x', 60)}"
-        assert "quota of 3" in fields(client.post("/job/", json=job))["infra_config.node_count"]["message"]
+        public = with_fields(job, {"dataset_details.ownership": "public", "dataset_details.secret_id": None})
+        for fewest in ({}, {"infra_config.min_node_count": 2}):
+            refused = fields(client.post("/job/", json=with_fields(public, fewest)))
+            assert said in refused["infra_config.node_count"]["message"]
+        assert client.post("/job/", json=with_fields(public, {"infra_config.min_node_count": 1})).status_code == 200
 
 
 def test_another_org_learns_nothing_on_any_route(http, settings, job, secret_id):
