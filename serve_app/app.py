@@ -52,6 +52,8 @@ REFUSAL = {
     "description": "Refused, or not possible now.",
     "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
 }
+MAX_ONGOING = 200  # requests at one replica
+MAX_STREAMS = 150  # of those, for the others are to be answered while as many follow their jobs
 PLAN_LATER = {"Retry-After": "30"}
 log = structlog.get_logger()
 
@@ -112,7 +114,8 @@ def build_app(settings: Settings, store: JobStore, runtime: Runtime) -> FastAPI:
     app = FastAPI(title="Tuneyard", version=version("tuneyard"), redirect_slashes=False)
     vault, verifier = SecretVault.from_settings(store, settings), Verifier.from_settings(settings)
     plans = Places("plans", settings.max_plans_per_org, settings.max_plans)
-    app.state.service = Service(store, settings, vault, runtime, verifier, RateLimit(settings.rate_limit), plans)
+    streams = Places("streams", settings.max_streams_per_org, MAX_STREAMS)
+    app.state.service = Service(store, settings, vault, runtime, verifier, RateLimit(settings.rate_limit), plans, streams)
     for room in (health, journal, jobs, secrets):
         app.include_router(room.router)
     for path in (app.docs_url, app.openapi_url):
@@ -146,7 +149,7 @@ def _ingress() -> FastAPI:
     return build_app(settings, store, RayRuntime(settings))
 
 
-@serve.deployment(name="ingress", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=200)
+@serve.deployment(name="ingress", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=MAX_ONGOING)
 @serve.ingress(_ingress)
 class Ingress:
     """HTTP in; the FastAPI app is built in the replica."""

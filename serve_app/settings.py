@@ -109,6 +109,7 @@ class Settings(BaseSettings):
     rate_limit: str = Field("1200/minute", description="Requests of one org to one ingress replica, as <n>/<second|minute|hour>.")
     max_plans: int = Field(4, ge=1, description="Plans made at once for one ingress replica, each by a process with torch in it.")
     max_plans_per_org: int = Field(2, ge=1, description="Of those, for one org.")
+    max_streams_per_org: int = Field(50, ge=1, description="Logs and events that an org follows at once at one ingress replica.")
     max_workers: int | None = Field(None, description="Most workers of all running jobs; default no limit.")
     autoscales: bool | None = Field(
         None,

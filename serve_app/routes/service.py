@@ -52,6 +52,7 @@ class Service:
     verifier: Verifier
     rate_limit: RateLimit
     plans: Places
+    streams: Places
 
 
 def service(request: Request) -> Service:

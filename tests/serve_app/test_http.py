@@ -19,9 +19,10 @@ from serve_app.lifecycle import Status
 from serve_app.routes import health, jobs, journal, secrets
 from serve_app.settings import Settings
 from serve_app.store.jobs import JobStore
-from serve_app.store.journal import Notes
+from serve_app.store.journal import Journal, Notes
 from tests.conftest import CANARY, ORG, OTHER_ORG, Idle, fields, with_fields
 from train_loop.errors import UserError
+from train_loop.spec import JobSpec
 
 TEMPLATE = "dataset_config.preprocessing.prompt.template"
 SECTIONS = ("dataset_config", "model_details", "train_config", "dataset_details", "infra_config")
@@ -412,6 +413,52 @@ def test_a_stream_follows_a_job_to_its_end(http, store, job):
     *sent, end = sse(http.get(f"/job/{request_id}/logs", headers={"Accept": "text/event-stream"}))
     assert [data["line"] for _, _, data in sent] == ["zero", "one", "two"]
     assert end[1] == "end"
+
+
+def test_a_followed_tail_is_where_the_following_begins_and_leaves_out_nothing_after(http, store, job, monkeypatch):
+    request_id = http.post("/job/", json=job).json()["request_id"]
+    looked = []
+
+    def looks(*arguments, **more):
+        found = Journal.log(store.journal, *arguments, **more)
+        if not looked:
+            finished(store, request_id)  # all lines come after the first look
+        looked.append(found)
+        return found
+
+    monkeypatch.setattr(store.journal, "log", looks)
+    follow = {"Accept": "text/event-stream"}
+    *sent, _ = sse(http.get(f"/job/{request_id}/logs", params={"tail": 1}, headers=follow))
+    assert looked[0] == []
+    assert [data["line"] for _, _, data in sent] == ["zero", "one", "two"]
+    *sent, _ = sse(http.get(f"/job/{request_id}/logs", params={"tail": 1}, headers=follow))
+    assert [data["line"] for _, _, data in sent] == ["two"]
+
+
+def test_an_org_follows_so_many_jobs_at_once_and_no_more(settings, store, job, monkeypatch):
+    settings.max_streams_per_org = 1
+    monkeypatch.setattr(journal, "FOLLOW_POLL_S", 0.05)
+    with TestClient(build_app(settings, store, Idle())) as client, ThreadPoolExecutor() as others:
+        mine, theirs = (
+            store.insert(JobSpec.model_validate(job | {"org": org}), "queued")[0].request_id for org in (ORG, OTHER_ORG)
+        )
+
+        def follow(org, request_id):
+            headers = {"Authorization": f"Bearer {mint_token(settings, org, 'x', 60)}", "Accept": "text/event-stream"}
+            return client.get(f"/job/{request_id}/events", headers=headers)
+
+        first = others.submit(follow, ORG, mine)
+        places = client.app.state.service.streams
+        while not places._held[ORG]:
+            time.sleep(0.01)
+        refused = follow(ORG, mine)
+        assert (refused.status_code, int(refused.headers["Retry-After"]) > 0) == (429, True)
+        assert refused.headers["content-type"] == "application/problem+json"
+        store.request_cancel(theirs)
+        assert follow(OTHER_ORG, theirs).status_code == 200
+        store.request_cancel(mine)
+        assert first.result().status_code == 200
+        assert follow(ORG, mine).status_code == 200
 
 
 def test_resume_queues_what_failed_and_nothing_else(http, store, job):
