@@ -111,7 +111,9 @@ class RayRuntime:
 def build_app(settings: Settings, store: JobStore, runtime: Runtime) -> FastAPI:
     """The whole HTTP interface over these parts."""
     logs.configure()
-    app = FastAPI(title="Tuneyard", version=version("tuneyard"), redirect_slashes=False)
+    app = FastAPI(
+        title="Tuneyard", version=version("tuneyard"), redirect_slashes=False, redoc_url=None, swagger_ui_oauth2_redirect_url=None
+    )
     vault, verifier = SecretVault.from_settings(store, settings), Verifier.from_settings(settings)
     plans = Places("plans", settings.max_plans_per_org, settings.max_plans)
     streams = Places("streams", settings.max_streams_per_org, MAX_STREAMS)
@@ -160,8 +162,11 @@ def deploy(settings: Settings) -> None:
 
     Raises RuntimeError, and starts nothing, when the settings don't allow a service.
     """
+    store = JobStore.open(settings.database_url)
+    Verifier.from_settings(settings)
+    SecretVault.from_settings(store, settings)
     settings.require_shared_store(sum(node["Alive"] for node in ray.nodes()))
-    JobStore.open(settings.database_url).require_current()
+    store.require_current()
     named = {"name": DISPATCHER, "namespace": settings.ray_namespace}
     options = named | {"lifetime": "detached", "get_if_exists": True, "resources": ON_HEAD}
     dispatcher = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)(Dispatcher).options(**options).remote()

@@ -187,7 +187,9 @@ def _public_key(text_or_path: str) -> tuple[Any, str]:
 
 def hmac_key(settings: Settings) -> str:
     """The HS256 key. Raises RuntimeError when it is missing or weak."""
-    key = settings.jwt_secret.get_secret_value() if settings.jwt_secret else ""
+    if settings.jwt_secret is None:
+        raise RuntimeError("there is no token key: TUNEYARD_JWT_SECRET isn't set, and tuneyard up hasn't made one here yet")
+    key = settings.jwt_secret.get_secret_value()
     if len(key.encode()) < MIN_KEY_BYTES:
         raise RuntimeError(f"TUNEYARD_JWT_SECRET must be at least {MIN_KEY_BYTES} bytes")
     return key

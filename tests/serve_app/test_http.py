@@ -278,7 +278,11 @@ def test_health_and_docs_need_no_token(http):
         assert http.get(path).status_code == 200
     for path in ("/healthz", "/readyz"):  # as load balancers ask
         assert http.head(path).status_code == 200
+    for path in ("/redoc", "/docs/oauth2-redirect"):
+        assert http.get(path).status_code == 404
     schema = http.get("/openapi.json").json()
+    open_to_all = {path for path, methods in schema["paths"].items() for o in methods.values() if o.get("security") == []}
+    assert open_to_all == {"/healthz", "/readyz"}
     assert "multipart/form-data" in schema["paths"]["/job/"]["post"]["requestBody"]["content"]
     assert "learning_rate" in schema["components"]["schemas"]["Hyperparameters"]["properties"]
 

@@ -3,6 +3,13 @@
 import subprocess
 import sys
 
+import pytest
+import ray
+
+from serve_app.app import deploy
+from serve_app.settings import Settings
+from tests.conftest import CANARY
+
 NOT_TRAINING = ("serve_app.app", "serve_app.job_actor", "serve_app.dispatcher", "serve_app.cli")
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes")  # a second and a hundred MiB or two, in every job's actor
 
@@ -11,3 +18,24 @@ def test_processes_that_do_not_train_start_without_what_trains():
     code = f"import sys, {', '.join(NOT_TRAINING)}; print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("JWT_SECRET", CANARY, "TUNEYARD_JWT_SECRET must be at least 32 bytes"),
+        ("JWT_PUBLIC_KEY", CANARY, "TUNEYARD_JWT_PUBLIC_KEY isn't a PEM public key"),
+        ("SECRET_KEY", CANARY, "TUNEYARD_SECRET_KEY isn't a Fernet key"),
+        ("SECRET_KEY", None, "TUNEYARD_SECRET_KEY isn't set"),
+        ("JWT_SECRET", None, "no key to check tokens with"),
+    ],
+)
+def test_a_service_without_sound_keys_starts_nothing(settings, store, monkeypatch, tmp_path, variable, value, said):
+    if value is None:
+        (tmp_path / {"JWT_SECRET": "jwt.key", "SECRET_KEY": "secret.key"}[variable]).unlink()
+    else:
+        monkeypatch.setenv(f"TUNEYARD_{variable}", value)
+    with pytest.raises(RuntimeError, match=said) as caught:
+        deploy(Settings.load())
+    assert CANARY not in str(caught.value)
+    assert not ray.is_initialized()
