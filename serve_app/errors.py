@@ -72,26 +72,28 @@ def validation_errors(error: ValidationError, model: type[BaseModel], *, echo: b
 def _translate(error: Any, model: type[BaseModel], echo: bool) -> dict[str, Any]:
     path, section = _walk(error["loc"], model)
     context = error.get("ctx") or {}
-    message = error["msg"].removeprefix("Value error, ")
     if "field" in context:  # a rule over several fields of a section names the one to mend
         path = f"{path}.{context['field']}".lstrip(".")
-    more: dict[str, Any] = {}
     if error["type"] == "extra_forbidden":
-        message = unknown(str(error["loc"][-1]), section.model_fields if section else ())
-    elif error["type"] == "missing":
-        message = "this field is required"
-    elif "expected" in context:
+        # Without its value, which may be a secret that went to the wrong place.
+        return field_error(path, unknown(str(error["loc"][-1]), section.model_fields if section else ()))
+    return _entry(error, path, echo)
+
+
+def _entry(error: Any, path: str, echo: bool = True) -> dict[str, Any]:
+    if error["type"] == "missing":
+        return field_error(path, "this field is required")
+    context, given = error.get("ctx") or {}, error.get("input")
+    more: dict[str, Any] = {}
+    if "expected" in context:
         more["allowed"] = context["expected"]
     elif bounds := {k: context[k] for k in ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern") if k in context}:
         more["allowed"] = bounds
-    given = error.get("input")
-    if not echo or error["type"] in ("missing", "extra_forbidden"):
-        pass  # the value of a name we don't know may be a secret that went to the wrong place
-    elif isinstance(given, bool | int | None) or (isinstance(given, float) and math.isfinite(given)):
+    if echo and (isinstance(given, bool | int | None) or (isinstance(given, float) and math.isfinite(given))):
         more["input"] = given
-    elif isinstance(given, str):
+    elif echo and isinstance(given, str):
         more["input"] = given[:INPUT_CHARS]
-    return field_error(path, message, **more)
+    return field_error(path, error["msg"].removeprefix("Value error, "), **more)
 
 
 def _walk(loc: Sequence[Any], model: type[BaseModel]) -> tuple[str, type[BaseModel] | None]:
@@ -133,7 +135,7 @@ def to_api_error(error: Exception) -> ApiError:
         case ApiError():
             return error
         case RequestValidationError():
-            return invalid([field_error(".".join(map(str, e["loc"][1:])), e["msg"]) for e in error.errors()])
+            return invalid([_entry(e, ".".join(map(str, e["loc"][1:]))) for e in error.errors()])
         case ValidationError():
             return invalid(validation_errors(error, JobSpec))
         case HTTPException(status_code=404):

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from serve_app.auth import Principal
-from serve_app.body import read_fields
+from serve_app.body import read_fields, unknown_names
 from serve_app.errors import field_error, invalid
 from serve_app.lifecycle import Status
 from serve_app.routes.answers import SUBMITTED, JobAnswer, JobList, Plan, Submitted, documented, reply
@@ -157,12 +157,23 @@ def list_jobs(
 async def cancel(request: Request, asking: Asking, here: Here) -> Response:
     """Stop a job. Again is fine; a job that has ended otherwise is a 409."""
     asking.require_scope("jobs:write")
-    payload = await read_fields(request, here.settings.max_body_bytes, ("org_id", "request_id"))
-    org = uuid_of(payload.get("org_id"), "org_id")
-    return reply(await run_in_threadpool(_cancel, here, asking, payload.get("request_id"), org))
+    return reply(await run_in_threadpool(_cancel, here, asking, **await _job_named(request, here)))
 
 
-def _cancel(here: Service, asking: Principal, request_id: Any, org_id: str | None) -> JobAnswer:
+async def _job_named(request: Request, here: Service) -> dict[str, str]:
+    """What the body of a call about one job holds: org_id and request_id. Raises 422 with all that is wrong."""
+    names = ("org_id", "request_id")
+    payload = await read_fields(request, here.settings.max_body_bytes, names)
+    errors = unknown_names(payload, names)
+    for name in names:
+        if not is_uuid(given := payload.get(name)):
+            errors.append(field_error(name, "must be a UUID" if given else "this field is required"))
+    if errors:
+        raise invalid(errors)
+    return {name: payload[name] for name in names}
+
+
+def _cancel(here: Service, asking: Principal, request_id: str, org_id: str | None = None) -> JobAnswer:
     job = find_job(here, asking, request_id, org_id)
     job = here.store.request_cancel(job.request_id)
     here.runtime.poke()
@@ -174,12 +185,10 @@ def _cancel(here: Service, asking: Principal, request_id: Any, org_id: str | Non
 async def resume(request: Request, asking: Asking, here: Here) -> Response:
     """Queue a FAILED or CANCELED job again, to go on from its last checkpoint; any other is a 409."""
     asking.require_scope("jobs:write")
-    payload = await read_fields(request, here.settings.max_body_bytes, ("org_id", "request_id"))
-    org = uuid_of(payload.get("org_id"), "org_id")
-    return reply(await run_in_threadpool(_resume, here, asking, payload.get("request_id"), org))
+    return reply(await run_in_threadpool(_resume, here, asking, **await _job_named(request, here)))
 
 
-def _resume(here: Service, asking: Principal, request_id: Any, org_id: str | None) -> JobAnswer:
+def _resume(here: Service, asking: Principal, request_id: str, org_id: str | None = None) -> JobAnswer:
     job = find_job(here, asking, request_id, org_id)
     job = here.store.resume(job.request_id, here.settings.max_queued_jobs_per_org)
     here.runtime.poke()
@@ -200,7 +209,7 @@ def get_by_path(asking: Asking, here: Here, request_id: str) -> Response:
 def cancel_by_path(asking: Asking, here: Here, request_id: str) -> Response:
     """Stop a job, its id in the path."""
     asking.require_scope("jobs:write")
-    return reply(_cancel(here, asking, request_id, None))
+    return reply(_cancel(here, asking, request_id))
 
 
 @router.post("/job/{request_id}/resume", responses=A_JOB)
@@ -208,4 +217,4 @@ def cancel_by_path(asking: Asking, here: Here, request_id: str) -> Response:
 def resume_by_path(asking: Asking, here: Here, request_id: str) -> Response:
     """Queue a FAILED or CANCELED job again, its id in the path."""
     asking.require_scope("jobs:write")
-    return reply(_resume(here, asking, request_id, None))
+    return reply(_resume(here, asking, request_id))

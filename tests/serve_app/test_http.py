@@ -241,6 +241,32 @@ def test_form_fields_are_checked(http, job):
     assert fields(http.post("/job/", files=without))["infra_config"]["message"] == "this field is required"
 
 
+@pytest.mark.parametrize("path", ["/job/cancel/", "/job/resume/"])
+@pytest.mark.parametrize("encoding", ["json", "data"])
+def test_calls_about_one_job_name_all_that_is_wrong(http, path, encoding):
+    found = fields(http.post(path, **{encoding: {"request_id": "x", "orgid": ORG}}))
+    assert "did you mean org_id?" in found.pop("orgid")["message"]
+    if encoding == "json":  # the parts of a form are looked at first
+        assert {name: e["message"] for name, e in found.items()} == {
+            "request_id": "must be a UUID",
+            "org_id": "this field is required",
+        }
+
+
+def test_a_secrets_unknown_field_is_named_with_the_nearest(http):
+    found = fields(http.post("/secret/", json={"org": ORG, "name": "n", "typ": "s3", "data": {}}))
+    assert (set(found), "did you mean type?" in found["typ"]["message"]) == ({"typ", "type"}, True)
+
+
+def test_query_errors_say_what_was_given_and_what_is_allowed(http):
+    found = fields(http.get("/job/list/", params={"limit": 501, "status": "GONE", "experiment_name": "a b"}))
+    assert found["org_id"]["message"] == "this field is required"
+    assert (found["limit"]["input"], found["limit"]["allowed"]) == ("501", {"le": 500})
+    assert found["status"]["input"] == "GONE"
+    assert "QUEUED" in found["status"]["allowed"]
+    assert "pattern" in found["experiment_name"]["allowed"]
+
+
 NASTY = [
     ({"content": b"", "headers": {"content-type": "application/json"}}, 400),
     ({"content": b"{", "headers": {"content-type": "application/json"}}, 400),
