@@ -8,10 +8,11 @@ from importlib.metadata import version
 from typing import Any
 
 import ray
+import structlog
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from ray import serve
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from starlette.routing import Route
 
 from serve_app import errors, logs
@@ -19,7 +20,7 @@ from serve_app.auth import Verifier
 from serve_app.cluster import DISPATCHER, ON_HEAD, actor_name, poke_dispatcher
 from serve_app.dispatcher import Dispatcher
 from serve_app.planner import TIMEOUT_S, plan_in_worker
-from serve_app.quota import RateLimit
+from serve_app.quota import Places, RateLimit
 from serve_app.routes import health, jobs, journal, secrets
 from serve_app.routes.service import Runtime, Service
 from serve_app.secrets import SecretVault
@@ -51,6 +52,10 @@ REFUSAL = {
     "description": "Refused, or not possible now.",
     "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
 }
+MAX_ONGOING = 200  # requests at one replica
+MAX_STREAMS = 150  # of those, for the others are to be answered while as many follow their jobs
+PLAN_LATER = {"Retry-After": "30"}
+log = structlog.get_logger()
 
 
 class RayRuntime:
@@ -83,7 +88,13 @@ class RayRuntime:
         except GetTimeoutError:
             ray.cancel(task, force=True)
             message = f"the plan took longer than {TIMEOUT_S:g} s: is prompt.template very slow, or the storage?"
-            raise errors.ApiError(503, message, headers={"Retry-After": "30"}) from None
+            raise errors.ApiError(503, message, headers=PLAN_LATER) from None
+        except RayTaskError:
+            raise  # a fault of ours
+        except RayError as error:
+            log.warning("a plan's worker died", error=type(error).__name__)
+            message = "the process that made the plan was ended, as when memory runs out; try again a little later"
+            raise errors.ApiError(503, message, headers=PLAN_LATER) from None
         if "error" in made:
             raise UserError(**made["error"])
         plan: dict[str, Any] = made["plan"]
@@ -100,9 +111,13 @@ class RayRuntime:
 def build_app(settings: Settings, store: JobStore, runtime: Runtime) -> FastAPI:
     """The whole HTTP interface over these parts."""
     logs.configure()
-    app = FastAPI(title="Tuneyard", version=version("tuneyard"), redirect_slashes=False)
+    app = FastAPI(
+        title="Tuneyard", version=version("tuneyard"), redirect_slashes=False, redoc_url=None, swagger_ui_oauth2_redirect_url=None
+    )
     vault, verifier = SecretVault.from_settings(store, settings), Verifier.from_settings(settings)
-    app.state.service = Service(store, settings, vault, runtime, verifier, RateLimit(settings.rate_limit))
+    plans = Places("plans", settings.max_plans_per_org, settings.max_plans)
+    streams = Places("streams", settings.max_streams_per_org, MAX_STREAMS)
+    app.state.service = Service(store, settings, vault, runtime, verifier, RateLimit(settings.rate_limit), plans, streams)
     for room in (health, journal, jobs, secrets):
         app.include_router(room.router)
     for path in (app.docs_url, app.openapi_url):
@@ -136,7 +151,7 @@ def _ingress() -> FastAPI:
     return build_app(settings, store, RayRuntime(settings))
 
 
-@serve.deployment(name="ingress", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=200)
+@serve.deployment(name="ingress", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=MAX_ONGOING)
 @serve.ingress(_ingress)
 class Ingress:
     """HTTP in; the FastAPI app is built in the replica."""
@@ -147,8 +162,11 @@ def deploy(settings: Settings) -> None:
 
     Raises RuntimeError, and starts nothing, when the settings don't allow a service.
     """
+    store = JobStore.open(settings.database_url)
+    Verifier.from_settings(settings)
+    SecretVault.from_settings(store, settings)
     settings.require_shared_store(sum(node["Alive"] for node in ray.nodes()))
-    JobStore.open(settings.database_url).require_current()
+    store.require_current()
     named = {"name": DISPATCHER, "namespace": settings.ray_namespace}
     options = named | {"lifetime": "detached", "get_if_exists": True, "resources": ON_HEAD}
     dispatcher = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)(Dispatcher).options(**options).remote()

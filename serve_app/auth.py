@@ -7,6 +7,7 @@ keys of the JWKS, and `jku`, `x5u` and `jwk` are ignored (RFC 8725).
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 import uuid
@@ -70,7 +71,7 @@ class Verifier:
         if len(given) > 1:
             raise RuntimeError(f"{' and '.join(given)} are both set: tokens are checked against one kind of key")
         if settings.jwt_jwks_url:
-            return cls(settings, _Jwks(settings.jwt_jwks_url, settings.jwt_jwks_refresh_s).find)
+            return cls(settings, _Jwks(settings.jwt_jwks_url, settings.jwt_jwks_refresh_s, settings.jwt_jwks_max_age_s).find)
         if settings.jwt_public_key:
             public, algorithm = _public_key(settings.jwt_public_key)
             return cls(settings, lambda _: (public, [algorithm]))
@@ -106,28 +107,30 @@ class Verifier:
 
 
 class _Jwks:
-    """An issuer's keys: fetched when they are needed, and again for an unknown kid, but never more often than `refresh_s`.
+    """An issuer's keys: fetched when they are needed, again for an unknown kid and once `max_age_s` old, so that a withdrawn key
+    ends; but never more often than `refresh_s`.
 
     When the issuer is away, the keys that are known go on working.
     """
 
-    def __init__(self, url: str, refresh_s: float) -> None:
+    def __init__(self, url: str, refresh_s: float, max_age_s: float) -> None:
         parts = urlsplit(url)
         if parts.scheme != "https" and parts.hostname not in ("127.0.0.1", "localhost", "::1"):
             raise RuntimeError("TUNEYARD_JWT_JWKS_URL must be https: whoever can change it on the way makes tokens")
         self._client = jwt.PyJWKClient(url, cache_jwk_set=False, timeout=JWKS_TIMEOUT_S)
-        self._refresh_s = refresh_s
+        self._refresh_s, self._max_age_s = refresh_s, max_age_s
         self._lock = threading.Lock()
         self._keys: dict[str | None, jwt.PyJWK] = {}
-        self._fetched_at: float | None = None
+        self._tried_at = self._known_at = -math.inf
 
     def find(self, token: str) -> tuple[Any, list[str]]:
         """The key that the token's kid names, and the algorithm that the key is for."""
         kid = jwt.get_unverified_header(token).get("kid")
-        key = self._keys.get(kid)
-        if key is None:
+        if kid not in self._keys:
             self._refresh()
-            key = self._keys.get(kid)
+        elif time.monotonic() - self._known_at >= self._max_age_s:
+            self._refresh(wait=False)
+        key = self._keys.get(kid)
         if key is None and kid is None and len(self._keys) == 1:
             key = next(iter(self._keys.values()))
         if not self._keys:
@@ -137,15 +140,26 @@ class _Jwks:
             raise jwt.InvalidKeyError("no such key")
         return key.key, [key.algorithm_name]
 
-    def _refresh(self) -> None:
-        with self._lock:
+    def _refresh(self, *, wait: bool = True) -> None:
+        """Fetch the keys, unless that was tried a moment ago, or is being done and isn't to be waited for."""
+        if not self._lock.acquire(blocking=wait):
+            return
+        try:
             now = time.monotonic()
-            if self._fetched_at is not None and now - self._fetched_at < self._refresh_s:
+            if now - self._tried_at < self._refresh_s:
                 return
-            self._fetched_at = now
+            self._tried_at = now
             with contextlib.suppress(jwt.PyJWTError, OSError, ValueError):
-                found = self._client.get_jwk_set().keys
-                self._keys = {k.key_id: k for k in found if k.algorithm_name in JWKS_ALGORITHMS and k.public_key_use != "enc"}
+                self._keys = {k.key_id: k for k in self._client.get_jwk_set().keys if _is_sound(k)}
+                self._known_at = now
+        finally:
+            self._lock.release()
+
+
+def _is_sound(key: jwt.PyJWK) -> bool:
+    """Whether this key of a JWKS may check tokens."""
+    weak = isinstance(key.key, rsa.RSAPublicKey | rsa.RSAPrivateKey) and key.key.key_size < MIN_RSA_BITS
+    return key.algorithm_name in JWKS_ALGORITHMS and key.public_key_use != "enc" and not weak
 
 
 def _public_key(text_or_path: str) -> tuple[Any, str]:
@@ -173,7 +187,9 @@ def _public_key(text_or_path: str) -> tuple[Any, str]:
 
 def hmac_key(settings: Settings) -> str:
     """The HS256 key. Raises RuntimeError when it is missing or weak."""
-    key = settings.jwt_secret.get_secret_value() if settings.jwt_secret else ""
+    if settings.jwt_secret is None:
+        raise RuntimeError("there is no token key: TUNEYARD_JWT_SECRET isn't set, and tuneyard up hasn't made one here yet")
+    key = settings.jwt_secret.get_secret_value()
     if len(key.encode()) < MIN_KEY_BYTES:
         raise RuntimeError(f"TUNEYARD_JWT_SECRET must be at least {MIN_KEY_BYTES} bytes")
     return key

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -102,11 +102,16 @@ def _decode_parts(pairs: list[tuple[str, str]], plain: Collection[str], json_par
             except ApiError as error:
                 errors += error.errors
         else:
-            shown = name[:NAME_CHARS].encode(errors="replace").decode()
-            errors.append(field_error(shown, unknown(shown, [*plain, *json_parts])))
+            errors += unknown_names([name], [*plain, *json_parts])
     if errors:
         raise invalid(errors)
     return fields
+
+
+def unknown_names(given: Iterable[str], known: Collection[str]) -> list[dict[str, Any]]:
+    """An error for each name that isn't known."""
+    shown = [name[:NAME_CHARS].encode(errors="replace").decode() for name in given if name not in known]
+    return [field_error(name, unknown(name, known)) for name in shown]
 
 
 class _Unusable(ValueError):

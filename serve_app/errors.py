@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,9 +11,8 @@ from http import HTTPStatus
 from typing import Any
 
 import structlog
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -72,26 +72,28 @@ def validation_errors(error: ValidationError, model: type[BaseModel], *, echo: b
 def _translate(error: Any, model: type[BaseModel], echo: bool) -> dict[str, Any]:
     path, section = _walk(error["loc"], model)
     context = error.get("ctx") or {}
-    message = error["msg"].removeprefix("Value error, ")
     if "field" in context:  # a rule over several fields of a section names the one to mend
         path = f"{path}.{context['field']}".lstrip(".")
-    more: dict[str, Any] = {}
     if error["type"] == "extra_forbidden":
-        message = unknown(str(error["loc"][-1]), section.model_fields if section else ())
-    elif error["type"] == "missing":
-        message = "this field is required"
-    elif "expected" in context:
+        # Without its value, which may be a secret that went to the wrong place.
+        return field_error(path, unknown(str(error["loc"][-1]), section.model_fields if section else ()))
+    return _entry(error, path, echo)
+
+
+def _entry(error: Any, path: str, echo: bool = True) -> dict[str, Any]:
+    if error["type"] == "missing":
+        return field_error(path, "this field is required")
+    context, given = error.get("ctx") or {}, error.get("input")
+    more: dict[str, Any] = {}
+    if "expected" in context:
         more["allowed"] = context["expected"]
     elif bounds := {k: context[k] for k in ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern") if k in context}:
         more["allowed"] = bounds
-    given = error.get("input")
-    if not echo or error["type"] in ("missing", "extra_forbidden"):
-        pass  # the value of a name we don't know may be a secret that went to the wrong place
-    elif isinstance(given, bool | int | None) or (isinstance(given, float) and math.isfinite(given)):
+    if echo and (isinstance(given, bool | int | None) or (isinstance(given, float) and math.isfinite(given))):
         more["input"] = given
-    elif isinstance(given, str):
+    elif echo and isinstance(given, str):
         more["input"] = given[:INPUT_CHARS]
-    return field_error(path, message, **more)
+    return field_error(path, error["msg"].removeprefix("Value error, "), **more)
 
 
 def _walk(loc: Sequence[Any], model: type[BaseModel]) -> tuple[str, type[BaseModel] | None]:
@@ -113,8 +115,8 @@ def _walk(loc: Sequence[Any], model: type[BaseModel]) -> tuple[str, type[BaseMod
     return ".".join(names), section
 
 
-def problem(error: ApiError) -> JSONResponse:
-    """The response for `error`."""
+def problem(error: ApiError) -> Response:
+    """The response for `error`. It may quote what a user's template or file says: what isn't Unicode in it becomes `?`."""
     body: dict[str, Any] = {
         "type": "about:blank",
         "title": HTTPStatus(error.status).phrase,
@@ -123,7 +125,8 @@ def problem(error: ApiError) -> JSONResponse:
     }
     if error.errors:
         body["errors"] = error.errors
-    return JSONResponse(body, error.status, error.headers, media_type="application/problem+json")
+    text = json.dumps(body, ensure_ascii=False, allow_nan=False)
+    return Response(text.encode(errors="replace"), error.status, error.headers, media_type="application/problem+json")
 
 
 def to_api_error(error: Exception) -> ApiError:
@@ -132,7 +135,7 @@ def to_api_error(error: Exception) -> ApiError:
         case ApiError():
             return error
         case RequestValidationError():
-            return invalid([field_error(".".join(map(str, e["loc"][1:])), e["msg"]) for e in error.errors()])
+            return invalid([_entry(e, ".".join(map(str, e["loc"][1:]))) for e in error.errors()])
         case ValidationError():
             return invalid(validation_errors(error, JobSpec))
         case HTTPException(status_code=404):
@@ -159,7 +162,7 @@ def to_api_error(error: Exception) -> ApiError:
 def install(app: FastAPI) -> None:
     """Answer every exception of `app` as a problem."""
 
-    async def handle(request: Request, error: Exception) -> JSONResponse:
+    async def handle(request: Request, error: Exception) -> Response:
         return problem(to_api_error(error))
 
     # Starlette raises again, into the server's log, what only `Exception` answers: that is for what nobody expected.

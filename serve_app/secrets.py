@@ -55,17 +55,21 @@ class SecretVault:
 
     @classmethod
     def from_settings(cls, store: JobStore, settings: Settings) -> SecretVault:
-        """The vault of this service. Raises RuntimeError without a key."""
+        """The vault of this service. Raises RuntimeError without a sound key."""
+        make = "make one with cryptography.fernet.Fernet.generate_key()"
         if settings.secret_key is None:
-            raise RuntimeError("TUNEYARD_SECRET_KEY isn't set: make one with cryptography.fernet.Fernet.generate_key()")
-        return cls(
-            store,
-            settings.secret_key.get_secret_value(),
-            settings.allowed_s3_endpoints,
-            settings.allowed_secret_arns,
-            AwsIdentity(settings.aws_endpoint_url),
-            settings.allowed_role_arns,
-        )
+            raise RuntimeError(f"TUNEYARD_SECRET_KEY isn't set: {make}")
+        try:
+            return cls(
+                store,
+                settings.secret_key.get_secret_value(),
+                settings.allowed_s3_endpoints,
+                settings.allowed_secret_arns,
+                AwsIdentity(settings.aws_endpoint_url),
+                settings.allowed_role_arns,
+            )
+        except ValueError:
+            raise RuntimeError(f"TUNEYARD_SECRET_KEY isn't a Fernet key: {make}") from None
 
     def create(self, org_id: str, name: str, type_: str, data: Mapping[str, Any]) -> Secret:
         """Store a secret. Raises ApiError 422 that names fields, never values."""

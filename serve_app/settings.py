@@ -81,6 +81,9 @@ class Settings(BaseSettings):
     )
     jwt_jwks_url: str | None = Field(None, description="Instead: https URL of the issuer's keys (JWKS), by kid.")
     jwt_jwks_refresh_s: float = Field(30, ge=0, description="Least time between two fetches of the JWKS, in seconds.")
+    jwt_jwks_max_age_s: float = Field(
+        600, ge=0, description="Age from which the JWKS is fetched again, so that a withdrawn key ends, in seconds."
+    )
     jwt_issuer: str | None = Field(None, description="Required `iss` of tokens.")
     jwt_audience: str | None = Field(None, description="Required `aud` of tokens.")
     jwt_leeway_s: int = Field(30, ge=0, description="Clock difference allowed in tokens, in seconds.")
@@ -104,6 +107,9 @@ class Settings(BaseSettings):
     max_gpus_per_org: int | None = Field(None, ge=1, description="Workers of one org's running jobs; default no limit.")
     max_queued_jobs_per_org: int = Field(1000, ge=1, description="Jobs of one org waiting; one more is a 429.")
     rate_limit: str = Field("1200/minute", description="Requests of one org to one ingress replica, as <n>/<second|minute|hour>.")
+    max_plans: int = Field(4, ge=1, description="Plans made at once for one ingress replica, each by a process with torch in it.")
+    max_plans_per_org: int = Field(2, ge=1, description="Of those, for one org.")
+    max_streams_per_org: int = Field(50, ge=1, description="Logs and events that an org follows at once at one ingress replica.")
     max_workers: int | None = Field(None, description="Most workers of all running jobs; default no limit.")
     autoscales: bool | None = Field(
         None,

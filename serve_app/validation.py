@@ -18,8 +18,18 @@ from serve_app.secret_types import OPENS
 from serve_app.secrets import Secret, SecretVault
 from serve_app.settings import Settings
 from serve_app.store.jobs import JobStore
-from train_loop.errors import DatasetError, UserError
-from train_loop.model.source import model_config, name_in_mirror
+from train_loop.advice import advice
+from train_loop.errors import DatasetError, ModelError, UserError
+from train_loop.model.mirror import COMPLETE
+from train_loop.model.source import (
+    BASE_MODEL,
+    MAX_CONFIG_BYTES,
+    context_of,
+    hidden_size_of,
+    model_config,
+    name_in_mirror,
+    parse_config,
+)
 from train_loop.run_files import model_places
 from train_loop.spec import AWS_REGION, DatasetDetails, JobSpec, ModelDetails
 
@@ -31,8 +41,8 @@ UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 
 def validate(
     payload: dict[str, Any], settings: Settings, vault: SecretVault, capacity: Mapping[str, int], jobs: JobStore
-) -> JobSpec:
-    """The job, if its fields are right and it can run here. Raises ApiError 422 with every error.
+) -> tuple[JobSpec, list[str]]:
+    """The job, if its fields are right and it can run here, and its warnings. Raises ApiError 422 with every error.
 
     `capacity` is the most workers that the cluster could have, by gpu_type, as far as is known.
     """
@@ -40,15 +50,16 @@ def validate(
         spec = JobSpec.model_validate(payload)
     except ValidationError as error:
         raise invalid(validation_errors(error, JobSpec)) from None
+    config, model_errors = _model(spec, settings, vault)
     errors = [
         *_infra_errors(spec, settings, capacity),
         *_dataset_errors(spec, vault),
-        *_model_errors(spec, settings, vault),
+        *model_errors,
         *_start_errors(spec, jobs),
     ]
     if errors:
         raise invalid(errors)
-    return spec
+    return spec, list(advice(spec, hidden=hidden_size_of(config), context=context_of(config)))
 
 
 def _infra_errors(spec: JobSpec, settings: Settings, capacity: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -63,13 +74,15 @@ def _infra_errors(spec: JobSpec, settings: Settings, capacity: Mapping[str, int]
     if spec.train_config.hyperparameters.optim == "paged_adamw_8bit" and not profile.use_gpu:
         message = f"paged_adamw_8bit needs a GPU, and workers of {infra.gpu_type} have none here: adamw_8bit takes the same steps"
         return [field_error("train_config.hyperparameters.optim", message, allowed=["adamw", "adamw_8bit"])]
-    quota = settings.max_gpus_per_org
-    if quota is not None and infra.num_workers > quota:
-        return [field_error("infra_config.node_count", f"{infra.num_workers} workers are more than this org's quota of {quota}")]
-    if settings.max_workers is not None and infra.num_workers > settings.max_workers:
-        message = f"gpu_count x node_count is {infra.num_workers} workers; this service has room for {settings.max_workers}"
-        return [field_error("infra_config.node_count", message)]
+    # An elastic job starts on as few as that.
     at_least = infra.gpu_count * (infra.min_node_count or infra.node_count)
+    what = "gpu_count x node_count" if infra.min_node_count is None else "gpu_count x min_node_count"
+    quota = settings.max_gpus_per_org
+    if quota is not None and at_least > quota:
+        return [field_error("infra_config.node_count", f"{at_least} workers ({what}) are more than this org's quota of {quota}")]
+    if settings.max_workers is not None and at_least > settings.max_workers:
+        message = f"{what} is {at_least} workers; this service has room for {settings.max_workers}"
+        return [field_error("infra_config.node_count", message)]
     most = capacity.get(infra.gpu_type, at_least)
     if most < at_least:
         offer = ", ".join(f"{name} ({count})" for name, count in sorted(capacity.items()) if count) or "none"
@@ -139,51 +152,57 @@ def _secret(
     return secret, []
 
 
-def _model_errors(spec: JobSpec, settings: Settings, vault: SecretVault) -> list[dict[str, Any]]:
-    details, field = spec.model_details, "model_details.base_model"
+def _model(spec: JobSpec, settings: Settings, vault: SecretVault) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The base model's config.json, and what keeps the job from using the model."""
+    details = spec.model_details
     if errors := _opening_errors(spec.org, "model_details", details, f"a model of {details.source_type}", vault):
-        return errors
+        return {}, errors
     try:
         keys = model_keys(spec, vault, settings)
         config = model_config(details, model_places(spec, settings.model_mirror, keys))
+        if config is None:
+            where = f"not in the model mirror ({settings.model_mirror}, setting TUNEYARD_MODEL_MIRROR)"
+            config = _hub_config(details, keys.hub_token, f"{name_in_mirror(details)} is {where}", settings.hub_offline)
     except UserError as error:
-        return [field_error(error.field or field, error.message)]
-    if config is not None:
-        context = (config.get("text_config") or config).get("max_position_embeddings")
-        asked = spec.dataset_config.preprocessing.prompt.max_length
-        if context is not None and asked > context:
-            message = f"{asked} tokens are more than the context of {details.base_model}, {context}"
-            return [field_error("dataset_config.preprocessing.prompt.max_length", message, allowed={"le": context})]
-        return []
-    name = name_in_mirror(details)
-    where = f"not in the model mirror ({settings.model_mirror}, setting TUNEYARD_MODEL_MIRROR)"
-    if settings.hub_offline:
-        return [field_error(field, f"{name} is {where}, and the hub is switched off")]
-    return _hub_errors(details, keys.hub_token, f"{name} is {where}")
+        return {}, [field_error(error.field or BASE_MODEL, error.message)]
+    context, asked = context_of(config), spec.dataset_config.preprocessing.prompt.max_length
+    if context is not None and asked > context:
+        message = f"{asked} tokens are more than the context of {details.base_model}, {context}"
+        return config, [field_error("dataset_config.preprocessing.prompt.max_length", message, allowed={"le": context})]
+    return config, []
 
 
-def _hub_errors(details: ModelDetails, token: str | None, where: str) -> list[dict[str, Any]]:
+def _hub_config(details: ModelDetails, token: str | None, where: str, offline: bool) -> dict[str, Any]:
+    """The config.json of a model of the hub. Raises ModelError where the hub doesn't give it."""
     import httpx
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub import constants, get_token, hf_hub_url
 
-    field = "model_details.base_model"
+    if offline or constants.HF_HUB_OFFLINE:
+        raise ModelError(f"{where}, and the hub is switched off", field=BASE_MODEL)
+    url, text = hf_hub_url(details.base_model, COMPLETE, revision=details.revision), b""
+    bearer = token or get_token()
+    headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
     try:
-        HfApi(token=token).model_info(details.base_model, revision=details.revision, timeout=HUB_TIMEOUT_S)
-    except GatedRepoError:
-        message = f"{where}, and gated on the hub: accept its terms there, and name a secret of type hf"
-        return [field_error("model_details.secret_id", message)]
-    except RevisionNotFoundError:
-        return [field_error("model_details.revision", f"{where}, and the hub has no such revision of it")]
-    except RepositoryNotFoundError:
-        seen = "no such public model" if token is None else "no such model that this token may read"
-        return [field_error(field, f"{where}, and the hub has {seen}")]
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "an error"
-        return [field_error(field, f"{where}, and the hub answered {status}")]
-    except (OSError, httpx.HTTPError, ValueError) as error:
-        return [field_error(field, f"{where}, and the hub can't be reached ({type(error).__name__})")]
-    return []
+        with httpx.stream("GET", url, headers=headers, timeout=HUB_TIMEOUT_S, follow_redirects=True) as answer:
+            blocks = answer.iter_bytes() if answer.is_success else iter(())
+            while len(text) <= MAX_CONFIG_BYTES and (block := next(blocks, b"")):
+                text += block
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise ModelError(f"{where}, and the hub can't be reached ({type(error).__name__})", field=BASE_MODEL) from None
+    if answer.is_success:
+        return parse_config(text, details.base_model)
+    match answer.headers.get("X-Error-Code"):
+        case "GatedRepo":
+            message = f"{where}, and gated on the hub: accept its terms there, and name a secret of type hf"
+            raise ModelError(message, field="model_details.secret_id")
+        case "RevisionNotFound":
+            raise ModelError(f"{where}, and the hub has no such revision of it", field="model_details.revision")
+        case "RepoNotFound":
+            seen = "no such public model" if token is None else "no such model that this token may read"
+            raise ModelError(f"{where}, and the hub has {seen}", field=BASE_MODEL)
+        case "EntryNotFound":
+            raise ModelError(f"{where}, and what the hub has of that name holds no {COMPLETE}", field=BASE_MODEL)
+    raise ModelError(f"{where}, and the hub answered {answer.status_code}", field=BASE_MODEL)
 
 
 def _start_errors(spec: JobSpec, jobs: JobStore) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from train_loop.advice import advice
 from train_loop.data.formats import Conversation, RowRejected, to_conversation
 from train_loop.data.glance import glance
 from train_loop.data.packing import pack
@@ -24,7 +25,7 @@ from train_loop.data.prepare import decode_row
 from train_loop.data.sampler import BatchPlan
 from train_loop.data.sources import SourceFile, filesystem_for, find_files
 from train_loop.data.tokenize import IGNORE_INDEX, ChatTokenizer, Sample
-from train_loop.errors import DatasetError
+from train_loop.errors import DatasetError, ModelError
 from train_loop.loss import CHUNK_TOKENS
 from train_loop.model.adapters import ALL_LINEAR, expert_parameters, is_named, linear_layers, rank
 from train_loop.model.load import DTYPES, compute_dtype, load_tokenizer
@@ -44,7 +45,6 @@ RUNTIME_BYTES = {"cpu": 580 << 20, "cuda": 900 << 20}  # interpreter and librari
 # How many blocks' activations stay allocated while blocks are recomputed one by one; on the CPU malloc keeps freed pages between
 # tensors that live on. Measured by benchmarks/memory.py.
 RECOMPUTE_BLOCKS = {"cpu": 6.5, "cuda": 1.5}
-USUAL_LEARNING_RATE = {"lora": (1e-5, 1e-3), "full": (1e-6, 1e-4)}
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,7 @@ def make_plan(spec: JobSpec, places: ModelPlaces, hardware: Hardware, source: Fi
 
     Raises UserError, as the job would, where model or dataset can't be read.
     """
-    folder = model_folder(spec.model_details, places, weights=False)
-    shape = model_shape(spec, folder)
-    tokenizer = load_tokenizer(folder)
+    shape, tokenizer = _described(spec, model_folder(spec.model_details, places, weights=False))
     filesystem = source or filesystem_for(spec.dataset_details.dataset_path, None, anonymous=True)[0]
     files = find_files(spec, filesystem)
     sample = look(spec, filesystem, [f for f in files if not f.is_eval], ChatTokenizer.of(spec, tokenizer))
@@ -152,8 +150,20 @@ def make_plan(spec: JobSpec, places: ModelPlaces, hardware: Hardware, source: Fi
     return plan | {"warnings": warnings_of(spec, shape, sample, plan)}
 
 
+def _described(spec: JobSpec, folder: Path) -> tuple[ModelShape, Any]:
+    """The base model's shape and tokenizer, which anyone may have written. Raises ModelError."""
+    base, field = spec.model_details.base_model, "model_details.base_model"
+    try:
+        what = "config.json"
+        shape = model_shape(spec, folder)
+        what = "tokenizer"
+        return shape, load_tokenizer(folder)
+    except Exception as error:  # transformers has no kind of its own for what it can't read
+        raise ModelError(f"transformers can't use the {what} of {base} ({type(error).__name__}).", field=field) from error
+
+
 def model_shape(spec: JobSpec, folder: Path) -> ModelShape:
-    """The base model's shape, from its config alone: the model is built without memory. Raises ModelError."""
+    """The base model's shape, from its config alone: the model is built without memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
@@ -325,8 +335,8 @@ def flops_per_token(spec: JobSpec, shape: ModelShape) -> float:
 
 def warnings_of(spec: JobSpec, shape: ModelShape, sample: DatasetSample, plan: dict[str, Any]) -> list[str]:
     """What a person should know before paying for it."""
-    hp, adapter = spec.train_config.hyperparameters, spec.train_config.adapter_config
-    found = []
+    hp = spec.train_config.hyperparameters
+    found = list(advice(spec, hidden=shape.hidden, context=shape.context))
     truncated, limit = plan["tokens"]["truncated_share"], spec.dataset_config.preprocessing.prompt.max_length
     if truncated > 0:
         verb = "rejected" if spec.dataset_config.preprocessing.truncation == "reject" else "truncated"
@@ -339,14 +349,8 @@ def warnings_of(spec: JobSpec, shape: ModelShape, sample: DatasetSample, plan: d
         found.append(
             f"{sample.num_rejected} of {looked_at} rows looked at can't be used, more than max_reject_ratio allows: it will fail"
         )
-    if spec.train_config.train_type == "full":
-        pass  # targets and r are an adapter's
-    elif not shape.adapted:
+    if spec.train_config.train_type == "lora" and not shape.adapted:
         found.append("adapter_config.targets names no layer of this model: the job will fail")
-    elif adapter.r > shape.hidden:
-        found.append(
-            f"adapter_config.r {adapter.r} is more than the model's hidden size {shape.hidden}: full fine-tuning would be smaller"
-        )
     if shape.leaves_experts:
         found.append(
             "the model's experts get no adapter: to train them too, name them in adapter_config.targets, with dropout 0, such as "
@@ -361,10 +365,6 @@ def warnings_of(spec: JobSpec, shape: ModelShape, sample: DatasetSample, plan: d
     asked = hp.per_device_train_batch_size * hp.gradient_accumulation_steps * spec.infra_config.num_workers
     if asked > plan["rows"]["train"]:
         found.append(f"a step asks for {asked} samples and there are {plan['rows']['train']}: every step is the whole dataset")
-    low, high = USUAL_LEARNING_RATE[spec.train_config.train_type]
-    if not low <= hp.learning_rate <= high:
-        what = "LoRA" if spec.train_config.train_type == "lora" else "full fine-tuning"
-        found.append(f"learning_rate {hp.learning_rate:g} is outside what {what} usually wants, {low:g} to {high:g}")
     memory, available = plan["memory"]["total_bytes"], plan["memory"]["available_bytes"]
     if available is not None and memory > 0.95 * available:
         found.append(

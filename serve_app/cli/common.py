@@ -96,8 +96,8 @@ def credentials(url: str | None, token: str | None, org: str) -> tuple[str, str]
 
     try:
         return url, mint_token(Settings.load(), org, "cli", 3600)
-    except RuntimeError:
-        die("this home has no token key: give --token or set TUNEYARD_TOKEN")
+    except RuntimeError as error:
+        die(f"{error}. Give a token by --token or TUNEYARD_TOKEN.")
 
 
 def client_for(url: str | None, token: str | None, org: str) -> Client:

@@ -28,8 +28,8 @@ def token(
         made = mint_token(Settings.load(), str(uuid.UUID(org)), subject, ttl_s, scope)
     except ValueError:
         die("--org must be a UUID", 2)
-    except RuntimeError:
-        die("this home has no token key yet: start the service once with tuneyard up --detach")
+    except RuntimeError as error:
+        die(str(error))
     show({"token": made}) if as_json else typer.echo(made)
 
 

@@ -61,7 +61,7 @@ class Submitted(TypedDict):
 
     request_id: Annotated[str, _id("The job's id.")]
     status: Annotated[Status, _is("QUEUED; of a repeated Idempotency-Key, what the job is now.")]
-    message: Annotated[str, _is("What was accepted: base, length, workers, data; for a person.")]
+    message: Annotated[str, _is("What was accepted: base, length, workers, data, warnings; for a person.")]
     experiment_name: Annotated[str, _is("The job's name.")]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Response
 
 from serve_app.errors import ApiError
@@ -9,9 +11,10 @@ from serve_app.routes.answers import Health, documented, reply
 from serve_app.routes.service import Here
 
 router = APIRouter(tags=["health"])
+NO_TOKEN: dict[str, Any] = {"security": []}
 
 
-@router.get("/healthz", responses=documented(Health, "It does."))
+@router.get("/healthz", openapi_extra=NO_TOKEN, responses=documented(Health, "It does."))
 @router.get("/healthz/", include_in_schema=False)
 @router.head("/healthz", include_in_schema=False)
 def healthz() -> Response:
@@ -19,7 +22,7 @@ def healthz() -> Response:
     return reply({"status": "ok"})
 
 
-@router.get("/readyz", responses=documented(Health, "They do."))
+@router.get("/readyz", openapi_extra=NO_TOKEN, responses=documented(Health, "They do."))
 @router.get("/readyz/", include_in_schema=False)
 @router.head("/readyz", include_in_schema=False)
 def readyz(here: Here) -> Response:

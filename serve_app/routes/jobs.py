@@ -10,7 +10,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from serve_app.auth import Principal
-from serve_app.body import read_fields
+from serve_app.body import read_fields, unknown_names
 from serve_app.errors import field_error, invalid
 from serve_app.lifecycle import Status
 from serve_app.routes.answers import SUBMITTED, JobAnswer, JobList, Plan, Submitted, documented, reply
@@ -69,12 +69,14 @@ async def plan(request: Request, asking: Asking, here: Here) -> Response:
 
 
 def _plan(here: Service, asking: Principal, payload: dict[str, Any]) -> dict[str, Any]:
-    spec = _accepted(here, asking, payload)
-    return here.runtime.plan(spec) | {"message": acceptance(spec, here).replace("Queued: ", "It would be: ", 1)}
+    spec, _ = _accepted(here, asking, payload)
+    with here.plans.hold(spec.org):
+        made = here.runtime.plan(spec)
+    return made | {"message": f"It would be: {in_short(spec, here)}"}
 
 
-def _accepted(here: Service, asking: Principal, payload: dict[str, Any]) -> JobSpec:
-    """The job, of an org the caller speaks for and able to run here. Raises 403, 422."""
+def _accepted(here: Service, asking: Principal, payload: dict[str, Any]) -> tuple[JobSpec, list[str]]:
+    """The job, of an org the caller speaks for and able to run here, and its warnings. Raises 403, 422."""
     if is_uuid(payload.get("org")):
         asking.require_org(uuid_of(payload["org"], "org"))
     return validate(payload, here.settings, here.vault, here.store.capacity(), here.store)
@@ -85,8 +87,9 @@ def _submit(here: Service, asking: Principal, payload: dict[str, Any], key: str 
     # A repeated request gets the first one's answer, even if it couldn't be accepted any more.
     job = _replayed(here, asking, payload, key, digest)
     if job is None:
-        spec = _accepted(here, asking, payload)
-        job, created = here.store.insert(spec, acceptance(spec, here), key, digest, here.settings.max_queued_jobs_per_org)
+        spec, warnings = _accepted(here, asking, payload)
+        message = " ".join([f"Queued: {in_short(spec, here)}", *(f"Warning: {w}." for w in warnings)])
+        job, created = here.store.insert(spec, message, key, digest, here.settings.max_queued_jobs_per_org)
         if created:
             here.runtime.poke()
     return {
@@ -105,8 +108,8 @@ def _replayed(here: Service, asking: Principal, payload: dict[str, Any], key: st
     return here.store.replay(org, key, digest)
 
 
-def acceptance(spec: JobSpec, here: Service) -> str:
-    """What was accepted, for a person."""
+def in_short(spec: JobSpec, here: Service) -> str:
+    """The job in a sentence, for a person."""
     infra, hp, quantization = spec.infra_config, spec.train_config.hyperparameters, spec.model_details.quantization
     gpu = f"{infra.gpu_type} x {infra.gpu_count} x {infra.node_count}"
     where = f"{infra.num_workers} workers ({gpu})"
@@ -115,10 +118,8 @@ def acceptance(spec: JobSpec, here: Service) -> str:
     base = spec.model_details.base_model + (f" in {quantization.quant_bits} bit" if quantization else "")
     length = f"{hp.max_steps} steps" if hp.max_steps else f"{hp.num_epochs:g} epoch{'s' if hp.num_epochs != 1 else ''}"
     batch = infra.num_workers * hp.per_device_train_batch_size * hp.gradient_accumulation_steps
-    return (
-        f"Queued: LoRA r {spec.train_config.adapter_config.r} on {base}, {length} with {batch} samples a step, on {where}; "
-        f"data from {spec.dataset_details.dataset_path}."
-    )
+    what = f"LoRA r {spec.train_config.adapter_config.r} on" if spec.train_config.train_type == "lora" else "full fine-tuning of"
+    return f"{what} {base}, {length} with {batch} samples a step, on {where}; data from {spec.dataset_details.dataset_path}."
 
 
 @router.get("/job/get/", responses=A_JOB)
@@ -156,12 +157,23 @@ def list_jobs(
 async def cancel(request: Request, asking: Asking, here: Here) -> Response:
     """Stop a job. Again is fine; a job that has ended otherwise is a 409."""
     asking.require_scope("jobs:write")
-    payload = await read_fields(request, here.settings.max_body_bytes, ("org_id", "request_id"))
-    org = uuid_of(payload.get("org_id"), "org_id")
-    return reply(await run_in_threadpool(_cancel, here, asking, payload.get("request_id"), org))
+    return reply(await run_in_threadpool(_cancel, here, asking, **await _job_named(request, here)))
 
 
-def _cancel(here: Service, asking: Principal, request_id: Any, org_id: str | None) -> JobAnswer:
+async def _job_named(request: Request, here: Service) -> dict[str, str]:
+    """What the body of a call about one job holds: org_id and request_id. Raises 422 with all that is wrong."""
+    names = ("org_id", "request_id")
+    payload = await read_fields(request, here.settings.max_body_bytes, names)
+    errors = unknown_names(payload, names)
+    for name in names:
+        if not is_uuid(given := payload.get(name)):
+            errors.append(field_error(name, "must be a UUID" if given else "this field is required"))
+    if errors:
+        raise invalid(errors)
+    return {name: payload[name] for name in names}
+
+
+def _cancel(here: Service, asking: Principal, request_id: str, org_id: str | None = None) -> JobAnswer:
     job = find_job(here, asking, request_id, org_id)
     job = here.store.request_cancel(job.request_id)
     here.runtime.poke()
@@ -173,14 +185,12 @@ def _cancel(here: Service, asking: Principal, request_id: Any, org_id: str | Non
 async def resume(request: Request, asking: Asking, here: Here) -> Response:
     """Queue a FAILED or CANCELED job again, to go on from its last checkpoint; any other is a 409."""
     asking.require_scope("jobs:write")
-    payload = await read_fields(request, here.settings.max_body_bytes, ("org_id", "request_id"))
-    org = uuid_of(payload.get("org_id"), "org_id")
-    return reply(await run_in_threadpool(_resume, here, asking, payload.get("request_id"), org))
+    return reply(await run_in_threadpool(_resume, here, asking, **await _job_named(request, here)))
 
 
-def _resume(here: Service, asking: Principal, request_id: Any, org_id: str | None) -> JobAnswer:
+def _resume(here: Service, asking: Principal, request_id: str, org_id: str | None = None) -> JobAnswer:
     job = find_job(here, asking, request_id, org_id)
-    job = here.store.resume(job.request_id)
+    job = here.store.resume(job.request_id, here.settings.max_queued_jobs_per_org)
     here.runtime.poke()
     return render_one(here, job)
 
@@ -199,7 +209,7 @@ def get_by_path(asking: Asking, here: Here, request_id: str) -> Response:
 def cancel_by_path(asking: Asking, here: Here, request_id: str) -> Response:
     """Stop a job, its id in the path."""
     asking.require_scope("jobs:write")
-    return reply(_cancel(here, asking, request_id, None))
+    return reply(_cancel(here, asking, request_id))
 
 
 @router.post("/job/{request_id}/resume", responses=A_JOB)
@@ -207,4 +217,4 @@ def cancel_by_path(asking: Asking, here: Here, request_id: str) -> Response:
 def resume_by_path(asking: Asking, here: Here, request_id: str) -> Response:
     """Queue a FAILED or CANCELED job again, its id in the path."""
     asking.require_scope("jobs:write")
-    return reply(_resume(here, asking, request_id, None))
+    return reply(_resume(here, asking, request_id))

@@ -6,11 +6,14 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
 
 from serve_app.errors import ApiError
 from serve_app.lifecycle import FINAL
@@ -53,26 +56,42 @@ ENDED: dict[int | str, dict[str, Any]] = {
 Fetch = Callable[[int], list[dict[str, Any]]]
 
 
+class Followed(StreamingResponse):
+    """A stream that has one of its org's places for as long as it lasts. Raises 429 or 503 before it begins."""
+
+    def __init__(self, place: AbstractContextManager[None], entries: AsyncIterator[str]) -> None:
+        super().__init__(entries, media_type=SSE, headers={"Cache-Control": "no-store"})
+        self._place = place
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._place:
+            await super().__call__(scope, receive, send)
+
+
 async def _answer(
-    request: Request, here: Service, job: Job, name: str, fetch: Fetch, after: int, last_event_id: str | None
+    request: Request, here: Service, job: Job, name: str, first: Fetch, more: Fetch, after: int, last_event_id: str | None
 ) -> Response:
-    """One page as JSON, or a stream of server-sent events when the client accepts that."""
+    """One page as JSON, or a stream of server-sent events when the client accepts that.
+
+    A stream begins with what `first` gives and goes on with `more`.
+    """
     if SSE not in request.headers.get("accept", ""):
-        return reply({name: await run_in_threadpool(fetch, after)})
+        return reply({name: await run_in_threadpool(first, after)})
     if last_event_id is not None and last_event_id.isdecimal() and len(last_event_id) < 19:
-        after = int(last_event_id)
-        if job.status in FINAL and not await run_in_threadpool(fetch, after):
+        after, first = int(last_event_id), more
+        if job.status in FINAL and not await run_in_threadpool(more, after):
             return Response(status_code=204)  # which ends EventSource's reconnecting
-    return StreamingResponse(_stream(here, job, name, fetch, after), media_type=SSE, headers={"Cache-Control": "no-store"})
+    return Followed(here.streams.hold(job.org_id), _stream(here, job, name, first, more, after))
 
 
-async def _stream(here: Service, job: Job, name: str, fetch: Fetch, after: int) -> AsyncIterator[str]:
+async def _stream(here: Service, job: Job, name: str, first: Fetch, more: Fetch, after: int) -> AsyncIterator[str]:
     yield "retry: 2000\n\n"
-    sent_at = time.monotonic()
+    sent_at, fetch = time.monotonic(), first
     while True:
         # The status first: what is written before a job ends is then never missed.
         now = await run_in_threadpool(here.store.get, job.request_id)
         entries = await run_in_threadpool(fetch, after)
+        fetch = more
         for entry in entries:
             yield f"id: {entry['id']}\nevent: {name}\ndata: {json.dumps(entry, ensure_ascii=False)}\n\n"
             after, sent_at = entry["id"], time.monotonic()
@@ -96,7 +115,7 @@ async def events(request: Request, here: Here, job: ByQuery, after: After = 0, l
         found = here.store.journal.events(job.request_id, after)
         return [{"id": e.id, "time": wire_time(e.time), "kind": e.kind, "message": e.message} for e in found]
 
-    return await _answer(request, here, job, "events", fetch, after, last_event_id)
+    return await _answer(request, here, job, "events", fetch, fetch, after, last_event_id)
 
 
 @router.get("/job/logs/", responses=documented(Logs, "The lines, or the stream.", LOGS, **STREAM) | ENDED)
@@ -115,15 +134,12 @@ async def logs(
     Without `after` the newest lines are given.
     """
     newest = tail if tail is not None or after else 1000
-    start = after
 
-    def fetch(after: int) -> list[dict[str, Any]]:
-        # A stream begins with the tail and goes on from there.
-        wanted = newest if after == start else None
-        found = here.store.journal.log(job.request_id, rank=rank, after=after, tail=wanted)
+    def fetch(after: int, tail: int | None = None) -> list[dict[str, Any]]:
+        found = here.store.journal.log(job.request_id, rank=rank, after=after, tail=tail)
         return [{"id": e.id, "time": wire_time(e.time), "attempt": e.attempt, "rank": e.rank, "line": e.line} for e in found]
 
-    return await _answer(request, here, job, "logs", fetch, after, last_event_id)
+    return await _answer(request, here, job, "logs", partial(fetch, tail=newest), fetch, after, last_event_id)
 
 
 @router.get("/job/metrics/", responses=documented(Points, "The points.", POINTS))

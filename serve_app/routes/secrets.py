@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from serve_app.body import read_fields
+from serve_app.body import read_fields, unknown_names
 from serve_app.errors import ApiError, field_error, invalid
 from serve_app.routes.answers import SECRET, Deleted, SecretAnswer, Secrets, documented, reply
 from serve_app.routes.service import UUID_SCHEMA, Asking, Here, json_body, uuid_of, wire_time
@@ -49,7 +49,7 @@ async def create(request: Request, asking: Asking, here: Here) -> Response:
         errors.append(field_error("type", "this field is required", allowed=sorted(TYPES)))
     if not isinstance(data, dict):
         errors.append(field_error("data", "must be an object"))
-    errors += [field_error(str(k)[:100], "unknown field") for k in payload if k not in ("org", "name", "type", "data")]
+    errors += unknown_names(payload, ("org", "name", "type", "data"))
     if errors:
         raise invalid(errors)
     return reply(_render(await run_in_threadpool(here.vault.create, org, str(name), str(type_), data or {})))

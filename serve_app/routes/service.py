@@ -13,7 +13,7 @@ from fastapi import Depends, Header, Request
 from serve_app.auth import Principal, Verifier
 from serve_app.errors import ApiError, field_error, invalid
 from serve_app.lifecycle import Phase
-from serve_app.quota import RateLimit
+from serve_app.quota import Places, RateLimit
 from serve_app.routes.answers import JobAnswer, JobMetrics
 from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
@@ -33,7 +33,7 @@ class Runtime(Protocol):
         ...
 
     def plan(self, spec: JobSpec) -> dict[str, Any]:
-        """The job's plan. Raises UserError where the job would fail at once, ApiError 503 when it takes too long."""
+        """The job's plan. Raises UserError where the job would fail at once, ApiError 503 where it takes too long or too much."""
         ...
 
     def not_ready(self) -> str | None:
@@ -51,6 +51,8 @@ class Service:
     runtime: Runtime
     verifier: Verifier
     rate_limit: RateLimit
+    plans: Places
+    streams: Places
 
 
 def service(request: Request) -> Service:
@@ -63,8 +65,17 @@ def principal(request: Request, authorization: Annotated[str | None, Header(incl
     """Who is asking. Raises 401, 429."""
     here = service(request)
     asking = here.verifier.authenticate(authorization)
-    here.rate_limit.check(min(asking.orgs))
+    here.rate_limit.check(_charged(asking, request.query_params.get("org_id")))
     return asking
+
+
+def _charged(asking: Principal, org_id: str | None) -> str:
+    """Whose rate a request counts for: the org it names, or the token's only one.
+
+    A token of several orgs that names its own by job or in the body, which isn't read yet, counts for these orgs together.
+    """
+    named = {str(uuid.UUID(org_id))} if is_uuid(org_id) else asking.orgs
+    return " ".join(sorted(named & asking.orgs or asking.orgs))
 
 
 Asking = Annotated[Principal, Depends(principal)]

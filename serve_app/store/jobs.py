@@ -29,6 +29,8 @@ from train_loop.spec import JobSpec
 IDEMPOTENCY_HOURS = 24
 MAX_SEQ = 2**63 - 1
 CAPACITY_AGE_S = 5.0
+NAME_TRIES = 3  # for a name whose holder ends between our try and the look at who holds it
+NEARLY_FULL = 100  # waiting jobs below the limit, more than are ever added at once
 WRITES = "tuneyard_writes"
 STORE_AWAY = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)  # nothing was written; it may come back
 
@@ -236,31 +238,35 @@ class JobStore:
             "created_at": now,
             "updated_at": now,
         }
-        try:
-            with self.write() as tx:
-                if idempotency_key is not None:
-                    earlier = self._earlier(tx, spec.org, idempotency_key, body_hash, now)
-                    if earlier is not None:
-                        return earlier, False
-                    key = {"org_id": spec.org, "key": idempotency_key}
-                    tx.execute(sa.delete(idempotency).filter_by(**key))  # one that has expired
-                    tx.execute(sa.insert(idempotency).values(**key, body_hash=body_hash, request_id=request_id, created_at=now))
-                waiting = (jobs.c.org_id == spec.org) & (jobs.c.status == Status.QUEUED)
-                if max_queued is not None and _count(tx, waiting) >= max_queued:
-                    raise QueueFull(f"{max_queued} jobs of this org are waiting already; submit again when one has started")
-                job = _job(tx.execute(sa.insert(jobs).values(**row).returning(jobs)).one())
-                add_event(tx, request_id, "queued", message)
-                return job, True
-        except sa.exc.IntegrityError:
-            with self.read() as tx:
+        for _ in range(NAME_TRIES):
+            try:
+                with self.write() as tx:
+                    if idempotency_key is not None:
+                        earlier = self._earlier(tx, spec.org, idempotency_key, body_hash, now)
+                        if earlier is not None:
+                            return earlier, False
+                        key = {"org_id": spec.org, "key": idempotency_key}
+                        tx.execute(sa.delete(idempotency).filter_by(**key))  # one that has expired
+                        made = {"body_hash": body_hash, "request_id": request_id, "created_at": now}
+                        tx.execute(sa.insert(idempotency).values(**key, **made))
+                    _require_room(tx, spec.org, max_queued)
+                    job = _job(tx.execute(sa.insert(jobs).values(**row).returning(jobs)).one())
+                    add_event(tx, request_id, "queued", message)
+                    return job, True
+            except sa.exc.IntegrityError:
                 if idempotency_key is not None:  # the same key won a race against us
-                    earlier = self._earlier(tx, spec.org, idempotency_key, body_hash, now)
+                    earlier = self.replay(spec.org, idempotency_key, body_hash)
                     if earlier is not None:
                         return earlier, False
-                other = self._holder(tx, spec.org, spec.experiment_name)
-            if other is None:
-                raise
-            raise NameTaken(spec.experiment_name, other) from None
+                self._require_free_name(spec.org, spec.experiment_name)
+        raise _name_in_motion(spec.experiment_name)
+
+    def _require_free_name(self, org_id: str, name: str) -> None:
+        """Raise NameTaken unless the job that had the name a moment ago has ended since."""
+        with self.read() as tx:
+            other = self._holder(tx, org_id, name)
+        if other is not None:
+            raise NameTaken(name, other)
 
     def _holder(self, tx: Connection, org_id: str, name: str) -> str | None:
         same_name = (jobs.c.org_id == org_id) & (jobs.c.experiment_name == name)
@@ -500,34 +506,38 @@ class JobStore:
             add_event(tx, request_id, status.lower(), message)
             return _require(tx, request_id)
 
-    def resume(self, request_id: str) -> Job:
-        """FAILED or CANCELED → QUEUED, to go on from its last checkpoint. Raises NotResumable, NameTaken."""
+    def resume(self, request_id: str, max_queued: int | None = None) -> Job:
+        """FAILED or CANCELED → QUEUED, to go on from its last checkpoint.
+
+        Raises NotResumable, NameTaken, QueueFull when the org has `max_queued` waiting jobs.
+        """
         now = self._now()
-        try:
-            with self.write() as tx:
-                job = _require(tx, request_id)
-                if job.status not in RESUMABLE:
-                    raise NotResumable(f"job {request_id} is {job.status}: only a FAILED or CANCELED one can be resumed")
-                message = "Queued again: it goes on from its last checkpoint, if it has one."
-                values = {
-                    "status": Status.QUEUED,
-                    "phase": Phase.QUEUED,
-                    "message": message,
-                    "waiting_since": now,
-                    "cancel_requested_at": None,
-                    "completed_at": None,
-                    "error_code": None,
-                    "error_message": None,
-                    "updated_at": now,
-                    **{"faults": 0, "losses": 0, "fault_step": job.step, "ran_s": 0.0},
-                }
-                tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**values))
-                add_event(tx, request_id, "resume_requested", message)
-                return _require(tx, request_id)
-        except sa.exc.IntegrityError:
-            with self.read() as tx:
-                other = self._holder(tx, job.org_id, job.experiment_name)
-            raise NameTaken(job.experiment_name, other or "?") from None
+        message = "Queued again: it goes on from its last checkpoint, if it has one."
+        values: dict[str, Any] = {
+            "status": Status.QUEUED,
+            "phase": Phase.QUEUED,
+            "message": message,
+            "waiting_since": now,
+            "cancel_requested_at": None,
+            "completed_at": None,
+            "error_code": None,
+            "error_message": None,
+            "updated_at": now,
+            **{"faults": 0, "losses": 0, "fault_step": jobs.c.step, "ran_s": 0.0},
+        }
+        for _ in range(NAME_TRIES):
+            try:
+                with self.write() as tx:
+                    job = _require(tx, request_id)
+                    if job.status not in RESUMABLE:
+                        raise NotResumable(f"job {request_id} is {job.status}: only a FAILED or CANCELED one can be resumed")
+                    _require_room(tx, job.org_id, max_queued)
+                    tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**values))
+                    add_event(tx, request_id, "resume_requested", message)
+                    return _require(tx, request_id)
+            except sa.exc.IntegrityError:
+                self._require_free_name(job.org_id, job.experiment_name)
+        raise _name_in_motion(job.experiment_name)
 
     def request_cancel(self, request_id: str) -> Job:
         """QUEUED → CANCELED at once; RUNNING is asked to stop; CANCELED stays. Raises AlreadyFinal."""
@@ -589,6 +599,23 @@ def _seq_of(cursor: str) -> int:
 
 def _count(tx: Connection, where: sa.ColumnElement[bool]) -> int:
     return int(tx.execute(sa.select(sa.func.count()).select_from(jobs).where(where)).scalar_one())
+
+
+def _require_room(tx: Connection, org_id: str, max_queued: int | None) -> None:
+    """Raise QueueFull when the org has `max_queued` waiting jobs."""
+    waiting = (jobs.c.org_id == org_id) & (jobs.c.status == Status.QUEUED)
+    if max_queued is None or (count := _count(tx, waiting)) < max_queued - NEARLY_FULL:
+        return
+    if tx.dialect.name == "postgresql":
+        # Others add jobs at the same time: near the limit one after the other. Elsewhere that would cost each its own fsync.
+        tx.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(org_id, 0))))
+        count = _count(tx, waiting)
+    if count >= max_queued:
+        raise QueueFull(f"{max_queued} jobs of this org are waiting already; try again when one has started")
+
+
+def _name_in_motion(name: str) -> Conflict:
+    return Conflict(f"experiment_name {name} goes from job to job at this moment: try again")
 
 
 def _require(tx: Connection, request_id: str) -> Job:

@@ -133,6 +133,25 @@ def test_jwks_keys_rotate(service, issuer):
         assert status(token("ES256", headers={"kid": "c"})) == 401  # another key's name
 
 
+def test_a_withdrawn_key_ends_though_nobody_asks_for_a_new_one(service, issuer):
+    issuer.keys = {"a": RSA}
+    with service(jwt_jwks_url=issuer.url, jwt_jwks_refresh_s=0, jwt_jwks_max_age_s=0) as status:
+        assert status(token("RS256", headers={"kid": "a"})) == 200
+        issuer.keys = {"b": EC}
+        assert status(token("RS256", headers={"kid": "a"})) == 401
+        assert status(token("ES256", headers={"kid": "b"})) == 200
+        issuer.close()  # an issuer that is away withdraws nothing
+        assert status(token("ES256", headers={"kid": "b"})) == 200
+
+
+def test_a_weak_key_of_the_issuer_opens_nothing(service, issuer):
+    weak = rsa.generate_private_key(public_exponent=65537, key_size=1024)
+    issuer.keys = {"a": RSA, "weak": weak}
+    with service(jwt_jwks_url=issuer.url) as status:
+        assert status(token("RS256", headers={"kid": "a"})) == 200
+        assert status(token("RS256", key=weak, headers={"kid": "weak"})) == 401
+
+
 def test_unknown_kids_do_not_become_a_flood_of_fetches(service, issuer):
     issuer.keys = {"a": RSA}
     with service(jwt_jwks_url=issuer.url, jwt_jwks_refresh_s=3600) as status:

@@ -274,7 +274,9 @@ def test_settings_lists_them_without_values(tmp_path: Path) -> None:
         (["list"], {}, 2, "which organisation?"),
         (["list", "--org", "nobody"], {}, 2, "must be a UUID"),
         (["list", "--org", ORG], {"TUNEYARD_MAX_RUNNING_JOBS": "many"}, 1, "TUNEYARD_MAX_RUNNING_JOBS: "),
-        (["token", "--org", ORG], {}, 1, "no token key"),
+        (["token", "--org", ORG], {}, 1, "tuneyard up hasn't made one here yet"),
+        (["token", "--org", ORG], {"TUNEYARD_JWT_JWKS_URL": "https://issuer/keys"}, 1, "get a token from that issuer"),
+        (["token", "--org", ORG], {"TUNEYARD_JWT_SECRET": "short"}, 1, "at least 32 bytes"),
     ],
 )
 def test_an_expected_failure_is_a_sentence_and_no_traceback(

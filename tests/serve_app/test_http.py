@@ -5,9 +5,11 @@ import json
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import jwt
 import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.testclient import TestClient
 
@@ -17,8 +19,10 @@ from serve_app.lifecycle import Status
 from serve_app.routes import health, jobs, journal, secrets
 from serve_app.settings import Settings
 from serve_app.store.jobs import JobStore
-from serve_app.store.journal import Notes
+from serve_app.store.journal import Journal, Notes
 from tests.conftest import CANARY, ORG, OTHER_ORG, Idle, fields, with_fields
+from train_loop.errors import UserError
+from train_loop.spec import JobSpec
 
 TEMPLATE = "dataset_config.preprocessing.prompt.template"
 SECTIONS = ("dataset_config", "model_details", "train_config", "dataset_details", "infra_config")
@@ -49,6 +53,31 @@ def test_the_documented_request_is_accepted_in_every_encoding(http, store, job, 
     assert accepted["experiment_name"] == job["experiment_name"]
     assert "4 CPU workers" in accepted["message"]
     assert store.get(accepted["request_id"]).spec["train_config"]["hyperparameters"]["warmup_ratio"] == 0.03
+
+
+def test_the_message_says_what_was_accepted_and_what_to_think_over(settings, store, job):
+    class Planning(Idle):
+        def plan(self, spec):
+            return {}
+
+    public = {"dataset_details.ownership": "public", "dataset_details.secret_id": None}
+    with TestClient(build_app(settings, store, Planning())) as client:
+        client.headers["Authorization"] = f"Bearer {mint_token(settings, ORG, 'x', 60)}"
+
+        def said(path, name, **changes):
+            changes = {f"train_config.{k}": v for k, v in changes.items()}
+            asked = with_fields(job, public | {"experiment_name": name, "model_details.quantization": None} | changes)
+            return client.post(path, json=asked).json()["message"]
+
+        assert said("/job/", "a").startswith("Queued: LoRA r 16 on tuneyard/tiny-random-llama, 1 epoch with 32 samples a step")
+        assert "Warning" not in said("/job/", "b")
+        for path in ("/job/", "/job/plan/"):
+            assert ": full fine-tuning of tuneyard/tiny-random-llama, 1 epoch" in said(path, "c", train_type="full")
+        careless = {"hyperparameters.learning_rate": 0.5, "adapter_config.r": 100}
+        warned = said("/job/", "d", **careless)
+        assert "Warning: learning_rate 0.5 is outside what LoRA usually wants" in warned
+        assert "Warning: adapter_config.r 100 is more than the model's hidden size 64" in warned
+        assert "r 100" not in said("/job/", "e", train_type="full", **careless)
 
 
 def test_every_path_works_with_and_without_its_slash():
@@ -212,6 +241,32 @@ def test_form_fields_are_checked(http, job):
     assert fields(http.post("/job/", files=without))["infra_config"]["message"] == "this field is required"
 
 
+@pytest.mark.parametrize("path", ["/job/cancel/", "/job/resume/"])
+@pytest.mark.parametrize("encoding", ["json", "data"])
+def test_calls_about_one_job_name_all_that_is_wrong(http, path, encoding):
+    found = fields(http.post(path, **{encoding: {"request_id": "x", "orgid": ORG}}))
+    assert "did you mean org_id?" in found.pop("orgid")["message"]
+    if encoding == "json":  # the parts of a form are looked at first
+        assert {name: e["message"] for name, e in found.items()} == {
+            "request_id": "must be a UUID",
+            "org_id": "this field is required",
+        }
+
+
+def test_a_secrets_unknown_field_is_named_with_the_nearest(http):
+    found = fields(http.post("/secret/", json={"org": ORG, "name": "n", "typ": "s3", "data": {}}))
+    assert (set(found), "did you mean type?" in found["typ"]["message"]) == ({"typ", "type"}, True)
+
+
+def test_query_errors_say_what_was_given_and_what_is_allowed(http):
+    found = fields(http.get("/job/list/", params={"limit": 501, "status": "GONE", "experiment_name": "a b"}))
+    assert found["org_id"]["message"] == "this field is required"
+    assert (found["limit"]["input"], found["limit"]["allowed"]) == ("501", {"le": 500})
+    assert found["status"]["input"] == "GONE"
+    assert "QUEUED" in found["status"]["allowed"]
+    assert "pattern" in found["experiment_name"]["allowed"]
+
+
 NASTY = [
     ({"content": b"", "headers": {"content-type": "application/json"}}, 400),
     ({"content": b"{", "headers": {"content-type": "application/json"}}, 400),
@@ -249,7 +304,11 @@ def test_health_and_docs_need_no_token(http):
         assert http.get(path).status_code == 200
     for path in ("/healthz", "/readyz"):  # as load balancers ask
         assert http.head(path).status_code == 200
+    for path in ("/redoc", "/docs/oauth2-redirect"):
+        assert http.get(path).status_code == 404
     schema = http.get("/openapi.json").json()
+    open_to_all = {path for path, methods in schema["paths"].items() for o in methods.values() if o.get("security") == []}
+    assert open_to_all == {"/healthz", "/readyz"}
     assert "multipart/form-data" in schema["paths"]["/job/"]["post"]["requestBody"]["content"]
     assert "learning_rate" in schema["components"]["schemas"]["Hyperparameters"]["properties"]
 
@@ -386,6 +445,52 @@ def test_a_stream_follows_a_job_to_its_end(http, store, job):
     assert end[1] == "end"
 
 
+def test_a_followed_tail_is_where_the_following_begins_and_leaves_out_nothing_after(http, store, job, monkeypatch):
+    request_id = http.post("/job/", json=job).json()["request_id"]
+    looked = []
+
+    def looks(*arguments, **more):
+        found = Journal.log(store.journal, *arguments, **more)
+        if not looked:
+            finished(store, request_id)  # all lines come after the first look
+        looked.append(found)
+        return found
+
+    monkeypatch.setattr(store.journal, "log", looks)
+    follow = {"Accept": "text/event-stream"}
+    *sent, _ = sse(http.get(f"/job/{request_id}/logs", params={"tail": 1}, headers=follow))
+    assert looked[0] == []
+    assert [data["line"] for _, _, data in sent] == ["zero", "one", "two"]
+    *sent, _ = sse(http.get(f"/job/{request_id}/logs", params={"tail": 1}, headers=follow))
+    assert [data["line"] for _, _, data in sent] == ["two"]
+
+
+def test_an_org_follows_so_many_jobs_at_once_and_no_more(settings, store, job, monkeypatch):
+    settings.max_streams_per_org = 1
+    monkeypatch.setattr(journal, "FOLLOW_POLL_S", 0.05)
+    with TestClient(build_app(settings, store, Idle())) as client, ThreadPoolExecutor() as others:
+        mine, theirs = (
+            store.insert(JobSpec.model_validate(job | {"org": org}), "queued")[0].request_id for org in (ORG, OTHER_ORG)
+        )
+
+        def follow(org, request_id):
+            headers = {"Authorization": f"Bearer {mint_token(settings, org, 'x', 60)}", "Accept": "text/event-stream"}
+            return client.get(f"/job/{request_id}/events", headers=headers)
+
+        first = others.submit(follow, ORG, mine)
+        places = client.app.state.service.streams
+        while not places._held[ORG]:
+            time.sleep(0.01)
+        refused = follow(ORG, mine)
+        assert (refused.status_code, int(refused.headers["Retry-After"]) > 0) == (429, True)
+        assert refused.headers["content-type"] == "application/problem+json"
+        store.request_cancel(theirs)
+        assert follow(OTHER_ORG, theirs).status_code == 200
+        store.request_cancel(mine)
+        assert first.result().status_code == 200
+        assert follow(ORG, mine).status_code == 200
+
+
 def test_resume_queues_what_failed_and_nothing_else(http, store, job):
     request_id = http.post("/job/", json=job).json()["request_id"]
     body = {"org_id": ORG, "request_id": request_id}
@@ -440,6 +545,21 @@ def test_more_requests_than_the_rate_allows_are_429(settings, store, monkeypatch
         assert client.get("/healthz").status_code == 200
 
 
+def test_requests_count_for_the_org_that_they_ask_for(settings, store):
+    settings.rate_limit = "2/hour"
+    with TestClient(build_app(settings, store, Idle())) as client:
+
+        def ask(org, *orgs):
+            headers = {"Authorization": "Bearer " + token(settings, org=None, orgs=list(orgs))}
+            return client.get("/job/list/", params={"org_id": org}, headers=headers).status_code
+
+        third = "99999999-2222-4333-8444-555555555555"
+        assert [ask(OTHER_ORG, ORG, OTHER_ORG) for _ in range(3)] == [200, 200, 429]
+        assert [ask(ORG, ORG), ask(ORG, ORG, OTHER_ORG), ask(ORG, ORG)] == [200, 200, 429]
+        assert [ask(third, ORG, OTHER_ORG) for _ in range(3)] == [403, 403, 429]  # guessing counts, too
+        assert [ask("no-org", third) for _ in range(3)] == [422, 422, 429]
+
+
 def test_a_full_queue_is_429_until_there_is_room(settings, store, job, monkeypatch):
     monkeypatch.setenv("TUNEYARD_MAX_QUEUED_JOBS_PER_ORG", "1")
     with TestClient(build_app(Settings.load(), store, Idle())) as client:
@@ -451,13 +571,62 @@ def test_a_full_queue_is_429_until_there_is_room(settings, store, job, monkeypat
         assert client.post("/job/", json=job, headers={"Idempotency-Key": "k"}).json() == first.json()
         client.post(f"/job/{first.json()['request_id']}/cancel")
         assert client.post("/job/", json=job | {"experiment_name": "second"}).status_code == 200
+        assert client.post(f"/job/{first.json()['request_id']}/resume").status_code == 429
 
 
-def test_a_job_larger_than_the_orgs_quota_is_refused(settings, store, job, monkeypatch):
-    monkeypatch.setenv("TUNEYARD_MAX_GPUS_PER_ORG", "3")
+def test_a_refusal_that_quotes_a_lone_surrogate_can_be_read(settings, store, job):
+    class Quoting(Idle):
+        def plan(self, spec):
+            render = ImmutableSandboxedEnvironment().from_string(spec.dataset_config.preprocessing.prompt.template).render
+            raise UserError(f"the chat template says {render()}", field=TEMPLATE)
+
+    with TestClient(build_app(settings, store, Quoting()), raise_server_exceptions=False) as client:
+        client.headers["Authorization"] = f"Bearer {mint_token(settings, ORG, 'x', 60)}"
+        public = {"dataset_details.ownership": "public", "dataset_details.secret_id": None}
+        said = fields(client.post("/job/plan/", json=with_fields(job, public | {TEMPLATE: r'{{ "a\ud800b" }}'})))
+        assert said[TEMPLATE]["message"] == "the chat template says a?b"
+
+
+def test_plans_at_once_are_bounded_for_an_org_and_for_all(settings, store, job):
+    started, go_on = threading.Semaphore(0), threading.Event()
+
+    class Slow(Idle):
+        def plan(self, spec):
+            started.release()
+            go_on.wait(60)
+            return {}
+
+    settings.max_plans, settings.max_plans_per_org = 3, 2
+    with TestClient(build_app(settings, store, Slow())) as client, ThreadPoolExecutor() as others:
+
+        def ask(org):
+            headers = {"Authorization": f"Bearer {mint_token(settings, org, 'x', 60)}"}
+            public = with_fields(job, {"org": org, "dataset_details.ownership": "public", "dataset_details.secret_id": None})
+            return client.post("/job/plan/", json=public, headers=headers)
+
+        waiting = [others.submit(ask, ORG), others.submit(ask, ORG)]
+        assert all(started.acquire(timeout=60) for _ in waiting)
+        refused = ask(ORG)
+        assert (refused.status_code, int(refused.headers["Retry-After"]) > 0) == (429, True)
+        waiting.append(others.submit(ask, OTHER_ORG))
+        assert started.acquire(timeout=60)
+        refused = ask(OTHER_ORG)
+        assert (refused.status_code, int(refused.headers["Retry-After"]) > 0) == (503, True)
+        go_on.set()
+        assert [answer.result().status_code for answer in waiting] == [200] * 3
+        assert ask(ORG).status_code == 200
+
+
+@pytest.mark.parametrize(("setting", "said"), [("MAX_GPUS_PER_ORG", "quota of 3"), ("MAX_WORKERS", "room for 3")])
+def test_a_job_larger_than_a_quota_is_refused_unless_it_can_do_with_less(settings, store, job, monkeypatch, setting, said):
+    monkeypatch.setenv(f"TUNEYARD_{setting}", "3")
     with TestClient(build_app(Settings.load(), store, Idle())) as client:
         client.headers["Authorization"] = f"Bearer {mint_token(settings, ORG, 'x', 60)}"
-        assert "quota of 3" in fields(client.post("/job/", json=job))["infra_config.node_count"]["message"]
+        public = with_fields(job, {"dataset_details.ownership": "public", "dataset_details.secret_id": None})
+        for fewest in ({}, {"infra_config.min_node_count": 2}):
+            refused = fields(client.post("/job/", json=with_fields(public, fewest)))
+            assert said in refused["infra_config.node_count"]["message"]
+        assert client.post("/job/", json=with_fields(public, {"infra_config.min_node_count": 1})).status_code == 200
 
 
 def test_another_org_learns_nothing_on_any_route(http, settings, job, secret_id):

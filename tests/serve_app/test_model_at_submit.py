@@ -1,6 +1,9 @@
 """What a submission says of a base model in a bucket or on the hub, and of the job that it goes on from."""
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +16,7 @@ from train_loop.errors import ModelError
 from train_loop.spec import JobSpec
 
 MODEL, SECRET, START = "model_details.base_model", "model_details.secret_id", "train_config.adapter_config.init_from"
+LENGTH = "dataset_config.preprocessing.prompt.max_length"
 URI = "s3://tuneyard/models/tiny"
 
 
@@ -56,6 +60,101 @@ def test_a_model_of_a_bucket_is_looked_at_with_its_own_secret(http, job, keys, s
     spec = JobSpec.model_validate(with_fields(opened, data))
     plan = plan_job(spec, settings, SecretVault.from_settings(store, settings))
     assert plan["trainable_params"] > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "refused"),
+    [
+        (b"[]", MODEL),
+        (b"7", MODEL),
+        (b"{", MODEL),
+        (b"\xff\xfe", MODEL),
+        (b"[" * 100_000, MODEL),
+        (b'{"x": ' + b"9" * 5000 + b"}", MODEL),
+        (b'{"x": "' + b" " * (1 << 20) + b'"}', MODEL),
+        (b'{"max_position_embeddings": "many", "text_config": 7}', None),
+        (b'{"max_position_embeddings": true}', None),
+        (b'{"max_position_embeddings": 64}', LENGTH),
+        (b'{"text_config": {"max_position_embeddings": 64}}', LENGTH),
+        (b'{"n_positions": 64}', LENGTH),  # as GPT-2 has it
+    ],
+    ids=range(12),
+)
+def test_whatever_a_bucket_has_as_configuration_is_no_server_error(http, job, s3, keys, config, refused):
+    s3.client().put_object(Bucket="tuneyard", Key="models/odd/config.json", Body=config)
+    model = {"base_model": "s3://tuneyard/models/odd", "source_type": "s3", "secret_id": made(http, "s3", keys)}
+    answer = http.post("/job/", json=with_fields(job, {"model_details": model}))
+    assert (list(fields(answer)) == [refused]) if refused else answer.status_code == 200, answer.text
+
+
+@pytest.fixture
+def hub(settings, monkeypatch):
+    """A stand-in for the hub, which isn't there where tests run: answers by path, and what it was asked."""
+    asked, answers = [], {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers.get("Authorization")))
+            status, code, body = answers.get(self.path, (404, "RepoNotFound", b""))
+            self.send_response(status)
+            if code:
+                self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            return
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/{revision}/{filename}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    settings.hub_offline = False
+    yield SimpleNamespace(asked=asked, answers=answers, server=server)
+    server.shutdown()
+    server.server_close()
+
+
+def on_the_hub(status, code=None, body=b""):
+    return {"/acme/model/main/config.json": (status, code, body)}
+
+
+@pytest.mark.parametrize(
+    ("answers", "refused", "said"),
+    [
+        (on_the_hub(200, body=b'{"max_position_embeddings": 64}'), LENGTH, "context of acme/model, 64"),
+        (on_the_hub(200, body=b"[]"), MODEL, "isn't a model's configuration"),
+        (on_the_hub(200, body=b" " * (2 << 20)), MODEL, "isn't a model's configuration"),
+        (on_the_hub(404, "RepoNotFound"), MODEL, "no such model that this token may read"),
+        (on_the_hub(404, "EntryNotFound"), MODEL, "holds no config.json"),
+        (on_the_hub(404, "RevisionNotFound"), "model_details.revision", "no such revision"),
+        (on_the_hub(403, "GatedRepo"), SECRET, "accept its terms"),
+        (on_the_hub(500), MODEL, "the hub answered 500"),
+    ],
+)
+def test_what_the_hub_says_of_a_model_is_said_at_submit(hub, http, job, answers, refused, said):
+    hub.answers.update(answers)
+    token = made(http, "hf", {"token": f"hf_{CANARY}"})
+    private = {MODEL: "acme/model", "model_details.ownership": "private", SECRET: token}
+    found = fields(http.post("/job/", json=with_fields(job, private)))
+    assert list(found) == [refused]
+    assert said in found[refused]["message"]
+    assert hub.asked == [("/acme/model/main/config.json", f"Bearer hf_{CANARY}")]
+
+
+def test_a_model_of_the_hub_that_suits_is_accepted(hub, http, job):
+    hub.answers["/acme/model/v2/config.json"] = (200, None, b'{"max_position_embeddings": 4096}')
+    named = {MODEL: "acme/model", "model_details.revision": "v2"}
+    assert http.post("/job/", json=with_fields(job, named)).status_code == 200
+
+
+def test_a_hub_that_is_away_is_said_at_submit(hub, http, job):
+    hub.server.shutdown()
+    hub.server.server_close()
+    found = fields(http.post("/job/", json=with_fields(job, {MODEL: "acme/model"})))
+    assert "the hub can't be reached (ConnectError)" in found[MODEL]["message"]
 
 
 def test_a_private_model_of_the_hub_needs_a_token(http, job, settings, store, secret_id):

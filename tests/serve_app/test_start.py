@@ -7,10 +7,15 @@ import sys
 from types import SimpleNamespace
 
 import psutil
+import pytest
+import ray
 
+from serve_app.app import deploy
 from serve_app.embedded.lifetime import _since_boot_s, read_state
 from serve_app.job_actor import JobActor
 from serve_app.logs import Redactor
+from serve_app.settings import Settings
+from tests.conftest import CANARY
 
 NOT_TRAINING = ("serve_app.app", "serve_app.job_actor", "serve_app.dispatcher", "serve_app.cli")
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes")  # a second and a hundred MiB or two, in every job's actor
@@ -37,3 +42,24 @@ def test_what_a_run_says_can_be_written_down_by_every_database():
     actor = SimpleNamespace(redactor=Redactor())
     actor.redactor.hide("hunter22hunter22")
     assert JobActor._told(actor, "a\0b\ud800c hunter22hunter22") == "a\ufffdb?c [redacted]"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("JWT_SECRET", CANARY, "TUNEYARD_JWT_SECRET must be at least 32 bytes"),
+        ("JWT_PUBLIC_KEY", CANARY, "TUNEYARD_JWT_PUBLIC_KEY isn't a PEM public key"),
+        ("SECRET_KEY", CANARY, "TUNEYARD_SECRET_KEY isn't a Fernet key"),
+        ("SECRET_KEY", None, "TUNEYARD_SECRET_KEY isn't set"),
+        ("JWT_SECRET", None, "no key to check tokens with"),
+    ],
+)
+def test_a_service_without_sound_keys_starts_nothing(settings, store, monkeypatch, tmp_path, variable, value, said):
+    if value is None:
+        (tmp_path / {"JWT_SECRET": "jwt.key", "SECRET_KEY": "secret.key"}[variable]).unlink()
+    else:
+        monkeypatch.setenv(f"TUNEYARD_{variable}", value)
+    with pytest.raises(RuntimeError, match=said) as caught:
+        deploy(Settings.load())
+    assert CANARY not in str(caught.value)
+    assert not ray.is_initialized()

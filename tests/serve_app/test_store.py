@@ -1,6 +1,8 @@
 """The job store on real SQLite and real PostgreSQL."""
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import sqlalchemy as sa
@@ -9,7 +11,7 @@ from alembic.migration import MigrationContext
 
 from serve_app.lifecycle import FINAL, TRANSITIONS, IllegalTransition, Status, check
 from serve_app.settings import Settings
-from serve_app.store.jobs import AlreadyFinal, IdempotencyMismatch, JobStore, NameTaken, StaleAttempt
+from serve_app.store.jobs import AlreadyFinal, IdempotencyMismatch, JobStore, NameTaken, QueueFull, StaleAttempt
 from serve_app.store.journal import Notes
 from serve_app.store.tables import metadata
 from tests.conftest import DOCUMENTED, ORG, OTHER_ORG, with_fields
@@ -194,6 +196,46 @@ def test_names_are_unique_among_live_jobs_of_an_org(store):
     store.insert(spec("same", OTHER_ORG), "queued")
     store.request_cancel(first.request_id)
     submit(store, "same")
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_name_whose_holder_ends_while_it_is_looked_up_is_free(store, monkeypatch, resumes):
+    mine = submit(store, "same") if resumes else None
+    if mine:
+        store.request_cancel(mine.request_id)
+    first = submit(store, "same")
+    holder = store._holder
+
+    def ends_just_before(*arguments):
+        store.request_cancel(first.request_id)
+        return holder(*arguments)
+
+    monkeypatch.setattr(store, "_holder", ends_just_before)
+    got = store.resume(mine.request_id) if mine else submit(store, "same")
+    assert (got.status, store.get(first.request_id).status) == (Status.QUEUED, Status.CANCELED)
+
+
+def test_a_full_queue_takes_no_resumed_job(store):
+    ended = submit(store, "ended")
+    store.request_cancel(ended.request_id)
+    submit(store, "waiting")
+    with pytest.raises(QueueFull):
+        store.resume(ended.request_id, max_queued=1)
+    assert store.resume(ended.request_id, max_queued=2).status is Status.QUEUED
+
+
+def test_many_submissions_at_once_fill_the_queue_and_no_more(store):
+    sa.event.listen(store.engine, "commit", lambda _: time.sleep(0.05))  # so that they overlap
+
+    def ask(i):
+        try:
+            return store.insert(spec(f"job-{i}"), "queued", max_queued=4)
+        except QueueFull:
+            return None
+
+    with ThreadPoolExecutor(10) as pool:
+        made = [job for job in pool.map(ask, range(10)) if job is not None]
+    assert len(made) == len(store.list_jobs(ORG, status=Status.QUEUED)[0]) == 4
 
 
 def test_an_idempotency_key_gives_the_same_job_again(store):

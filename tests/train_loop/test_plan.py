@@ -1,15 +1,16 @@
 """Plans: what they say must be what the run then does."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import rows, write_jsonl
+from tests.conftest import TINY, rows, write_jsonl
 from tests.train_loop.models import make_base
 from train_loop.__main__ import main
-from train_loop.errors import DatasetError
+from train_loop.errors import DatasetError, ModelError
 from train_loop.model.adapters import add_adapter, trainable
 from train_loop.model.load import load_base
 from train_loop.model.source import ModelPlaces
@@ -65,6 +66,7 @@ def test_samples_are_rendered_with_their_trained_tokens_marked(local_job, mirror
     [
         ({"dataset_config.preprocessing.prompt.max_length": 40}, "longer than max_length 40"),
         ({"train_config.adapter_config.r": 100}, "more than the model's hidden size 64"),
+        ({"dataset_config.preprocessing.prompt.max_length": 9000}, "more than the model's context, 8192"),
         ({f"{HP}.per_device_train_batch_size": 500}, "every step is the whole dataset"),
         ({f"{HP}.learning_rate": 0.5}, "learning_rate 0.5 is outside"),
         ({"train_config.adapter_config.targets": ["no_such_layer"]}, "names no layer"),
@@ -129,6 +131,27 @@ def test_a_dataset_without_a_usable_row_has_no_plan(local_job, mirror, tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"text": "no turns"}\n')
     with pytest.raises(DatasetError, match="none of the 1 rows"):
         planned(job, mirror)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("config.json", "{}", "config.json"),
+        ("config.json", '{"model_type": "no-such-type"}', "config.json"),
+        ("config.json", '{"model_type": "llama", "hidden_size": "wide"}', "config.json"),
+        ("config.json", '{"model_type": "llama", "num_attention_heads": 0}', "config.json"),
+        ("config.json", '{"model_type": "clip"}', "config.json"),
+        ("tokenizer.json", "{}", "tokenizer"),
+    ],
+)
+def test_a_model_that_transformers_can_not_use_has_no_plan(local_job, mirror, tmp_path, file, text, said):
+    folder = tmp_path / "models" / "acme" / "odd"
+    shutil.copytree(mirror / TINY, folder)
+    (folder / file).write_text(text)
+    job = local_job({"model_details.base_model": "acme/odd"})
+    with pytest.raises(ModelError, match=f"can't use the {said} of acme/odd") as caught:
+        planned(job, tmp_path / "models")
+    assert caught.value.field == "model_details.base_model"
 
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}

@@ -5,13 +5,14 @@ Only configuration, tokenizer and safetensors are ever fetched: pickles could ru
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import fnmatch
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 DESCRIPTION = ("*.json", "*.model", "*.jinja", "*.txt")  # config and tokenizer
 WEIGHTS = "*.safetensors"
 CACHE = "TUNEYARD_MODEL_CACHE"  # folder of what was fetched from buckets and private repositories
+MAX_CONFIG_BYTES = 1 << 20  # of a config.json, which is read where requests are answered
 FIRST_CONTACT_S = 20.0  # an outage of the model's storage that is waited for before its address is taken to be wrong
 BASE_MODEL = "model_details.base_model"
 SECRET = "model_details.secret_id"
@@ -77,16 +79,47 @@ def model_config(details: ModelDetails, places: ModelPlaces) -> dict[str, Any] |
         filesystem, path = places.open_mirror(uri)
     else:
         folder = mirrored(Path(places.mirror), name_in_mirror(details))
-        return None if folder is None else dict(json.loads((folder / COMPLETE).read_text()))
+        return None if folder is None else parse_config((folder / COMPLETE).read_bytes(), str(folder))
     try:
         with filesystem.open_input_stream(f"{path.rstrip('/')}/{COMPLETE}") as stream:
-            return dict(json.loads(stream.read()))
+            text = stream.read(MAX_CONFIG_BYTES + 1)
     except FileNotFoundError:
         if details.source_type in SCHEMES:
             raise _missing(uri) from None
         return None
     except (OSError, ValueError) as error:
         raise _explained(error, uri) from None
+    return parse_config(text, uri)
+
+
+def parse_config(text: bytes, where: str) -> dict[str, Any]:
+    """A model's config.json, which anyone may have written. Raises ModelError."""
+    with contextlib.suppress(ValueError, RecursionError):
+        config = json.loads(text) if len(text) <= MAX_CONFIG_BYTES else None
+        if isinstance(config, dict):
+            return config
+    raise ModelError(
+        f"{COMPLETE} of {where} isn't a model's configuration: it must be a JSON object of at most {MAX_CONFIG_BYTES} bytes.",
+        field=BASE_MODEL,
+    )
+
+
+def size_of(config: Mapping[str, Any], *names: str) -> int | None:
+    """A size of the language model by the first of these names that its config has as a number; None where it has none."""
+    inner = config.get("text_config")
+    inner = inner if isinstance(inner, dict) else config
+    found = (inner.get(name) for name in names)
+    return next((size for size in found if isinstance(size, int) and not isinstance(size, bool) and size > 0), None)
+
+
+def context_of(config: Mapping[str, Any]) -> int | None:
+    """The longest sample that the model takes, in tokens, if its config says so."""
+    return size_of(config, "max_position_embeddings", "n_positions")
+
+
+def hidden_size_of(config: Mapping[str, Any]) -> int | None:
+    """The width of the model, if its config says so."""
+    return size_of(config, "hidden_size", "n_embd", "d_model")
 
 
 def name_in_mirror(details: ModelDetails) -> str:
