@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from train_loop.layout import ADAPTER_CONFIG
-from train_loop.model.load import compute_dtype, load_tokenizer, quantization_config, quieten
+from train_loop.model.load import auto_class, compute_dtype, load_tokenizer, quantization_config, quieten
 from train_loop.spec import Quantization
 
 
@@ -27,19 +27,23 @@ class Comparison:
         """Load both, quantised as in training; `trained_folder` holds an adapter or a whole model."""
         quieten()
         from peft import PeftModel
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype, _ = compute_dtype("bfloat16", device)
 
         def load(folder: Path) -> Any:
-            return AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                device_map={"": device},
-                use_safetensors=True,
-                quantization_config=quantization_config(quantization, dtype) if quantization else None,
-            ).eval()
+            return (
+                auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+                .from_pretrained(
+                    folder,
+                    dtype=dtype,
+                    device_map={"": device},
+                    use_safetensors=True,
+                    quantization_config=quantization_config(quantization, dtype) if quantization else None,
+                )
+                .eval()
+            )
 
         base, is_adapter = load(base_folder), (trained_folder / ADAPTER_CONFIG).is_file()
         if is_adapter:

@@ -35,6 +35,11 @@ def gathered(model: Any) -> dict[str, torch.Tensor]:
     return {name: whole(p.detach()) for name, p in trained(model).items()}
 
 
+def handed_out(model: Any) -> dict[str, torch.Tensor]:
+    """What a user gets, by name and whole: the trained tensors of an adapter, else every weight. Collective."""
+    return gathered(model) if is_adapter(model) else {name: whole(p.detach()) for name, p in model.named_parameters()}
+
+
 def write(folder: Path, model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write what `gathered` returned into the local folder: PEFT's layout for an adapter, else one file in float32."""
     from safetensors.torch import save_file

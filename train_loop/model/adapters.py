@@ -10,6 +10,7 @@ import torch
 
 from train_loop.errors import ModelError
 from train_loop.model.initial import continue_from, from_principal_part, from_quantisation_error
+from train_loop.model.load import language_part
 from train_loop.spec import AdapterConfig, JobSpec
 
 ALL_LINEAR = ["all-linear"]
@@ -33,14 +34,11 @@ def linear_layers(base: Any) -> dict[str, Any]:
     """
     from transformers.pytorch_utils import Conv1D
 
-    head, language = base.get_output_embeddings(), set(base.get_decoder().modules())
+    head = base.get_output_embeddings()
     return {
         name: module
-        for name, module in base.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D))
-        and module is not head
-        and module in language
-        and name.rpartition(".")[2] not in ROUTERS
+        for name, module in language_part(base).items()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head and name.rpartition(".")[2] not in ROUTERS
     }
 
 
@@ -52,6 +50,15 @@ def expert_parameters(base: Any) -> dict[str, torch.nn.Parameter]:
 def is_named(name: str, targets: list[str]) -> bool:
     """Whether one of the `targets` is `name` or a suffix of it, in whole parts."""
     return any(name == t or name.endswith(f".{t}") for t in targets)
+
+
+def named(base: Any, targets: list[str]) -> dict[str, Any]:
+    """The modules of the language model that `targets` names, by their whole names.
+
+    PEFT is given these: by a suffix it would find those of a vision tower too, and as modules_to_save whatever ends in the same
+    letters.
+    """
+    return {name: module for name, module in language_part(base).items() if is_named(name, targets)}
 
 
 def lora_config(adapter: AdapterConfig, base: Any, base_model: str) -> Any:
@@ -141,12 +148,10 @@ def _targets(targets: list[str], base: Any, base_model: str) -> tuple[list[str],
     """The names of layers and of experts' parameters to adapt, as PEFT takes them."""
     if targets == ALL_LINEAR:
         return list(linear_layers(base)), []
-    head = base.get_output_embeddings()
-    modules = {name: module for name, module in base.named_modules() if name}
-    experts = expert_parameters(base)
+    head, experts = base.get_output_embeddings(), expert_parameters(base)
     for target in targets:
-        found = [module for name, module in modules.items() if is_named(name, [target])]
-        if any(module is head for module in found):
+        found = named(base, [target])
+        if any(module is head for module in found.values()):
             raise ModelError(
                 f"targets names the head ({target}), which has no adapter: train it whole by modules_to_save.", field=TARGETS
             )
@@ -158,7 +163,7 @@ def _targets(targets: list[str], base: Any, base_model: str) -> tuple[list[str],
                 field=TARGETS,
             )
     parameters = [t for t in targets if any(is_named(name, [t]) for name in experts)]
-    return [t for t in targets if t not in parameters], parameters
+    return list(named(base, [t for t in targets if t not in parameters])), parameters
 
 
 def _tail(name: str) -> str:

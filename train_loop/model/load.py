@@ -107,20 +107,37 @@ def compute_in(base: Any, dtype: torch.dtype) -> None:
         layer.compute_dtype = layer.weight.quant_state.dtype = dtype
 
 
+def auto_class(config: Any) -> Any:
+    """What transformers builds and loads this architecture with: as a language model, or as one that sees too."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    sees = type(config) in AutoModelForImageTextToText._model_mapping
+    return (
+        AutoModelForImageTextToText if sees and type(config) not in AutoModelForCausalLM._model_mapping else AutoModelForCausalLM
+    )
+
+
+def language_part(model: Any) -> dict[str, Any]:
+    """The modules that read and write text, by name: a model that sees has others too, such as its vision tower."""
+    text = {*model.get_decoder().modules(), *model.get_output_embeddings().modules()}
+    return {name: module for name, module in model.named_modules() if module in text}
+
+
 def load_base(spec: JobSpec, folder: Path, device: torch.device) -> BaseModel:
     """Load the base model onto `device`, quantised when asked. Raises ModelError.
 
-    Every parameter is frozen; for full training every one learns, in float32: in bf16 most updates would round to nothing.
+    Every parameter is frozen; for full training those of the language model learn, in float32: in bf16 most updates would round
+    to nothing.
     """
     from bitsandbytes.nn import Linear8bitLt
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     quieten()
     dtype, note = compute_dtype(spec.train_config.torch_dtype, device)
     quantization = spec.model_details.quantization
     full = spec.train_config.train_type == "full"
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=False)).from_pretrained(
             folder,
             # Quantised from float32, so that the 4-bit codes are the same whatever this machine computes in.
             dtype=torch.float32 if quantization or full else dtype,
@@ -135,7 +152,10 @@ def load_base(spec: JobSpec, folder: Path, device: torch.device) -> BaseModel:
             field="model_details.base_model",
         ) from error
     for parameter in model.parameters():
-        parameter.requires_grad_(full)
+        parameter.requires_grad_(False)
+    for module in language_part(model).values() if full else ():
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(True)
     compute_in(model, dtype)
     for module in quantised_layers(model):
         # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit layer the first time it runs in eval mode, and the repacked
