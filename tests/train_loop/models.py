@@ -40,6 +40,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {"sliding_window": 24}),
     "gemma2": ("Gemma2Config", {"tie_word_embeddings": True, "sliding_window": 24, "query_pre_attn_scalar": 8}),
     "gemma3": ("Gemma3TextConfig", {"tie_word_embeddings": True, "sliding_window": 24, "query_pre_attn_scalar": 8}),
+    "cohere": ("CohereConfig", {"tie_word_embeddings": True, "head_dim": None, "logit_scale": 0.25}),
+    "granite": ("GraniteConfig", {"head_dim": None, "logits_scaling": 8.0}),
     "phi3": ("Phi3Config", {"original_max_position_embeddings": 512}),
     "falcon": ("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": None, "ffn_hidden_size": 64}),
 }
@@ -63,7 +65,6 @@ def make_base(name: str, mirror: Path, tokenizer: Any) -> str:
     """Put a random model of the architecture into `mirror`; return its id."""
     import transformers
 
-    torch.manual_seed(0)
     sizes = SIZES | {"vocab_size": len(tokenizer)}
     if name in VISION:
         kind, text, changes = VISION[name]
@@ -71,7 +72,12 @@ def make_base(name: str, mirror: Path, tokenizer: Any) -> str:
     else:
         kind, changes = ARCHITECTURES[name]
         fields = {k: v for k, v in (sizes | changes).items() if v is not None}
-    config = getattr(transformers, kind)(**fields)
+    return save_base(getattr(transformers, kind)(**fields), name, mirror, tokenizer)
+
+
+def save_base(config: Any, name: str, mirror: Path, tokenizer: Any) -> str:
+    """Put a random model of this configuration into `mirror`; return its id."""
+    torch.manual_seed(0)
     model = auto_class(config).from_config(config)
     for n, p in model.named_parameters():
         if p.ndim > 1:  # large enough to matter: transformers' own 0.02 makes attention all but uniform
