@@ -26,7 +26,7 @@ from train_loop.data.sources import SourceFile, filesystem_for, find_files
 from train_loop.data.tokenize import IGNORE_INDEX, ChatTokenizer, Sample
 from train_loop.errors import DatasetError
 from train_loop.loss import CHUNK_TOKENS
-from train_loop.model.adapters import ALL_LINEAR, expert_parameters, is_named, linear_layers, rank
+from train_loop.model.adapters import ALL_LINEAR, expert_parameters, is_named, linear_layers, named, rank
 from train_loop.model.load import DTYPES, auto_class, compute_dtype, language_part, load_tokenizer
 from train_loop.model.source import ModelPlaces, model_folder
 from train_loop.parallel import BUCKET_BYTES
@@ -164,14 +164,14 @@ def model_shape(spec: JobSpec, folder: Path) -> ModelShape:
     text = {p for module in language_part(model).values() for p in module.parameters()}
     linear = linear_layers(model)
     targets = spec.train_config.adapter_config.targets
-    adapted = [m.weight.shape for n, m in linear.items() if targets == ALL_LINEAR or is_named(n, targets)]
+    saved = named(model, spec.train_config.adapter_config.modules_to_save or [])
+    inside = {module for kept in saved.values() for module in kept.modules()}  # trained whole, without an adapter
+    adapted = [m.weight.shape for n, m in linear.items() if m not in inside and (targets == ALL_LINEAR or is_named(n, targets))]
     experts = expert_parameters(model)
     # PEFT's adapter on experts has as many ranks for each of them.
     adapted += [
         torch.Size((p.shape[0] * p.shape[1], p.shape[0] * p.shape[2])) for n, p in experts.items() if is_named(n, targets)
     ]
-    kept = spec.train_config.adapter_config.modules_to_save or []
-    saved = {p: p.numel() for n, m in model.named_modules() if is_named(n, kept) for p in m.parameters()}
     linear_params = sum(m.weight.numel() for m in linear.values())
     return ModelShape(
         linear_params=linear_params,
@@ -183,7 +183,7 @@ def model_shape(spec: JobSpec, folder: Path) -> ModelShape:
         vocab=config.vocab_size,
         context=getattr(config, "max_position_embeddings", None),
         adapted=[(int(i), int(o)) for o, i in adapted],
-        saved_params=sum(saved.values()),
+        saved_params=sum(p.numel() for p in {p for module in inside for p in module.parameters(recurse=False)}),
         leaves_experts=bool(experts) and not any(is_named(n, targets) for n in experts),
     )
 

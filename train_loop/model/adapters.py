@@ -66,10 +66,9 @@ def lora_config(adapter: AdapterConfig, base: Any, base_model: str) -> Any:
     from peft import LoraConfig
 
     layers, parameters = _targets(adapter.targets, base, base_model)
-    saved = adapter.modules_to_save or []
-    _check_saved(saved, base)
+    saved = _saved(adapter.modules_to_save or [], base)
     # One pair of parameters where the base has one, so that the merged model is tied as its base is.
-    tied = bool(base.config.get_text_config().tie_word_embeddings) and any(is_named(n, saved) for n in _embedding_names(base))
+    tied = bool(base.config.get_text_config().tie_word_embeddings) and any(name in saved for name in _embedding_names(base))
     r = rank(adapter)
     # The scale is the one of the rank asked for: alpha / r, or alpha / sqrt(r).
     alpha = adapter.alpha * (r / adapter.r) ** (0.5 if adapter.use_rslora else 1.0)
@@ -170,9 +169,10 @@ def _tail(name: str) -> str:
     return ".".join(name.split(".")[-2:])
 
 
-def _check_saved(saved: list[str], base: Any) -> None:
-    for name in saved:
-        found = [module for path, module in base.named_modules() if is_named(path, [name])]
+def _saved(names: list[str], base: Any) -> list[str]:
+    """The whole names of what modules_to_save names."""
+    for name in names:
+        found = named(base, [name]).values()
         if not found:
             message = f"modules_to_save names no module of {base.config.model_type}: {name}."
             raise ModelError(message, field=MODULES_TO_SAVE)
@@ -181,6 +181,7 @@ def _check_saved(saved: list[str], base: Any) -> None:
                 f"modules_to_save names a quantised module ({name}), which can't be trained: leave it out, or quantization.",
                 field=MODULES_TO_SAVE,
             )
+    return list(named(base, names))
 
 
 def _embedding_names(base: Any) -> list[str]:
