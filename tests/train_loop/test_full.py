@@ -40,6 +40,9 @@ def test_a_resumed_run_ends_with_the_same_bytes_and_every_weight_has_moved(local
     base = AutoModelForCausalLM.from_pretrained(mirror / TINY)
     assert trained.dtype is torch.bfloat16
     assert trained.config.tie_word_embeddings
+    # As the base has them, what generation goes by included.
+    theirs, ours = (json.loads((f / "config.json").read_text()) for f in (mirror / TINY, tmp_path / "whole/merged"))
+    assert ours == theirs | {"dtype": "bfloat16", "transformers_version": ours["transformers_version"]}
     assert [n for (n, p), q in zip(trained.named_parameters(), base.parameters(), strict=True) if torch.equal(p, q)] == []
 
 

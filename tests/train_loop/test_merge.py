@@ -49,6 +49,7 @@ def test_a_merged_model_is_plain_listed_and_has_the_eval_loss_of_the_run(base, b
     config = json.loads((folder / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["dtype"] == dtype
+    assert config["use_cache"] == json.loads((bases / f"tuneyard/{base}/config.json").read_text())["use_cache"]
     with (
         safe_open(folder / "model.safetensors", "pt") as ours,
         safe_open(bases / f"tuneyard/{base}/model.safetensors", "pt") as theirs,

@@ -167,5 +167,4 @@ def load_base(spec: JobSpec, folder: Path, device: torch.device) -> BaseModel:
             # that has lost its scales.
             module.init_8bit_state()
             module.init_8bit_state = lambda: None
-    model.config.use_cache = False
     return BaseModel(model, dtype, note)

@@ -63,7 +63,6 @@ def merged(model: Any, dtype: torch.dtype) -> Any:
         if hasattr(base, flag):
             setattr(base, flag, False)
     base.config.dtype = dtype
-    base.config.use_cache = True
     return base.to(device="cpu", dtype=dtype)
 
 
