@@ -105,7 +105,7 @@ class Head:
 
 def head_loss(hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> torch.Tensor:
     """Sum of cross-entropies of the head's logits against `targets`; hidden[n, width], targets[n]."""
-    trained = [p for p in head.layer.parameters() if p.requires_grad]
+    trained = [p for p in head.layer.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
     loss: torch.Tensor = _HeadLoss.apply(hidden, head.logits, targets, *trained)
     return loss
 

@@ -6,6 +6,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import HyperCLOVAXConfig
 
 from tests.train_loop.models import SIZES, run, save_base
+from tests.train_loop.test_resume import curve
 from train_loop import loss
 from train_loop.errors import ModelError
 from train_loop.loss import Head, head_loss
@@ -56,6 +57,17 @@ def test_no_token_has_no_loss_and_no_gradient():
     empty = torch.empty(0, dtype=torch.int64)
     head_loss(hidden[:0], Head(head), empty).backward()
     assert head.weight.grad.abs().sum() == 0
+
+
+def test_an_evaluation_computes_no_gradient_of_a_head_that_is_trained(local_job, tmp_path, mirror, monkeypatch):
+    differentiated, grad = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: differentiated.append(a) or grad(*a, **k))
+    hp = "train_config.hyperparameters"
+    changes = {"train_config.adapter_config.modules_to_save": ["lm_head"], "model_details.quantization": None}
+    run(local_job(changes | {f"{hp}.max_steps": 1, f"{hp}.per_device_train_batch_size": 1}, 20), tmp_path, mirror)
+    (step,) = (line for line in curve(tmp_path / "run") if "loss" in line)
+    # In chunks of the one step's row, not of the evaluations' before and after it.
+    assert 1 <= len(differentiated) <= step["tokens"] / loss.CHUNK_TOKENS
 
 
 def test_a_model_whose_logits_are_not_known_is_refused_before_it_is_trained(local_job, tmp_path, tokenizer):
