@@ -99,10 +99,15 @@ def quantised_layers(model: Any) -> list[Any]:
 
 
 def compute_in(base: Any, dtype: torch.dtype) -> None:
-    """Have a frozen base compute in `dtype`: floating-point weights are cast, 4-bit ones dequantise to it from now on."""
+    """Have a frozen base compute in `dtype`: floating-point weights are cast, 4-bit ones dequantise to it."""
     for parameter in base.parameters():
         if parameter.is_floating_point() and not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
+    dequantise_to(base, dtype)
+
+
+def dequantise_to(base: Any, dtype: torch.dtype) -> None:
+    """Have 4-bit weights dequantise to `dtype` from now on."""
     for layer in quantised_layers(base):
         layer.compute_dtype = layer.weight.quant_state.dtype = dtype
 
