@@ -11,7 +11,7 @@ import torch
 
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.layout import ADAPTER_CONFIG
-from train_loop.model.load import auto_class, compute_dtype, load_tokenizer, quantization_config, quieten
+from train_loop.model.load import auto_class, compute_dtype, load_tokenizer, quantised_by, quieten
 from train_loop.spec import Prompt, Quantization
 
 
@@ -41,7 +41,7 @@ class Comparison:
                     dtype=dtype,
                     device_map={"": device},
                     use_safetensors=True,
-                    quantization_config=quantization_config(quantization, dtype) if quantization else None,
+                    **quantised_by(quantization, dtype),
                 )
                 .eval()
             )
