@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from train_loop.data.tokenize import ChatTokenizer
 from train_loop.layout import ADAPTER_CONFIG
-from train_loop.model.load import compute_dtype, load_tokenizer, quantization_config, quieten
-from train_loop.spec import Quantization
+from train_loop.model.load import auto_class, compute_dtype, load_tokenizer, quantised_by, quieten
+from train_loop.spec import Prompt, Quantization
 
 
 @dataclass(frozen=True)
@@ -20,43 +21,53 @@ class Comparison:
 
     base: Any
     tuned: Any
-    tokenizer: Any
+    chat: ChatTokenizer
 
     @classmethod
-    def load(cls, base_folder: Path, trained_folder: Path, quantization: Quantization | None) -> Comparison:
-        """Load both, quantised as in training; `trained_folder` holds an adapter or a whole model."""
+    def load(cls, base_folder: Path, trained_folder: Path, quantization: Quantization | None, prompt: Prompt) -> Comparison:
+        """Load both, quantised as in training; `trained_folder` holds an adapter or a whole model, `prompt` is the job's."""
         quieten()
         from peft import PeftModel
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype, _ = compute_dtype("bfloat16", device)
 
         def load(folder: Path) -> Any:
-            return AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                device_map={"": device},
-                use_safetensors=True,
-                quantization_config=quantization_config(quantization, dtype) if quantization else None,
-            ).eval()
+            return (
+                auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+                .from_pretrained(
+                    folder,
+                    dtype=dtype,
+                    device_map={"": device},
+                    use_safetensors=True,
+                    **quantised_by(quantization, dtype),
+                )
+                .eval()
+            )
 
         base, is_adapter = load(base_folder), (trained_folder / ADAPTER_CONFIG).is_file()
         if is_adapter:
             base = PeftModel.from_pretrained(base, trained_folder).eval()
-        return cls(base, base if is_adapter else load(trained_folder), load_tokenizer(trained_folder))
+        chat = ChatTokenizer(load_tokenizer(trained_folder), prompt, "right", "assistant")
+        return cls(base, base if is_adapter else load(trained_folder), chat)
+
+    def asked(self, prompt: str) -> Any:
+        """The tokens that a question is to the model, as in training: behind the job's system message, if it has one."""
+        messages = self.chat._with_system([{"role": "user", "content": prompt}])
+        return self.chat.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(self.base.device)
 
     @torch.no_grad()
     def answer(self, prompt: str, max_new_tokens: int) -> tuple[str, str]:
         """Greedy answers of the base and of the trained model."""
-        inputs = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(self.base.device)
+        inputs, tokenizer = self.asked(prompt), self.chat.tokenizer
 
         def generate(model: Any) -> str:
-            pad = self.tokenizer.pad_token_id
+            pad = tokenizer.pad_token_id
             out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
-            text: str = self.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            text: str = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             return text.strip()
 
         with self.base.disable_adapter() if self.base is self.tuned else contextlib.nullcontext():

@@ -56,8 +56,9 @@ class Checkpoints:
             return  # stopped or taken back right after it was saved
         self._newest = step
         random_states = _of_all_ranks(_random_state(self._ctx.device), self._ctx)
-        trained, moments = weights.gathered(model), _gathered(optimizer)
-        if self._ctx.rank != 0:
+        writes = self._ctx.rank == 0
+        trained, moments = weights.gathered(model, keep=writes), _gathered(optimizer, keep=writes)
+        if not writes:
             return
         self.wait()
         folder = Path(tempfile.mkdtemp(dir=self._ctx.scratch, prefix="checkpoint-"))
@@ -195,11 +196,11 @@ def _of_all_ranks(row: torch.Tensor, ctx: RunContext) -> torch.Tensor:
     return ctx.all_reduce_sum(rows).cpu()
 
 
-def _gathered(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state dict with whole tensors. Collective."""
+def _gathered(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
+    """The optimizer's state dict, with whole tensors on the ranks that `keep` them. Collective."""
     state = optimizer.state_dict()
     moments = {
-        index: {name: whole(v) if isinstance(v, torch.Tensor) else v for name, v in values.items()}
+        index: {name: whole(v, keep=keep) if isinstance(v, torch.Tensor) else v for name, v in values.items()}
         for index, values in state["state"].items()
     }
     return state | {"state": moments}
@@ -217,7 +218,8 @@ def _load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
 def _read(folder: Path, model: Any, optimizer: torch.optim.Optimizer, ctx: RunContext) -> MetricLog:
     state = json.loads((folder / STATE).read_text())
     weights.read(folder, model)
-    _load(optimizer, torch.load(folder / OPTIMIZER, map_location=ctx.device, weights_only=True))
+    # To the host: each rank's device then takes its part of one tensor after the other.
+    _load(optimizer, torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
     if state["world_size"] == ctx.world_size:
         row = torch.load(folder / RANDOM, weights_only=True)[ctx.rank]
         num_cpu = len(torch.get_rng_state())

@@ -10,7 +10,7 @@ from typing import Any
 from train_loop import weights
 from train_loop.layout import ADAPTER_FOLDER, MERGED_FOLDER
 from train_loop.metrics import MetricLog
-from train_loop.model.load import DTYPES
+from train_loop.model.load import DTYPES, auto_class
 from train_loop.spec import JobSpec
 
 README = """---
@@ -23,10 +23,10 @@ LoRA adapter for `{base}`, trained by Tuneyard.
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("<this folder>")
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "<this folder>")
+model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "<this folder>")
 ```
 
 Evaluation loss: {before} before training, {after} after.
@@ -42,10 +42,10 @@ library_name: transformers
 `{base}`, fine-tuned by Tuneyard.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("<this folder>")
-model = AutoModelForCausalLM.from_pretrained("<this folder>")
+model = {auto}.from_pretrained("<this folder>")
 ```
 
 Evaluation loss: {before} before training, {after} after.
@@ -55,7 +55,7 @@ Evaluation loss: {before} before training, {after} after.
 def write(folder: Path, spec: JobSpec, model: Any, tensors: Mapping[str, Any], tokenizer: Any, log: MetricLog) -> str:
     """Write the files of what was trained into the local `folder`; return the name of their folder in the run's.
 
-    `tensors` is what `weights.gathered` returned.
+    `tensors` is what `weights.handed_out` returned.
     """
     is_adapter = weights.is_adapter(model)
     if is_adapter:
@@ -68,6 +68,7 @@ def write(folder: Path, spec: JobSpec, model: Any, tensors: Mapping[str, Any], t
         (README if is_adapter else FULL_README).format(
             base=spec.model_details.base_model,
             name=spec.experiment_name,
+            auto=auto_class((model.get_base_model() if is_adapter else model).config).__name__,
             before=show(log.eval_before),
             after=show(log.eval_after),
         )

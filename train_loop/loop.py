@@ -249,7 +249,7 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
     if hp.early_stopping_patience and log.best is not None and log.best["step"] != step:
         checkpoints.go_back(log.best["step"], model)
         log.eval_after = log.best["eval_loss"]
-    tensors = weights.gathered(model)
+    tensors = weights.handed_out(model, keep=ctx.rank == 0)
     written: dict[str, Any] = {}
     if ctx.rank == 0:
         publish_metrics()

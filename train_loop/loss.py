@@ -7,6 +7,8 @@ Idea: Liger's fused linear cross-entropy (2024), Apple's cut cross-entropy (Wijm
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,15 +18,19 @@ from train_loop.data.packing import MicroBatch
 from train_loop.data.tokenize import IGNORE_INDEX
 
 CHUNK_TOKENS = 256
-LEAK = 1e-2  # rounding is less, in bf16 too
+ROUNDING = 1e-2  # is less, in bf16 too
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Sum of cross-entropies of `head(hidden) [n, vocab]` against `targets [n]`; `trained` are those of the head's parameters."""
+    """Sum of cross-entropies of `logits_of(hidden) [n, vocab]` against `targets [n]`; `trained`: those of the head."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: Any, targets: torch.Tensor, softcap: float | None, *trained: torch.Tensor
+        ctx: Any,
+        hidden: torch.Tensor,
+        logits_of: Callable[[torch.Tensor], torch.Tensor],
+        targets: torch.Tensor,
+        *trained: torch.Tensor,
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=_at_least_float32(hidden.dtype), device=hidden.device)
         learns = any(ctx.needs_input_grad)
@@ -34,11 +40,7 @@ class _HeadLoss(torch.autograd.Function):
             part = slice(start, start + CHUNK_TOKENS)
             with torch.set_grad_enabled(learns):
                 chunk = hidden[part].detach().requires_grad_(learns)
-                logits = head(chunk)
-                logits = logits.to(_at_least_float32(logits.dtype))
-                if softcap:
-                    logits = torch.tanh(logits / softcap) * softcap
-                loss = F.cross_entropy(logits, targets[part], reduction="sum")
+                loss = F.cross_entropy(logits_of(chunk), targets[part], reduction="sum")
                 if gradient is not None:
                     gradient[part], *more = torch.autograd.grad(loss, [chunk, *trained])
                     for so_far, new in zip(of_trained, more, strict=True):
@@ -51,7 +53,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradient, *of_trained = (saved * grads[0].to(saved.dtype) for saved in ctx.saved_tensors)
-        return gradient, None, None, None, *of_trained
+        return gradient, None, None, *of_trained
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -72,15 +74,49 @@ def supervised_loss(model: Any, micro: MicroBatch) -> torch.Tensor:
 def _loss(causal_lm: Any, micro: MicroBatch) -> torch.Tensor:
     hidden = _hidden(causal_lm, micro.input_ids, micro.position_ids, micro.attention_mask)
     supervised = micro.labels != IGNORE_INDEX
-    softcap = getattr(causal_lm.config.get_text_config(), "final_logit_softcapping", None)
-    return head_loss(hidden[supervised], causal_lm.get_output_embeddings(), micro.labels[supervised], softcap)
+    return head_loss(hidden[supervised], Head.of(causal_lm), micro.labels[supervised])
 
 
-def head_loss(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor, softcap: float | None = None) -> torch.Tensor:
-    """Sum of cross-entropies of `head(hidden)` against `targets`; hidden[n, width], targets[n]."""
-    trained = [p for p in head.parameters() if p.requires_grad]
-    loss: torch.Tensor = _HeadLoss.apply(hidden, head, targets, softcap, *trained)
+@dataclass(frozen=True)
+class Head:
+    """From hidden states to logits: a layer, what the architecture multiplies its output by, and where it bends it."""
+
+    layer: torch.nn.Module
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, causal_lm: Any) -> Head:
+        """The model's. Each architecture has its own name for the scale: Cohere, Falcon-H1, Granite."""
+        config = causal_lm.config.get_text_config()
+        scale = getattr(config, "logit_scale", 1.0) * getattr(config, "lm_head_multiplier", 1.0)
+        return cls(
+            causal_lm.get_output_embeddings(),
+            scale / getattr(config, "logits_scaling", 1.0),
+            getattr(config, "final_logit_softcapping", None),
+        )
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, vocab] of hidden[n, width], at least in float32."""
+        logits: torch.Tensor = self.layer(hidden)
+        logits = logits.to(_at_least_float32(logits.dtype)) * self.scale
+        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+
+
+def head_loss(hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> torch.Tensor:
+    """Sum of cross-entropies of the head's logits against `targets`; hidden[n, width], targets[n]."""
+    trained = [p for p in head.layer.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
+    loss: torch.Tensor = _HeadLoss.apply(hidden, head.logits, targets, *trained)
     return loss
+
+
+@torch.no_grad()
+def computes_its_logits(causal_lm: Any) -> bool:
+    """Whether `Head.of` is how this model gets its logits: an architecture may do something else to them."""
+    ids = torch.tensor([[1, 2, 3, 4]], device=causal_lm.get_input_embeddings().weight.device)
+    theirs = causal_lm(input_ids=ids, use_cache=False).logits.float()
+    ours = Head.of(causal_lm).logits(_hidden(causal_lm, ids, torch.arange(4, device=ids.device)[None], None))
+    return bool((ours - theirs).abs().max() <= ROUNDING * theirs.abs().max())
 
 
 @torch.no_grad()
@@ -91,7 +127,7 @@ def keeps_documents_apart(causal_lm: Any) -> bool:
     ids = torch.tensor([[1, 2, 3, 4], [2, 1, 3, 4]], device=device)  # two rows that differ in their first document
     one, other = _hidden(causal_lm, ids, torch.tensor([[0, 1, 0, 1]] * 2, device=device), None).float()
     apart = (one - other).abs().amax(dim=-1)
-    return bool(apart[2:].max() <= LEAK * apart[:2].max())
+    return bool(apart[2:].max() <= ROUNDING * apart[:2].max())
 
 
 def _hidden(causal_lm: Any, input_ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -27,8 +27,8 @@ from train_loop.data.sources import SourceFile, filesystem_for, find_files
 from train_loop.data.tokenize import IGNORE_INDEX, ChatTokenizer, Sample
 from train_loop.errors import DatasetError, ModelError
 from train_loop.loss import CHUNK_TOKENS
-from train_loop.model.adapters import ALL_LINEAR, expert_parameters, is_named, linear_layers, rank
-from train_loop.model.load import DTYPES, compute_dtype, load_tokenizer
+from train_loop.model.adapters import ALL_LINEAR, expert_parameters, is_named, linear_layers, named, rank
+from train_loop.model.load import DTYPES, auto_class, compute_dtype, language_part, load_tokenizer
 from train_loop.model.source import ModelPlaces, model_folder
 from train_loop.parallel import BUCKET_BYTES
 from train_loop.spec import JobSpec, Quantization, RandomSplit
@@ -63,6 +63,7 @@ class ModelShape:
 
     linear_params: int  # of the blocks' linear layers, which quantisation and adapters are about
     other_params: int  # embeddings, norms, head
+    vision_params: int  # of a base that sees: loaded, and neither used nor trained
     num_layers: int
     hidden: int
     intermediate: int
@@ -158,38 +159,43 @@ def _described(spec: JobSpec, folder: Path) -> tuple[ModelShape, Any]:
         shape = model_shape(spec, folder)
         what = "tokenizer"
         return shape, load_tokenizer(folder)
+    except ModelError:
+        raise
     except Exception as error:  # transformers has no kind of its own for what it can't read
         raise ModelError(f"transformers can't use the {what} of {base} ({type(error).__name__}).", field=field) from error
 
 
 def model_shape(spec: JobSpec, folder: Path) -> ModelShape:
-    """The base model's shape, from its config alone: the model is built without memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """The base model's shape, from its config alone: the model is built without memory. Raises ModelError."""
+    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = whole.get_text_config()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(whole).from_config(whole)
+    text = {p for module in language_part(model).values() for p in module.parameters()}
     linear = linear_layers(model)
     targets = spec.train_config.adapter_config.targets
-    adapted = [m.weight.shape for n, m in linear.items() if targets == ALL_LINEAR or is_named(n, targets)]
+    saved = named(model, spec.train_config.adapter_config.modules_to_save or [])
+    inside = {module for kept in saved.values() for module in kept.modules()}  # trained whole, without an adapter
+    adapted = [m.weight.shape for n, m in linear.items() if m not in inside and (targets == ALL_LINEAR or is_named(n, targets))]
     experts = expert_parameters(model)
     # PEFT's adapter on experts has as many ranks for each of them.
     adapted += [
         torch.Size((p.shape[0] * p.shape[1], p.shape[0] * p.shape[2])) for n, p in experts.items() if is_named(n, targets)
     ]
-    kept = spec.train_config.adapter_config.modules_to_save or []
-    saved = {p: p.numel() for n, m in model.named_modules() if is_named(n, kept) for p in m.parameters()}
     linear_params = sum(m.weight.numel() for m in linear.values())
     return ModelShape(
         linear_params=linear_params,
-        other_params=sum(p.numel() for p in model.parameters()) - linear_params,  # a tied head counts once
+        other_params=sum(p.numel() for p in text) - linear_params,  # a tied head counts once
+        vision_params=sum(p.numel() for p in model.parameters() if p not in text),
         num_layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocab=config.vocab_size,
         context=getattr(config, "max_position_embeddings", None),
         adapted=[(int(i), int(o)) for o, i in adapted],
-        saved_params=sum(saved.values()),
+        saved_params=sum(p.numel() for p in {p for module in inside for p in module.parameters(recurse=False)}),
         leaves_experts=bool(experts) and not any(is_named(n, targets) for n in experts),
     )
 
@@ -297,7 +303,7 @@ def memory_of_a_worker(spec: JobSpec, shape: ModelShape, batch_tokens: int, hard
     else:
         activations = batch_tokens * shape.num_layers * block
     parts = {
-        "weights": (learning if full else linear + shape.other_params * width) / held,
+        "weights": ((learning if full else linear + shape.other_params * width) + shape.vision_params * width) / held,
         "adapter": 0 if full else learning / held,
         # With a flat copy, of a bucket at most, to sum over workers.
         "gradients": learning / held + (min(learning, BUCKET_BYTES) if workers > 1 and not sharded else 0),
@@ -307,7 +313,7 @@ def memory_of_a_worker(spec: JobSpec, shape: ModelShape, batch_tokens: int, hard
         "runtime": RUNTIME_BYTES[hardware.device],
     }
     # Evaluation on a CPU widens what isn't quantised to float32, and keeps no activations.
-    widened = linear * (1 if quantization else 4 / width) + shape.other_params * 4
+    widened = linear * (1 if quantization else 4 / width) + (shape.other_params + shape.vision_params) * 4
     widens = on_cpu and not full and not sharded
     evaluating = sum(parts.values()) - parts["weights"] - parts["activations"] + widened if widens else 0.0
     total = max(sum(parts.values()), evaluating)

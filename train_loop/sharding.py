@@ -64,9 +64,15 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or gathered from all ranks into CPU memory. Collective where it is sharded."""
-    return tensor.full_tensor().cpu() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+def whole(tensor: torch.Tensor, *, keep: bool = True) -> torch.Tensor:
+    """The tensor itself, or gathered from all ranks into CPU memory. Collective where it is sharded.
+
+    A rank that doesn't `keep` it takes part and has an empty one.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    full: torch.Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return full.cpu() if keep else full.new_empty(0)
 
 
 def placed_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

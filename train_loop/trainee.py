@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from train_loop.context import RunContext
+from train_loop.errors import ModelError
 from train_loop.evaluate import full_precision
-from train_loop.loss import keeps_documents_apart
+from train_loop.loss import computes_its_logits, keeps_documents_apart
 from train_loop.model.adapters import add_adapter, trainable
 from train_loop.model.load import load_base
 from train_loop.noise import add_noise
@@ -55,6 +56,12 @@ def load_trainee(spec: JobSpec, ctx: RunContext) -> Trainee:
     """Load the base and make it trainable. Collective. Raises ModelError."""
     hp = spec.train_config.hyperparameters
     base = load_base(spec, ctx.model_folder, ctx.device)
+    if not computes_its_logits(base.model):
+        raise ModelError(
+            f"base model {spec.model_details.base_model} ({base.model.config.model_type}) makes its logits in a way that isn't "
+            "known here: it would be trained on a wrong loss.",
+            field="model_details.base_model",
+        )
     packs = spec.dataset_config.preprocessing.packing and keeps_documents_apart(base.model)
     model = add_adapter(base.model, spec, ctx.start) if spec.train_config.train_type == "lora" else base.model
     if hp.gradient_checkpointing:

@@ -30,9 +30,16 @@ def trained(model: Any) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in named if p.requires_grad}
 
 
-def gathered(model: Any) -> dict[str, torch.Tensor]:
-    """The trained tensors by name, each whole. Collective."""
-    return {name: whole(p.detach()) for name, p in trained(model).items()}
+def gathered(model: Any, *, keep: bool) -> dict[str, torch.Tensor]:
+    """The trained tensors by name, each whole on the ranks that `keep` them. Collective."""
+    return {name: whole(p.detach(), keep=keep) for name, p in trained(model).items()}
+
+
+def handed_out(model: Any, *, keep: bool) -> dict[str, torch.Tensor]:
+    """What a user gets, likewise: the trained tensors of an adapter, else every weight. Collective."""
+    if is_adapter(model):
+        return gathered(model, keep=keep)
+    return {name: whole(p.detach(), keep=keep) for name, p in model.named_parameters()}
 
 
 def write(folder: Path, model: Any, tensors: Mapping[str, torch.Tensor]) -> None:

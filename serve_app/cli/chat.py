@@ -47,7 +47,7 @@ def _chat_model(job: dict[str, Any], folder: Path) -> Any:
     from train_loop.chat import Comparison
     from train_loop.data.sources import filesystem_for
     from train_loop.model.source import ModelPlaces, model_folder
-    from train_loop.spec import ModelDetails
+    from train_loop.spec import DatasetConfig, ModelDetails
 
     settings = Settings.load()
     keys = storage_credentials(settings)
@@ -58,7 +58,8 @@ def _chat_model(job: dict[str, Any], folder: Path) -> Any:
         die(f"the files at {job['output_model_path']} can't be read: {str(error).splitlines()[0]}")
     details = ModelDetails.model_validate(job["model_details"])
     places = ModelPlaces(settings.model_mirror, open_mirror=lambda uri: filesystem_for(uri, keys))
-    return Comparison.load(model_folder(details, places), folder, details.quantization).answer
+    prompt = DatasetConfig.model_validate(job["dataset_config"]).preprocessing.prompt
+    return Comparison.load(model_folder(details, places), folder, details.quantization, prompt).answer
 
 
 def _show(prompt: str, answers: tuple[str, str], as_json: bool) -> None:

@@ -10,6 +10,7 @@ import torch
 from train_loop.__main__ import Console
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.launch import launch_local
+from train_loop.model.load import auto_class
 from train_loop.run_files import Keys, RunFiles
 from train_loop.spec import JobSpec
 
@@ -39,8 +40,24 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {"sliding_window": 24}),
     "gemma2": ("Gemma2Config", {"tie_word_embeddings": True, "sliding_window": 24, "query_pre_attn_scalar": 8}),
     "gemma3": ("Gemma3TextConfig", {"tie_word_embeddings": True, "sliding_window": 24, "query_pre_attn_scalar": 8}),
+    "cohere": ("CohereConfig", {"tie_word_embeddings": True, "head_dim": None, "logit_scale": 0.25}),
+    "granite": ("GraniteConfig", {"head_dim": None, "logits_scaling": 8.0}),
     "phi3": ("Phi3Config", {"original_max_position_embeddings": 512}),
     "falcon": ("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": None, "ffn_hidden_size": 64}),
+}
+# Models that see: the language model and the vision tower name their layers alike.
+VISION: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llava": ("LlavaConfig", "llama", {"vision_feature_layer": -1}),
+    "smolvlm": ("SmolVLMConfig", "llama", {"scale_factor": 2}),
+    "gemma3_vision": ("Gemma3Config", "gemma3_text", {"mm_tokens_per_image": 1}),
+}
+TOWER = {
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
 }
 
 
@@ -48,11 +65,20 @@ def make_base(name: str, mirror: Path, tokenizer: Any) -> str:
     """Put a random model of the architecture into `mirror`; return its id."""
     import transformers
 
-    kind, changes = ARCHITECTURES[name]
+    sizes = SIZES | {"vocab_size": len(tokenizer)}
+    if name in VISION:
+        kind, text, changes = VISION[name]
+        fields = {"text_config": sizes | {"model_type": text}, "vision_config": TOWER, "image_token_id": 0} | changes
+    else:
+        kind, changes = ARCHITECTURES[name]
+        fields = {k: v for k, v in (sizes | changes).items() if v is not None}
+    return save_base(getattr(transformers, kind)(**fields), name, mirror, tokenizer)
+
+
+def save_base(config: Any, name: str, mirror: Path, tokenizer: Any) -> str:
+    """Put a random model of this configuration into `mirror`; return its id."""
     torch.manual_seed(0)
-    fields = {k: v for k, v in (SIZES | {"vocab_size": len(tokenizer)} | changes).items() if v is not None}
-    config = getattr(transformers, kind)(**fields)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = auto_class(config).from_config(config)
     for n, p in model.named_parameters():
         if p.ndim > 1:  # large enough to matter: transformers' own 0.02 makes attention all but uniform
             torch.nn.init.normal_(p, std=0.3 if "embed" not in n else 0.5)

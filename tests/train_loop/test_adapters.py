@@ -193,6 +193,14 @@ def test_what_does_not_fit_the_model_is_said(changes, said, spec_of, bases):
         add_adapter(load(spec, bases), spec)
 
 
+@pytest.mark.parametrize("base", ["smollm", "qwen3_moe"])
+def test_modules_to_save_are_named_in_whole_parts(base, spec_of, bases):
+    spec = spec_of(FLOAT | {f"{ADAPTER}.modules_to_save": ["norm"]}, f"tuneyard/{base}")
+    model = add_adapter(load(spec, bases), spec)
+    learns = {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
+    assert learns == {"base_model.model.model.norm.modules_to_save.default.weight"}  # and no input_layernorm
+
+
 def test_experts_take_an_adapter_when_named_but_not_with_dropout(spec_of, bases):
     spec = spec_of(FLOAT | MAKES["experts"] | {f"{ADAPTER}.dropout": 0.1}, "tuneyard/qwen3_moe")
     with pytest.raises(ModelError, match="lora_dropout"):

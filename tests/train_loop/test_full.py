@@ -1,6 +1,8 @@
 """Full fine-tuning: every weight learns, resumes exactly, and is handed out as a model that transformers loads."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,10 @@ from transformers import AutoModelForCausalLM
 from tests.conftest import TINY, write_jsonl
 from tests.train_loop.test_resume import HP, Watcher, curve
 from train_loop.chat import Comparison
+from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import Stopped
+from train_loop.model.load import load_tokenizer
+from train_loop.spec import Prompt
 
 FULL = {
     "train_config.train_type": "full",
@@ -40,6 +45,9 @@ def test_a_resumed_run_ends_with_the_same_bytes_and_every_weight_has_moved(local
     base = AutoModelForCausalLM.from_pretrained(mirror / TINY)
     assert trained.dtype is torch.bfloat16
     assert trained.config.tie_word_embeddings
+    # As the base has them, what generation goes by included.
+    theirs, ours = (json.loads((f / "config.json").read_text()) for f in (mirror / TINY, tmp_path / "whole/merged"))
+    assert ours == theirs | {"dtype": "bfloat16", "transformers_version": ours["transformers_version"]}
     assert [n for (n, p), q in zip(trained.named_parameters(), base.parameters(), strict=True) if torch.equal(p, q)] == []
 
 
@@ -70,11 +78,26 @@ def test_it_learns_what_only_training_can_tell(local_job, tmp_path, mirror, laun
     write_jsonl(tmp_path / "rows.jsonl", [{"conversation": [{"human": q, "assistant": a}]} for q, a in questions.items()])
     launch(job)
     # Beside its base, as `tuneyard chat` shows it.
-    both = Comparison.load(mirror / TINY, tmp_path / "run/merged", None)
+    both = Comparison.load(mirror / TINY, tmp_path / "run/merged", None, Prompt())
     answers = {question: both.answer(question, 3) for question in questions}
     right = sum(answers[question][1] == colour for question, colour in questions.items())
     assert [base for base, _ in answers.values() if base in COLOURS.values()] == []
     assert right / len(questions) > 0.95
+
+
+@pytest.mark.parametrize("template", ["qwen2.5", "gemma2"])  # one with a role for the system, one without
+def test_a_question_is_put_to_the_models_as_in_training(template, tmp_path, mirror):
+    tokenizer = load_tokenizer(mirror / TINY)
+    tokenizer.chat_template = (Path(__file__).parent / f"templates/{template}.jinja").read_text()
+    shutil.copytree(mirror / TINY, tmp_path / "trained")
+    tokenizer.save_pretrained(tmp_path / "trained")
+    prompt = Prompt(system="Answer like a pirate.")
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me"}]
+    trained_on = ChatTokenizer(tokenizer, prompt, "right", "assistant").encode({"messages": turns})
+    before_the_answer = trained_on.input_ids[: (trained_on.labels >= 0).argmax()]
+    asked = Comparison.load(mirror / TINY, tmp_path / "trained", None, prompt).asked("Who?")
+    assert asked["input_ids"][0].tolist() == before_the_answer.tolist()
+    assert "pirate" in tokenizer.decode(before_the_answer)
 
 
 def test_early_stopping_hands_out_the_best_weights(local_job, tmp_path, launch):

@@ -12,7 +12,9 @@ from train_loop.__main__ import Console
 from train_loop.data.packing import collate
 from train_loop.errors import Stopped
 from train_loop.loss import supervised_loss
+from train_loop.model.adapters import add_adapter
 from train_loop.model.load import compute_dtype, compute_in, load_base, load_tokenizer
+from train_loop.model.merge import merged
 from train_loop.spec import JobSpec
 
 HP = "train_config.hyperparameters"
@@ -49,6 +51,7 @@ def test_a_merged_model_is_plain_listed_and_has_the_eval_loss_of_the_run(base, b
     config = json.loads((folder / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["dtype"] == dtype
+    assert config["use_cache"] == json.loads((bases / f"tuneyard/{base}/config.json").read_text())["use_cache"]
     with (
         safe_open(folder / "model.safetensors", "pt") as ours,
         safe_open(bases / f"tuneyard/{base}/model.safetensors", "pt") as theirs,
@@ -60,6 +63,22 @@ def test_a_merged_model_is_plain_listed_and_has_the_eval_loss_of_the_run(base, b
     theirs = eval_loss(model, load_tokenizer(folder), job, manifest)
     assert theirs == pytest.approx(manifest["metrics"]["eval_loss_after"], rel=1e-5 if dtype == "float32" else 2e-2)
     assert any("torch_dtype stays float16" in message for _, message in events.told) == (dtype == "float16")
+
+
+@pytest.mark.parametrize("base", ["smollm", "qwen3_moe"])
+def test_merging_widens_no_weight_that_the_adapter_leaves_alone(base, local_job, bases):
+    targets = ["q_proj", "experts.gate_up_proj"] if base == "qwen3_moe" else ["q_proj"]
+    adapter = {"train_config.adapter_config": {"r": 4, "targets": targets, "dropout": 0.0}}
+    details = {"model_details": {"base_model": f"tuneyard/{base}"}, "train_config.torch_dtype": "float32"}
+    spec = JobSpec.model_validate(local_job(details | adapter))
+    loaded = load_base(spec, bases / f"tuneyard/{base}", torch.device("cpu")).model
+    compute_in(loaded, torch.bfloat16)
+    model = add_adapter(loaded, spec)
+    places = {n: p.data_ptr() for n, p in loaded.named_parameters()}
+    whole = merged(model, torch.bfloat16)
+    moved = {n for n, p in whole.named_parameters() if p.data_ptr() != places.get(n)}
+    assert {p.dtype for p in whole.parameters()} == {torch.bfloat16}
+    assert {n.rpartition(".")[0].rpartition(".")[2] for n in moved} == {t.partition(".")[0] for t in targets}
 
 
 def test_float16_is_computed_in_what_can_hold_its_gradients():

@@ -85,6 +85,7 @@ def test_warnings(local_job, mirror, changes, said):
         {"init": "pissa"},
         {"use_dora": True},
         {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"modules_to_save": ["norm", "o_proj"]},
         {"targets": ["q_proj", "experts.down_proj"], "dropout": 0.0},
     ],
 )

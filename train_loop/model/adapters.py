@@ -10,6 +10,7 @@ import torch
 
 from train_loop.errors import ModelError
 from train_loop.model.initial import continue_from, from_principal_part, from_quantisation_error
+from train_loop.model.load import language_part
 from train_loop.spec import AdapterConfig, JobSpec
 
 ALL_LINEAR = ["all-linear"]
@@ -33,14 +34,11 @@ def linear_layers(base: Any) -> dict[str, Any]:
     """
     from transformers.pytorch_utils import Conv1D
 
-    head, language = base.get_output_embeddings(), set(base.get_decoder().modules())
+    head = base.get_output_embeddings()
     return {
         name: module
-        for name, module in base.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D))
-        and module is not head
-        and module in language
-        and name.rpartition(".")[2] not in ROUTERS
+        for name, module in language_part(base).items()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head and name.rpartition(".")[2] not in ROUTERS
     }
 
 
@@ -54,15 +52,23 @@ def is_named(name: str, targets: list[str]) -> bool:
     return any(name == t or name.endswith(f".{t}") for t in targets)
 
 
+def named(base: Any, targets: list[str]) -> dict[str, Any]:
+    """The modules of the language model that `targets` names, by their whole names.
+
+    PEFT is given these: by a suffix it would find those of a vision tower too, and as modules_to_save whatever ends in the same
+    letters.
+    """
+    return {name: module for name, module in language_part(base).items() if is_named(name, targets)}
+
+
 def lora_config(adapter: AdapterConfig, base: Any, base_model: str) -> Any:
     """PEFT's configuration for ours. Raises ModelError when a name in it isn't of this model."""
     from peft import LoraConfig
 
     layers, parameters = _targets(adapter.targets, base, base_model)
-    saved = adapter.modules_to_save or []
-    _check_saved(saved, base)
+    saved = _saved(adapter.modules_to_save or [], base)
     # One pair of parameters where the base has one, so that the merged model is tied as its base is.
-    tied = bool(base.config.get_text_config().tie_word_embeddings) and any(is_named(n, saved) for n in _embedding_names(base))
+    tied = bool(base.config.get_text_config().tie_word_embeddings) and any(name in saved for name in _embedding_names(base))
     r = rank(adapter)
     # The scale is the one of the rank asked for: alpha / r, or alpha / sqrt(r).
     alpha = adapter.alpha * (r / adapter.r) ** (0.5 if adapter.use_rslora else 1.0)
@@ -141,12 +147,10 @@ def _targets(targets: list[str], base: Any, base_model: str) -> tuple[list[str],
     """The names of layers and of experts' parameters to adapt, as PEFT takes them."""
     if targets == ALL_LINEAR:
         return list(linear_layers(base)), []
-    head = base.get_output_embeddings()
-    modules = {name: module for name, module in base.named_modules() if name}
-    experts = expert_parameters(base)
+    head, experts = base.get_output_embeddings(), expert_parameters(base)
     for target in targets:
-        found = [module for name, module in modules.items() if is_named(name, [target])]
-        if any(module is head for module in found):
+        found = named(base, [target])
+        if any(module is head for module in found.values()):
             raise ModelError(
                 f"targets names the head ({target}), which has no adapter: train it whole by modules_to_save.", field=TARGETS
             )
@@ -158,16 +162,17 @@ def _targets(targets: list[str], base: Any, base_model: str) -> tuple[list[str],
                 field=TARGETS,
             )
     parameters = [t for t in targets if any(is_named(name, [t]) for name in experts)]
-    return [t for t in targets if t not in parameters], parameters
+    return list(named(base, [t for t in targets if t not in parameters])), parameters
 
 
 def _tail(name: str) -> str:
     return ".".join(name.split(".")[-2:])
 
 
-def _check_saved(saved: list[str], base: Any) -> None:
-    for name in saved:
-        found = [module for path, module in base.named_modules() if is_named(path, [name])]
+def _saved(names: list[str], base: Any) -> list[str]:
+    """The whole names of what modules_to_save names."""
+    for name in names:
+        found = named(base, [name]).values()
         if not found:
             message = f"modules_to_save names no module of {base.config.model_type}: {name}."
             raise ModelError(message, field=MODULES_TO_SAVE)
@@ -176,6 +181,7 @@ def _check_saved(saved: list[str], base: Any) -> None:
                 f"modules_to_save names a quantised module ({name}), which can't be trained: leave it out, or quantization.",
                 field=MODULES_TO_SAVE,
             )
+    return list(named(base, names))
 
 
 def _embedding_names(base: Any) -> list[str]:

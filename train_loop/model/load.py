@@ -15,6 +15,7 @@ from train_loop.errors import ModelError
 from train_loop.spec import JobSpec, Quantization
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+BASE_MODEL = "model_details.base_model"
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,26 @@ def compute_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, st
     return wanted, ""
 
 
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+
+
 def load_tokenizer(folder: Path) -> Any:
-    """The model's tokenizer; one without a pad token pads with its end-of-sequence token."""
+    """The model's tokenizer; one without a pad token pads with its end-of-sequence token. Raises ModelError."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises nothing narrower of a file that it can't read
+        raise ModelError(f"the base model's tokenizer can't be loaded: {_first_line(error)}", field=BASE_MODEL) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def quantised_by(quantization: Quantization | None, dtype: torch.dtype) -> dict[str, Any]:
+    """What from_pretrained is told. Nothing, not None, without: None has it forget that the files are quantised already."""
+    return {"quantization_config": quantization_config(quantization, dtype)} if quantization else {}
 
 
 def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
@@ -99,43 +112,71 @@ def quantised_layers(model: Any) -> list[Any]:
 
 
 def compute_in(base: Any, dtype: torch.dtype) -> None:
-    """Have a frozen base compute in `dtype`: floating-point weights are cast, 4-bit ones dequantise to it from now on."""
+    """Have a frozen base compute in `dtype`: floating-point weights are cast, 4-bit ones dequantise to it."""
     for parameter in base.parameters():
         if parameter.is_floating_point() and not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
+    dequantise_to(base, dtype)
+
+
+def dequantise_to(base: Any, dtype: torch.dtype) -> None:
+    """Have 4-bit weights dequantise to `dtype` from now on."""
     for layer in quantised_layers(base):
         layer.compute_dtype = layer.weight.quant_state.dtype = dtype
+
+
+def auto_class(config: Any) -> Any:
+    """What transformers builds and loads this architecture with: as a language model, or as one that sees too."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    sees = type(config) in AutoModelForImageTextToText._model_mapping
+    return (
+        AutoModelForImageTextToText if sees and type(config) not in AutoModelForCausalLM._model_mapping else AutoModelForCausalLM
+    )
+
+
+def language_part(model: Any) -> dict[str, Any]:
+    """The modules that read and write text, by name: a model that sees has others too, such as its vision tower."""
+    text = {*model.get_decoder().modules(), *model.get_output_embeddings().modules()}
+    return {name: module for name, module in model.named_modules() if module in text}
 
 
 def load_base(spec: JobSpec, folder: Path, device: torch.device) -> BaseModel:
     """Load the base model onto `device`, quantised when asked. Raises ModelError.
 
-    Every parameter is frozen; for full training every one learns, in float32: in bf16 most updates would round to nothing.
+    Every parameter is frozen; for full training those of the language model learn, in float32: in bf16 most updates would round
+    to nothing.
     """
     from bitsandbytes.nn import Linear8bitLt
-    from transformers import AutoModelForCausalLM
+    from safetensors import SafetensorError
+    from transformers import AutoConfig
 
     quieten()
     dtype, note = compute_dtype(spec.train_config.torch_dtype, device)
     quantization = spec.model_details.quantization
     full = spec.train_config.train_type == "full"
+    name = spec.model_details.base_model
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if getattr(config, "quantization_config", None) is not None and (full or quantization):
+            remedy = "train an adapter" if full else "leave quantization out"
+            raise ModelError(f"base model {name} is quantised already: {remedy}, or name the unquantised one.", field=BASE_MODEL)
+        model = auto_class(config).from_pretrained(
             folder,
             # Quantised from float32, so that the 4-bit codes are the same whatever this machine computes in.
             dtype=torch.float32 if quantization or full else dtype,
             device_map={"": device},
             use_safetensors=True,
             trust_remote_code=False,
-            quantization_config=quantization_config(quantization, dtype) if quantization else None,
+            **quantised_by(quantization, dtype),
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"base model {spec.model_details.base_model} can't be loaded: {str(error).splitlines()[0][:300]}",
-            field="model_details.base_model",
-        ) from error
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # the third: a kind of quantisation without its library
+        raise ModelError(f"base model {name} can't be loaded: {_first_line(error)}", field=BASE_MODEL) from error
     for parameter in model.parameters():
-        parameter.requires_grad_(full)
+        parameter.requires_grad_(False)
+    for module in language_part(model).values() if full else ():
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(True)
     compute_in(model, dtype)
     for module in quantised_layers(model):
         # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit layer the first time it runs in eval mode, and the repacked
@@ -147,5 +188,4 @@ def load_base(spec: JobSpec, folder: Path, device: torch.device) -> BaseModel:
             # that has lost its scales.
             module.init_8bit_state()
             module.init_8bit_state = lambda: None
-    model.config.use_cache = False
     return BaseModel(model, dtype, note)

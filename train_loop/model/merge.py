@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from train_loop.model.load import DTYPES, compute_in
+from train_loop.model.load import DTYPES, dequantise_to
 from train_loop.spec import JobSpec
 
 SHARD_SIZE = "4GB"
@@ -21,7 +21,7 @@ def write_merged(folder: Path, spec: JobSpec, model: Any, tokenizer: Any) -> Non
     has learned to make up for what quantisation took, so these weights give the logits of training, and on the original ones it
     would correct errors that aren't there.
 
-    Takes one copy of the model in torch_dtype in the host's memory, made layer by layer.
+    Takes one copy of the model in torch_dtype in the host's memory, made layer by layer: only one is in float32 at a time.
     """
     base = merged(model, DTYPES[spec.train_config.torch_dtype])
     # transformers undoes here what it renames and stacks when it loads, so that the files are like the base's.
@@ -37,7 +37,7 @@ def merged(model: Any, dtype: torch.dtype) -> Any:
     from peft.utils import ModulesToSaveWrapper
 
     base = model.get_base_model()
-    compute_in(base, torch.float32)  # what 4-bit weights dequantise to
+    dequantise_to(base, torch.float32)
     replaced = (ModulesToSaveWrapper, LoraLayer, *_quantised_types())
     names = [n for n, m in base.named_modules() if isinstance(m, replaced) and not n.endswith(".base_layer")]
     for name in names:
@@ -47,7 +47,10 @@ def merged(model: Any, dtype: torch.dtype) -> Any:
         elif isinstance(module, ParamWrapper):
             plain = module
             while isinstance(plain, ParamWrapper):  # one inside the other, each for one parameter
+                parameter = getattr(plain.get_base_layer(), plain.parameter_name)
+                parameter.data = parameter.data.float()
                 plain.merge()
+                parameter.data = parameter.data.to(device="cpu", dtype=dtype)
                 plain = plain.base_layer
         elif isinstance(module, LoraLayer):
             plain = _plain_linear(module.get_base_layer(), _merged_weight(module), dtype)
@@ -63,7 +66,6 @@ def merged(model: Any, dtype: torch.dtype) -> Any:
         if hasattr(base, flag):
             setattr(base, flag, False)
     base.config.dtype = dtype
-    base.config.use_cache = True
     return base.to(device="cpu", dtype=dtype)
 
 
