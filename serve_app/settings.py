@@ -88,6 +88,9 @@ class Settings(BaseSettings):
     allowed_s3_endpoints: list[str] = Field(
         default_factory=list, description="Hosts (wildcards allowed) that s3 secrets may name; embedded: loopback."
     )
+    allowed_tracker_endpoints: list[str] = Field(
+        default_factory=list, description="Hosts (wildcards allowed) that mlflow and wandb secrets may name; embedded: loopback."
+    )
     allowed_secret_arns: list[str] = Field(
         default_factory=list,
         description="ARNs (wildcards allowed, {org} is the org's UUID) of AWS Secrets Manager that jobs may name; default none.",
@@ -145,8 +148,9 @@ class Settings(BaseSettings):
             "autoscales": not self.embedded if self.autoscales is None else self.autoscales,
             "secret_key": self.secret_key or _read_secret(home / "secret.key"),
         }
-        if self.embedded and not self.allowed_s3_endpoints:
-            defaults["allowed_s3_endpoints"] = ["127.0.0.1", "localhost", "::1"]
+        for name in ("allowed_s3_endpoints", "allowed_tracker_endpoints"):
+            if self.embedded and not getattr(self, name):
+                defaults[name] = ["127.0.0.1", "localhost", "::1"]
         for name, value in defaults.items():
             object.__setattr__(self, name, value)
         return self

@@ -14,7 +14,7 @@ from serve_app.aws import is_arn
 from serve_app.errors import field_error, invalid, validation_errors
 from serve_app.lifecycle import Status
 from serve_app.run_keys import model_keys
-from serve_app.secret_types import OPENS
+from serve_app.secret_types import OPENS, TRACKERS
 from serve_app.secrets import Secret, SecretVault
 from serve_app.settings import Settings
 from serve_app.store.jobs import JobStore
@@ -22,6 +22,7 @@ from train_loop.errors import DatasetError, UserError
 from train_loop.model.source import model_config, name_in_mirror
 from train_loop.run_files import model_places
 from train_loop.spec import AWS_REGION, DatasetDetails, JobSpec, ModelDetails
+from train_loop.trackers import weights_and_biases
 
 PLAIN = ("org", "experiment_name")
 SECTIONS = ("dataset_config", "model_details", "train_config", "dataset_details", "infra_config")
@@ -45,6 +46,7 @@ def validate(
         *_dataset_errors(spec, vault),
         *_model_errors(spec, settings, vault),
         *_start_errors(spec, jobs),
+        *_tracker_errors(spec, vault),
     ]
     if errors:
         raise invalid(errors)
@@ -184,6 +186,19 @@ def _hub_errors(details: ModelDetails, token: str | None, where: str) -> list[di
     except (OSError, httpx.HTTPError, ValueError) as error:
         return [field_error(field, f"{where}, and the hub can't be reached ({type(error).__name__})")]
     return []
+
+
+def _tracker_errors(spec: JobSpec, vault: SecretVault) -> list[dict[str, Any]]:
+    """What keeps the trackers that report_to names from being told."""
+    errors: list[dict[str, Any]] = []
+    for i, name in enumerate(spec.train_config.report_to):
+        field = f"train_config.report_to.{i}"
+        secret, wrong = _secret(spec.org, field, name, TRACKERS, "report_to", vault)
+        errors += wrong
+        if secret is not None and secret.type == "wandb" and not weights_and_biases.is_installed():
+            message = "this service has no client of Weights & Biases: its operator installs tuneyard[wandb]"
+            errors.append(field_error(field, message))
+    return errors
 
 
 def _start_errors(spec: JobSpec, jobs: JobStore) -> list[dict[str, Any]]:

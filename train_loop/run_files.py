@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train_loop.data.sources import Credentials, DatasetKeys, dataset_filesystem, filesystem_for
-from train_loop.errors import ModelError
+from train_loop.errors import ModelError, UserError
 from train_loop.layout import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
 from train_loop.model.source import ModelPlaces
 from train_loop.spec import JobSpec
 from train_loop.storage import download_file
+from train_loop.trackers.tracker import TrackerKeys
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -29,6 +30,10 @@ class Keys:
     hub_token: str | None = field(default=None, repr=False)
 
 
+def _no_trackers(name: str) -> TrackerKeys:
+    raise UserError(f"no secret {name} was given", field="train_config.report_to")
+
+
 @dataclass(frozen=True)
 class RunFiles:
     """Where a run's bytes are. Picklable and free of credentials: they come from the monitor when a file is opened."""
@@ -36,6 +41,7 @@ class RunFiles:
     storage_uri: str  # the run's own folder: <storage>/<org>/<request_id>
     model_mirror: str  # a folder, or s3://bucket/prefix that the storage's keys open
     keys: Callable[[], Keys]
+    tracker: Callable[[str], TrackerKeys] = _no_trackers  # opens a secret of report_to
 
     def storage(self) -> tuple[FileSystem, str]:
         """The run's file system and folder."""

@@ -262,6 +262,11 @@ class TrainConfig(Section):
     adapter_config: AdapterConfig = Field(default_factory=AdapterConfig)
     distributed: Distributed = Field(default_factory=Distributed)
     export: Export = Field(default_factory=Export)
+    report_to: list[Annotated[str, Field(min_length=1, max_length=640)]] = Field(
+        default_factory=list,
+        max_length=4,
+        description="Secrets of type mlflow or wandb: trackers that the metrics are sent to, besides the run's folder.",
+    )
 
     @model_validator(mode="before")
     @classmethod
