@@ -137,13 +137,13 @@ def _keys_from_environment(spec: JobSpec) -> Any:
             endpoint_url=env.get("AWS_ENDPOINT_URL"),
             region=env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION"),
         )
-    dataset: Any = keys
-    if spec.dataset_details.source_type == "gcs":
-        path = env.get("GOOGLE_APPLICATION_CREDENTIALS")
-        dataset = GoogleKey(Path(path).read_text()) if path else None
-    elif spec.dataset_details.source_type == "hf":
-        dataset = HubToken(env["HF_TOKEN"]) if env.get("HF_TOKEN") else None
-    return Keys(dataset=dataset, storage=keys, model=keys)
+    path = env.get("GOOGLE_APPLICATION_CREDENTIALS")
+    opens: dict[str, Any] = {
+        "gcs": GoogleKey(Path(path).read_text()) if path else None,
+        "hf": HubToken(env["HF_TOKEN"]) if env.get("HF_TOKEN") else None,
+    }
+    dataset, model = (opens.get(details.source_type, keys) for details in (spec.dataset_details, spec.model_details))
+    return Keys(dataset=dataset, storage=keys, model=None if isinstance(model, HubToken) else model)
 
 
 def _tracker_from_environment(name: str) -> Any:

@@ -8,10 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train_loop.data.sources import Credentials, DatasetKeys, dataset_filesystem, filesystem_for
-from train_loop.errors import ModelError, UserError
+from train_loop.data.sources import (
+    Credentials,
+    DatasetKeys,
+    GoogleKey,
+    dataset_filesystem,
+    filesystem_for,
+    google_filesystem,
+    path_of,
+)
+from train_loop.errors import DatasetError, ModelError, UserError
 from train_loop.layout import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
-from train_loop.model.source import ModelPlaces
+from train_loop.model.source import SECRET, ModelPlaces
 from train_loop.spec import JobSpec
 from train_loop.storage import download_file
 from train_loop.trackers.tracker import TrackerKeys
@@ -26,7 +34,7 @@ class Keys:
 
     dataset: DatasetKeys | None = None
     storage: Credentials | None = None
-    model: Credentials | None = None
+    model: Credentials | GoogleKey | None = None
     hub_token: str | None = field(default=None, repr=False)
 
 
@@ -61,7 +69,7 @@ class RunFiles:
             storage, run_path = self.storage()
             return storage, f"{run_path.rpartition('/')[0]}/{name}/{ADAPTER_FOLDER}"
         keys, details = self.keys(), spec.dataset_details
-        found = keys.model or (keys.dataset if isinstance(keys.dataset, Credentials) else None)
+        found = next((k for k in (keys.model, keys.dataset) if isinstance(k, Credentials)), None)
         # The machine's own role only for who runs this without the service; there a private dataset in S3 always has keys.
         own = details.source_type == "s3" and details.ownership == "private"
         return filesystem_for(name, found, details.region, anonymous=found is None and not own)
@@ -71,10 +79,21 @@ def model_places(spec: JobSpec, mirror: str, keys: Keys) -> ModelPlaces:
     """Where the job's base model is looked for, and what opens it."""
     details = spec.model_details
     anonymous = keys.model is None and details.ownership == "public"
+
+    def open_model(uri: str) -> tuple[FileSystem, str]:
+        if details.source_type != "gcs":
+            found = keys.model if isinstance(keys.model, Credentials) else None
+            return filesystem_for(uri, found, details.region, anonymous=anonymous)
+        try:
+            google = keys.model if isinstance(keys.model, GoogleKey) else None
+            return google_filesystem(google, anonymous=anonymous), path_of(uri)
+        except DatasetError as error:
+            raise ModelError(error.message, field=SECRET, code=error.code) from None
+
     return ModelPlaces(
         mirror,
         open_mirror=lambda uri: filesystem_for(uri, keys.storage),
-        open_model=lambda uri: filesystem_for(uri, keys.model, details.region, anonymous=anonymous),
+        open_model=open_model,
         hub_token=keys.hub_token,
         org_id=spec.org,
     )

@@ -128,7 +128,7 @@ class ModelDetails(Section):
 
     base_model: str = Field(min_length=1, max_length=512, description="Hub id (`owner/name`), or a folder URI for s3 and gcs.")
     ownership: Literal["public", "private"] = Field("public", description="private needs secret_id.")
-    source_type: Annotated[Literal["hf", "s3", "gcs"], NotYet("gcs")] = Field(
+    source_type: Literal["hf", "s3", "gcs"] = Field(
         "hf", description="Where the base model lives; the operator's mirror is looked up first."
     )
     model_type: Annotated[Literal["llm", "vlm"], NotYet("vlm")] = Field(

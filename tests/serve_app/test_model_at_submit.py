@@ -9,6 +9,7 @@ from serve_app.planner import plan_job
 from serve_app.run_keys import keys_of
 from serve_app.secrets import SecretVault
 from tests.conftest import CANARY, ORG, OTHER_ORG, TINY, fields, rows, with_fields
+from tests.train_loop.servers import Google
 from train_loop.errors import ModelError
 from train_loop.spec import JobSpec
 
@@ -71,6 +72,20 @@ def test_a_private_model_of_the_hub_needs_a_token(http, job, settings, store, se
     with pytest.raises(ModelError, match="doesn't open what is at hf") as caught:
         keys_of(JobSpec.model_validate(with_fields(private, {SECRET: secret_id})), vault, settings)
     assert caught.value.field == SECRET
+
+
+def test_a_model_in_google_storage_is_looked_at(http, job, serve, mirror, monkeypatch):
+    files = {f"models/tiny/{path.name}": path.read_bytes() for path in (mirror / TINY).iterdir()}
+    monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", serve(Google.of(files=files, authorization=None)))
+
+    def submit(uri, **changes):
+        details = {"base_model": uri, "source_type": "gcs", "ownership": "public"}
+        return http.post("/job/", json=with_fields(job, {"model_details": details | changes}))
+
+    assert submit("gs://bucket/models/tiny").status_code == 200
+    assert "there is no model" in fields(submit("gs://bucket/models/none"))[MODEL]["message"]
+    s3_keys = job["dataset_details"]["secret_id"]
+    assert fields(submit("gs://bucket/models/tiny", secret_id=s3_keys))[SECRET]["allowed"] == ["gcs"]
 
 
 def test_training_goes_on_only_from_a_finished_job_of_the_same_org_and_base(http, job, settings, store):

@@ -1,8 +1,5 @@
 """What several tests of a run share."""
 
-import http.server
-import threading
-
 import pytest
 
 from tests.train_loop.models import make_base, run
@@ -26,19 +23,3 @@ def bases(tmp_path_factory, tokenizer):
     for name in ("smollm", "qwen3_moe"):
         make_base(name, mirror, tokenizer)
     return mirror
-
-
-@pytest.fixture
-def serve():
-    """Start a server with this handler; its URL."""
-    servers = []
-
-    def start(handler):
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()

@@ -7,6 +7,9 @@ import json
 import re
 import urllib.parse
 
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+
 from tests.conftest import CANARY
 
 
@@ -50,6 +53,7 @@ class Google(Server):
     """Google's storage with one bucket, and its tokens, of which CANARY is the right one."""
 
     files = {}
+    authorization = f"Bearer {CANARY}"
 
     def do_POST(self):
         body = self.body().decode()
@@ -59,7 +63,7 @@ class Google(Server):
     def do_GET(self):
         url = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(url.query))
-        if self.headers.get("Authorization") != f"Bearer {CANARY}":
+        if self.headers.get("Authorization") != self.authorization:
             return self.answer({"error": {"code": 401, "message": "who are you?"}}, 401)
         name = urllib.parse.unquote(url.path.rpartition("/o/")[2]) if "/o/" in url.path else None
         if name is None:
@@ -74,6 +78,14 @@ class Google(Server):
         at = "2026-01-02T03:04:05.678Z"
         made = {"kind": "storage#object", "bucket": "bucket", "timeCreated": at, "updated": at, "generation": "1"}
         return made | {"name": name, "size": str(len(self.files[name]))}
+
+
+def google_account(url):
+    """The key of a service account, whose tokens come from the server at `url`."""
+    private = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    pkcs8, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    pem = private.private_bytes(serialization.Encoding.PEM, pkcs8, plain).decode()
+    return {"type": "service_account", "client_email": "a@b.c", "private_key": pem, "token_uri": f"{url}/token"}
 
 
 class Mlflow(Server):

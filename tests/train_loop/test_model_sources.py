@@ -9,8 +9,9 @@ import threading
 
 import pytest
 
-from tests.conftest import ORG, OTHER_ORG
+from tests.conftest import CANARY, ORG, OTHER_ORG
 from tests.train_loop.models import make_base
+from tests.train_loop.servers import Google, google_account
 from train_loop.__main__ import Console
 from train_loop.data.sources import Credentials
 from train_loop.errors import ModelError
@@ -122,6 +123,49 @@ def test_a_revision_has_a_folder_of_its_own_in_the_mirror(local_job, tmp_path, t
     details, found = places(local_job({"model_details": {"base_model": ID}}), Keys(), str(tmp_path))
     with pytest.raises(ModelError, match="neither in the model mirror"):
         model_folder(details, found)
+
+
+FETCH = """
+import json, sys
+from train_loop.data.sources import GoogleKey
+from train_loop.errors import ModelError
+from train_loop.model.source import model_config, model_folder, weights_hash
+from train_loop.run_files import Keys, model_places
+from train_loop.spec import JobSpec
+spec = JobSpec.model_validate_json(sys.argv[1])
+secret = sys.stdin.read()
+places = model_places(spec, "/nowhere", Keys(model=GoogleKey(secret) if secret else None))
+try:
+    print(model_config(spec.model_details, places)["hidden_size"], weights_hash(model_folder(spec.model_details, places)))
+except ModelError as error:
+    print(error.field, error.code, error.message)
+"""
+
+
+def test_a_folder_in_google_storage_is_fetched_with_a_service_account(local_job, serve, models):
+    files = {f"models/{ID}/{path.name}": path.read_bytes() for path in (models / ID).iterdir()}
+    url = serve(Google.of(files=files))
+    right = google_account(url)
+
+    def fetch(uri, account):
+        # In a process of its own: the server answers in this one.
+        details = {"base_model": uri, "source_type": "gcs", "ownership": "private", "secret_id": "x"}
+        done = subprocess.run(
+            [sys.executable, "-c", FETCH, json.dumps(local_job({"model_details": details}))],
+            env=os.environ | {"CLOUD_STORAGE_EMULATOR_ENDPOINT": url},
+            input=json.dumps(account),
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        )
+        assert CANARY not in done.stdout + done.stderr
+        return done.stdout.strip()
+
+    assert fetch(f"gs://bucket/models/{ID}", right) == f"32 {weights_hash(models / ID)}"
+    assert fetch("gs://bucket/nothing", right).startswith("model_details.base_model model_error there is no model")
+    refused = fetch(f"gs://bucket/models/{ID}", right | {"private_key": CANARY})
+    assert refused.startswith("model_details.secret_id storage_access_denied Google gave no token")
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

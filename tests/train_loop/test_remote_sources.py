@@ -7,11 +7,9 @@ import sys
 import urllib.parse
 
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
 
 from tests.conftest import CANARY, rows, with_fields
-from tests.train_loop.servers import Google, Server
+from tests.train_loop.servers import Google, Server, google_account
 from train_loop.data.sources import GoogleKey, HubToken
 from train_loop.spec import JobSpec
 
@@ -95,10 +93,8 @@ def read(local_job, tmp_path):
 
 def test_a_prefix_in_google_storage_is_read_with_a_service_account(read, serve):
     url = serve(Google.of(files=FILES))
-    private = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-    pkcs8, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    pem = private.private_bytes(serialization.Encoding.PEM, pkcs8, plain).decode()
-    account = {"type": "service_account", "client_email": "a@b.c", "private_key": pem, "token_uri": f"{url}/token"}
+    account = google_account(url)
+    pem = account["private_key"]
 
     def find(path, account):
         secret = json.dumps(account)
