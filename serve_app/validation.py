@@ -18,8 +18,8 @@ from serve_app.secret_types import OPENS, TRACKERS
 from serve_app.secrets import Secret, SecretVault
 from serve_app.settings import Settings
 from serve_app.store.jobs import JobStore
-from train_loop.errors import DatasetError, UserError
-from train_loop.model.source import model_config, name_in_mirror
+from train_loop.errors import Cause, DatasetError, RunFault, UserError
+from train_loop.model.source import hub_is_away, model_config, name_in_mirror
 from train_loop.run_files import model_places
 from train_loop.spec import AWS_REGION, DatasetDetails, JobSpec, ModelDetails
 from train_loop.trackers import weights_and_biases
@@ -33,7 +33,8 @@ UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 def validate(
     payload: dict[str, Any], settings: Settings, vault: SecretVault, capacity: Mapping[str, int], jobs: JobStore
 ) -> JobSpec:
-    """The job, if its fields are right and it can run here. Raises ApiError 422 with every error.
+    """The job, if its fields are right and it can run here. Raises ApiError 422 with every error, RunFault when the base model's
+    storage or the hub is away.
 
     `capacity` is the most workers that the cluster could have, by gpu_type, as far as is known.
     """
@@ -165,7 +166,7 @@ def _model_errors(spec: JobSpec, settings: Settings, vault: SecretVault) -> list
 
 
 def _hub_errors(details: ModelDetails, token: str | None, where: str) -> list[dict[str, Any]]:
-    import httpx
+    import httpx2
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -180,11 +181,14 @@ def _hub_errors(details: ModelDetails, token: str | None, where: str) -> list[di
     except RepositoryNotFoundError:
         seen = "no such public model" if token is None else "no such model that this token may read"
         return [field_error(field, f"{where}, and the hub has {seen}")]
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "an error"
-        return [field_error(field, f"{where}, and the hub answered {status}")]
-    except (OSError, httpx.HTTPError, ValueError) as error:
-        return [field_error(field, f"{where}, and the hub can't be reached ({type(error).__name__})")]
+    except (HfHubHTTPError, OSError, httpx2.HTTPError, ValueError) as error:
+        response = getattr(error, "response", None)
+        said = f"answered {response.status_code}" if response is not None else f"can't be reached ({type(error).__name__})"
+        if hub_is_away(error):
+            raise RunFault(
+                Cause.STORAGE_AWAY, f"{where}, and the hub {said} (setting TUNEYARD_HUB_OFFLINE, if there is none)"
+            ) from None
+        return [field_error(field, f"{where}, and the hub {said}")]
     return []
 
 

@@ -3,13 +3,15 @@
 import json
 
 import pytest
+from starlette.testclient import TestClient
 
+from serve_app.app import build_app
 from serve_app.lifecycle import Status
 from serve_app.planner import plan_job
 from serve_app.run_keys import keys_of
 from serve_app.secrets import SecretVault
-from tests.conftest import CANARY, ORG, OTHER_ORG, TINY, fields, rows, with_fields
-from tests.train_loop.servers import Google
+from tests.conftest import CANARY, ORG, OTHER_ORG, TINY, Idle, fields, rows, with_fields
+from tests.train_loop.servers import Google, Server
 from train_loop.errors import ModelError
 from train_loop.spec import JobSpec
 
@@ -86,6 +88,30 @@ def test_a_model_in_google_storage_is_looked_at(http, job, serve, mirror, monkey
     assert "there is no model" in fields(submit("gs://bucket/models/none"))[MODEL]["message"]
     s3_keys = job["dataset_details"]["secret_id"]
     assert fields(submit("gs://bucket/models/tiny", secret_id=s3_keys))[SECRET]["allowed"] == ["gcs"]
+
+
+def test_a_submission_is_to_come_again_when_the_models_storage_or_the_hub_is_away(http, job, settings, store, serve, monkeypatch):
+    def detail(http, model):
+        answer = http.post("/job/", json=with_fields(job, {"model_details": model}))
+        assert answer.status_code == 503, answer.text
+        assert int(answer.headers["Retry-After"]) > 0
+        return answer.json()["detail"]
+
+    nobody = made(http, "s3", {"access_key_id": "a", "secret_access_key": CANARY, "endpoint_url": "http://127.0.0.1:9"})
+    assert URI in detail(http, {"base_model": URI, "source_type": "s3", "ownership": "private", "secret_id": nobody})
+
+    class Hub(Server):
+        def do_GET(self):
+            self.answer({}, 503)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    online = build_app(settings.model_copy(update={"hub_offline": False}), store, Idle())
+    with TestClient(online, headers=http.headers) as other:
+        for url, said in ((serve(Hub), "answered 503"), ("http://127.0.0.1:9", "can't be reached")):
+            monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+            told = detail(other, {"base_model": "org/model"})
+            assert told.startswith("org/model is not in the model mirror")
+            assert said in told
 
 
 def test_training_goes_on_only_from_a_finished_job_of_the_same_org_and_base(http, job, settings, store):

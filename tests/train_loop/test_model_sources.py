@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
 
@@ -14,7 +13,7 @@ from tests.train_loop.models import make_base
 from tests.train_loop.servers import Google, google_account
 from train_loop.__main__ import Console
 from train_loop.data.sources import Credentials
-from train_loop.errors import ModelError
+from train_loop.errors import Cause, ModelError, RunFault
 from train_loop.launch import launch_local
 from train_loop.model.source import CACHE, model_config, model_folder, weights_hash
 from train_loop.run_files import Keys, RunFiles, model_places
@@ -168,15 +167,33 @@ def test_a_folder_in_google_storage_is_fetched_with_a_service_account(local_job,
     assert refused.startswith("model_details.secret_id storage_access_denied Google gave no token")
 
 
+@pytest.mark.parametrize("where", ["bucket", "mirror"])
+def test_an_outage_of_a_models_storage_is_waited_for_and_no_fault_of_the_users(where, local_job, monkeypatch):
+    monkeypatch.setenv("TUNEYARD_STORAGE_PATIENCE_S", "0.1")
+    nobody = Credentials("key", "secret", endpoint_url="http://127.0.0.1:9")
+    if where == "bucket":
+        details, found = places(local_job(in_bucket("s3://tuneyard/models")), Keys(model=nobody))
+    else:
+        details, found = places(local_job({"model_details": {"base_model": ID}}), Keys(storage=nobody), "s3://tuneyard/models")
+    for look in (model_folder, model_config):
+        with pytest.raises(RunFault) as caught:
+            look(details, found)
+        assert caught.value.cause == Cause.STORAGE_AWAY
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
     """As much of the hub as its client asks: a private model of one revision."""
 
     folder = None
+    outage = 0  # questions that are answered with 503 before it is back
 
     def do_HEAD(self):
         self.do_GET()
 
     def do_GET(self):
+        if self.outage:
+            type(self).outage -= 1
+            return self.answer(503, b"")
         if self.headers.get("Authorization") != "Bearer hf_right":
             return self.answer(401, b"", {"X-Error-Code": "RepoNotFound"})
         if self.path.startswith(f"/api/models/{ID}/tree/{COMMIT}"):
@@ -204,7 +221,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 ASK = """
 import json, sys
-from train_loop.errors import ModelError
+from train_loop.errors import ModelError, RunFault
 from train_loop.run_files import Keys, model_places
 from train_loop.model.source import model_folder, revision_of
 from train_loop.spec import JobSpec
@@ -214,13 +231,14 @@ try:
     print(json.dumps({"files": sorted(p.name for p in folder.iterdir()), "revision": revision_of(folder), "at": str(folder)}))
 except ModelError as error:
     print(json.dumps({"said": error.message, "field": error.field}))
+except RunFault as fault:
+    print(json.dumps({"cause": fault.cause}))
 """
 
 
-def test_a_private_model_of_the_hub_is_opened_by_its_token_and_pinned_to_a_commit(local_job, models, cache):
-    hub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("H", (Hub,), {"folder": models / ID}))
-    threading.Thread(target=hub.serve_forever, daemon=True).start()
-    env = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+def test_a_private_model_of_the_hub_is_opened_by_its_token_and_pinned_to_a_commit(local_job, models, cache, serve):
+    handler = type("H", (Hub,), {"folder": models / ID, "outage": 2})
+    env = os.environ | {"HF_ENDPOINT": serve(handler), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     env |= {"HF_HOME": str(cache / "home"), "NO_PROXY": "127.0.0.1"}
 
     def ask(revision, token, org=ORG):
@@ -229,14 +247,17 @@ def test_a_private_model_of_the_hub_is_opened_by_its_token_and_pinned_to_a_commi
         done = subprocess.run([sys.executable, "-c", ASK, job, token], env=env, capture_output=True, text=True, check=True)
         return json.loads(done.stdout)
 
-    try:
-        got = ask("v1", "hf_right")
-        assert got.get("revision") == COMMIT, got
-        assert "model.safetensors" in got["files"]
-        assert "pytorch_model.bin" not in got["files"]
-        assert got["at"].startswith(str(cache))  # not where another org's jobs would find it
-        assert "no revision v2" in ask("v2", "hf_right")["said"]
-        # The client would serve what it has to anyone: another org must not find it.
-        assert "nor on the hub" in ask("v1", "hf_wrong", OTHER_ORG)["said"]
-    finally:
-        hub.shutdown()
+    got = ask("v1", "hf_right")  # which waits for the hub
+    assert got.get("revision") == COMMIT, got
+    assert handler.outage == 0
+    assert "model.safetensors" in got["files"]
+    assert "pytorch_model.bin" not in got["files"]
+    assert got["at"].startswith(str(cache))  # not where another org's jobs would find it
+    assert "no revision v2" in ask("v2", "hf_right")["said"]
+    # The client would serve what it has to anyone: another org must not find it.
+    assert "nor on the hub" in ask("v1", "hf_wrong", OTHER_ORG)["said"]
+    handler.outage = 99
+    env["TUNEYARD_STORAGE_PATIENCE_S"] = "0.1"
+    assert ask("v1", "hf_right", OTHER_ORG) == {"cause": "storage_away"}
+    env["HF_HUB_OFFLINE"] = "1"
+    assert "nor on the hub" in ask("v1", "hf_right", OTHER_ORG)["said"]
