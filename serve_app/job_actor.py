@@ -213,7 +213,13 @@ class JobActor:
 
     def _files(self, me: ActorMonitor) -> RunFiles:
         uri = run_uri(self.settings, self.job.org_id, self.job.request_id)
-        return RunFiles(storage_uri=uri, model_mirror=str(self.settings.model_mirror), keys=me.keys, tracker=me.tracker)
+        return RunFiles(
+            storage_uri=uri,
+            model_mirror=str(self.settings.model_mirror),
+            keys=me.keys,
+            tracker=me.tracker,
+            model_cache_bytes=self.settings.model_cache_bytes,
+        )
 
     def _placement(self) -> Placement:
         infra, profile = self.spec.infra_config, self.settings.profiles[self.spec.infra_config.gpu_type]

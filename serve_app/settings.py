@@ -16,6 +16,8 @@ from cryptography.fernet import Fernet
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, JsonConfigSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from train_loop.model.cache import DEFAULT_BYTES
+
 # Ray's name, memory in GiB, dense 16-bit TFLOP/s by the data sheet: what plans are made of.
 NVIDIA = {
     "b200": ("B200", 180, 2250),
@@ -116,6 +118,12 @@ class Settings(BaseSettings):
     data_cpus: float = Field(1.0, gt=0, description="CPUs of one data preparation task.")
     data_cache_bytes: int = Field(
         100 << 30, ge=0, description="Prepared rows kept for later jobs of their org, in bytes; the least recently used go first."
+    )
+    model_cache_bytes: int = Field(
+        DEFAULT_BYTES,
+        ge=0,
+        description="Copies of base models on each machine (TUNEYARD_MODEL_CACHE), in bytes; the least recently used go first, "
+        "those in use stay.",
     )
     status_timeout_s: float = Field(1.0, gt=0, description="How long a status query waits for the job actor, in seconds.")
     cancel_grace_s: float = Field(60, ge=0, description="Seconds a canceled job has to save before it is ended.")

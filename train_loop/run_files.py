@@ -19,6 +19,7 @@ from train_loop.data.sources import (
 )
 from train_loop.errors import DatasetError, ModelError, UserError
 from train_loop.layout import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
+from train_loop.model.cache import DEFAULT_BYTES
 from train_loop.model.source import SECRET, ModelPlaces
 from train_loop.spec import JobSpec
 from train_loop.storage import download_file
@@ -50,6 +51,7 @@ class RunFiles:
     model_mirror: str  # a folder, or s3://bucket/prefix that the storage's keys open
     keys: Callable[[], Keys]
     tracker: Callable[[str], TrackerKeys] = _no_trackers  # opens a secret of report_to
+    model_cache_bytes: int = DEFAULT_BYTES
 
     def storage(self) -> tuple[FileSystem, str]:
         """The run's file system and folder."""
@@ -61,7 +63,7 @@ class RunFiles:
 
     def models(self, spec: JobSpec) -> ModelPlaces:
         """Where the job's base model is looked for."""
-        return model_places(spec, self.model_mirror, self.keys())
+        return model_places(spec, self.model_mirror, self.keys(), self.model_cache_bytes)
 
     def start(self, spec: JobSpec, name: str) -> tuple[FileSystem, str]:
         """File system and folder of the adapter that init_from names: a run of the same org, else a URI for the user's keys."""
@@ -75,7 +77,7 @@ class RunFiles:
         return filesystem_for(name, found, details.region, anonymous=found is None and not own)
 
 
-def model_places(spec: JobSpec, mirror: str, keys: Keys) -> ModelPlaces:
+def model_places(spec: JobSpec, mirror: str, keys: Keys, cache_bytes: int = DEFAULT_BYTES) -> ModelPlaces:
     """Where the job's base model is looked for, and what opens it."""
     details = spec.model_details
     anonymous = keys.model is None and details.ownership == "public"
@@ -96,6 +98,7 @@ def model_places(spec: JobSpec, mirror: str, keys: Keys) -> ModelPlaces:
         open_model=open_model,
         hub_token=keys.hub_token,
         org_id=spec.org,
+        cache_bytes=cache_bytes,
     )
 
 

@@ -15,7 +15,8 @@ from train_loop.__main__ import Console
 from train_loop.data.sources import Credentials
 from train_loop.errors import Cause, ModelError, RunFault
 from train_loop.launch import launch_local
-from train_loop.model.source import CACHE, model_config, model_folder, weights_hash
+from train_loop.model import cache as model_cache
+from train_loop.model.source import model_config, model_folder, weights_hash
 from train_loop.run_files import Keys, RunFiles, model_places
 from train_loop.spec import JobSpec
 
@@ -33,7 +34,7 @@ def models(tmp_path_factory, tokenizer):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(model_cache.FOLDER, str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -75,10 +76,10 @@ def test_a_folder_of_a_bucket_is_fetched_once_a_state_and_trained_on(local_job, 
         "weights_sha256": weights_hash(models / ID),
     }
     folder = model_folder(*places(job, Keys(model=keys)))
-    written = folder.stat().st_mtime_ns
+    written = (folder / "config.json").stat().st_mtime_ns
     assert {p.name for p in folder.iterdir()} == {p.name for p in (models / ID).iterdir()} - {"pytorch_model.bin"}
     assert model_folder(*places(job, Keys(model=keys))) == folder
-    assert folder.stat().st_mtime_ns == written
+    assert (folder / "config.json").stat().st_mtime_ns == written
     # Another org finds nothing in the cache that its own keys didn't open.
     assert model_folder(*places(job | {"org": OTHER_ORG}, Keys(model=keys))) != folder
     s3.client().upload_file(str(models / ID / "generation_config.json"), "tuneyard", f"models/{ID}/new.json")
@@ -165,6 +166,57 @@ def test_a_folder_in_google_storage_is_fetched_with_a_service_account(local_job,
     assert fetch("gs://bucket/nothing", right).startswith("model_details.base_model model_error there is no model")
     refused = fetch(f"gs://bucket/models/{ID}", right | {"private_key": CANARY})
     assert refused.startswith("model_details.secret_id storage_access_denied Google gave no token")
+
+
+USE = """
+import sys
+from pathlib import Path
+from train_loop.model import cache
+folder = Path(sys.argv[1])
+with cache.entry(folder, int(sys.argv[2])):
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").write_bytes(b"x" * 100)
+print("used", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def use(cache):
+    """Put an entry of 100 bytes into the cache, or use it again, in a process that goes on until it is told to end."""
+    processes = []
+
+    def start(name, budget):
+        arguments = [sys.executable, "-c", USE, str(cache / name), str(budget)]
+        processes.append(subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        assert processes[-1].stdout.readline() == "used\n"
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_the_least_recently_used_models_make_room_and_those_in_use_stay(use, cache):
+    def there():
+        return {path.name for path in cache.rglob("*") if path.is_dir() and path.name not in ("hub", ORG)}
+
+    for name in ("a", f"hub/{ORG}/models--b", "c", "a"):
+        use(name, 300).communicate()
+    assert there() == {"a", "models--b", "c"}
+    use("d", 300).communicate()
+    assert there() == {"a", "c", "d"}
+    running = use("c", 300)
+    use("e", 100).communicate()  # it stays itself, being in use
+    assert there() == {"c", "e"}
+    running.kill()
+    running.wait()
+    (cache / "f.part").mkdir()  # whoever fetched it was killed
+    (cache / "f.part/model.safetensors").write_bytes(b"x")
+    os.utime(cache / "f.part", (0, 0))
+    use("e", 100).communicate()
+    assert there() == {"e"}
 
 
 @pytest.mark.parametrize("where", ["bucket", "mirror"])

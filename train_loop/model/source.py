@@ -5,7 +5,7 @@ Only configuration, tokenizer and safetensors are ever fetched: pickles could ru
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import fnmatch
 import hashlib
 import json
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train_loop.errors import Cause, ModelError, RunFault
+from train_loop.model import cache
 from train_loop.model.mirror import COMPLETE, mirrored
 from train_loop.spec import SCHEMES, ModelDetails
 from train_loop.storage import DENIED, download_file, is_away, patiently
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 DESCRIPTION = ("*.json", "*.model", "*.jinja", "*.txt")  # config and tokenizer
 WEIGHTS = "*.safetensors"
-CACHE = "TUNEYARD_MODEL_CACHE"  # folder of what was fetched from buckets and private repositories
 BASE_MODEL = "model_details.base_model"
 SECRET = "model_details.secret_id"
 
@@ -48,6 +48,7 @@ class ModelPlaces:
     open_model: Callable[[str], tuple[FileSystem, str]] = _closed
     hub_token: str | None = field(default=None, repr=False)
     org_id: str = ""  # what one org's keys opened, no other finds in the cache
+    cache_bytes: int = cache.DEFAULT_BYTES  # that copies on a machine's own disk may take
 
 
 def model_folder(details: ModelDetails, places: ModelPlaces, *, weights: bool = True) -> Path:
@@ -58,7 +59,7 @@ def model_folder(details: ModelDetails, places: ModelPlaces, *, weights: bool = 
     """
     if details.source_type in SCHEMES:
         filesystem, path = places.open_model(details.base_model)
-        folder = _from_bucket(filesystem, path, details.base_model, places.org_id, weights)
+        folder = _from_bucket(filesystem, path, details.base_model, places.org_id, weights, places.cache_bytes)
         if folder is None:
             raise _missing(details.base_model)
         return folder
@@ -118,17 +119,18 @@ def _from_mirror(details: ModelDetails, places: ModelPlaces, weights: bool) -> P
         return mirrored(Path(places.mirror), name)
     uri = f"{places.mirror.rstrip('/')}/{name}"
     filesystem, path = places.open_mirror(uri)
-    return _from_bucket(filesystem, path, uri, "", weights)
+    return _from_bucket(filesystem, path, uri, "", weights, places.cache_bytes)
 
 
 def _from_hub(details: ModelDetails, places: ModelPlaces, weights: bool) -> Path:
     import httpx2  # the hub's client raises its errors as they are
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+    from huggingface_hub.file_download import repo_folder_name
 
     wanted = [*DESCRIPTION, *([WEIGHTS] if weights else [])]
     # The hub's client serves what it has to whoever asks while the hub is away: a private model has a cache per org.
-    cache = _cache() / "hub" / places.org_id if places.hub_token else None
+    own = cache.root() / "hub" / places.org_id if places.hub_token else None
 
     def look() -> Path | Exception:
         try:
@@ -137,7 +139,7 @@ def _from_hub(details: ModelDetails, places: ModelPlaces, weights: bool) -> Path
                     details.base_model,
                     revision=details.revision,
                     token=places.hub_token,
-                    cache_dir=cache,
+                    cache_dir=own,
                     allow_patterns=wanted,
                 )
             )
@@ -146,7 +148,11 @@ def _from_hub(details: ModelDetails, places: ModelPlaces, weights: bool) -> Path
                 raise ConnectionError(f"the hub doesn't answer ({type(error.__cause__ or error).__name__})") from error
             return error
 
-    found = patiently(look, f"fetching {details.base_model} from the hub")
+    with contextlib.ExitStack() as stack:
+        if own is not None:
+            name = repo_folder_name(repo_id=details.base_model, repo_type="model")
+            stack.enter_context(cache.entry(own / name, places.cache_bytes))
+        found = patiently(look, f"fetching {details.base_model} from the hub")
     try:
         if isinstance(found, Exception):
             raise found
@@ -180,7 +186,7 @@ def hub_is_away(error: Exception) -> bool:
     )
 
 
-def _from_bucket(filesystem: FileSystem, path: str, uri: str, owner: str, weights: bool) -> Path | None:
+def _from_bucket(filesystem: FileSystem, path: str, uri: str, owner: str, weights: bool, cache_bytes: int) -> Path | None:
     """Fetch a folder of a bucket into the cache, once for each state of it; None when no model is there."""
     path = path.rstrip("/")
     found = {name: info for name, info in _listing(filesystem, path, uri).items() if _is_wanted(name, weights=True)}
@@ -191,12 +197,10 @@ def _from_bucket(filesystem: FileSystem, path: str, uri: str, owner: str, weight
             f"{uri} holds no safetensors, and nothing else is loaded: pickled weights can run code.", field=BASE_MODEL
         )
     state = repr([owner, uri, *((name, info.size, str(info.mtime)) for name, info in sorted(found.items()))])
-    folder = _cache() / (hashlib.sha256(state.encode()).hexdigest()[:24] + ("" if weights else "-description"))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the machine's other workers wait for the one that fetches
+    folder = cache.root() / (hashlib.sha256(state.encode()).hexdigest()[:24] + ("" if weights else "-description"))
+    with cache.entry(folder, cache_bytes):
         if not folder.is_dir():
-            part = folder.with_suffix(".part")
+            part = folder.with_suffix(cache.PART)
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             for name in sorted(found):
@@ -258,7 +262,3 @@ def _explained(error: BaseException | None, uri: str) -> ModelError:
 
 def _is_wanted(name: str, weights: bool) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in (*DESCRIPTION, *([WEIGHTS] if weights else [])))
-
-
-def _cache() -> Path:
-    return Path(os.environ.get(CACHE) or Path.home() / ".cache/tuneyard/models")
