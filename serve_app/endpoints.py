@@ -13,9 +13,9 @@ METADATA_ADDRESSES = frozenset({"fd00:ec2::254", "100.100.100.200", "192.0.0.192
 METADATA_NAMES = frozenset({"metadata", "metadata.google.internal", "instance-data", "instance-data.ec2.internal"})
 
 
-def is_allowed(url: str, patterns: Iterable[str]) -> bool:
+def is_allowed(url: str, patterns: Iterable[str], *, with_path: bool = False) -> bool:
     """Whether the operator's list has this host, and it isn't, by whatever spelling, one that answers with a machine's own
-    credentials."""
+    credentials. A URL with a path is one only `with_path`."""
     try:
         parts = urlsplit(url)
         host = parts.hostname
@@ -24,7 +24,7 @@ def is_allowed(url: str, patterns: Iterable[str]) -> bool:
         return False
     if parts.scheme not in ("http", "https") or not host or "@" in parts.netloc:
         return False
-    if parts.path.strip("/") or parts.query or parts.fragment:
+    if (parts.path.strip("/") and not with_path) or parts.query or parts.fragment:
         return False
     host = host.rstrip(".").lower()
     address = _address(host)
@@ -33,9 +33,9 @@ def is_allowed(url: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(host, pattern.lower()) for pattern in patterns)
 
 
-def is_allowed_now(url: str, patterns: Iterable[str]) -> bool:
+def is_allowed_now(url: str, patterns: Iterable[str], *, with_path: bool = False) -> bool:
     """`is_allowed`, with names judged by the addresses they stand for at this moment."""
-    if not is_allowed(url, patterns):
+    if not is_allowed(url, patterns, with_path=with_path):
         return False
     try:
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(host_of(url), None)}

@@ -19,7 +19,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
 from serve_app.store.jobs import Conflict, QueueFull
-from train_loop.errors import UserError
+from train_loop.errors import Cause, RunFault, UserError
 from train_loop.section import models_in, section_of
 from train_loop.spec import JobSpec
 
@@ -147,6 +147,8 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(error.status_code, str(error.detail), headers=error.headers)
         case UserError():
             return invalid([field_error(error.field or "request", error.message)])
+        case RunFault(cause=Cause.STORAGE_AWAY):
+            return ApiError(503, f"{error.message.rstrip('.')}; try again shortly", headers={"Retry-After": RETRY_AFTER_S})
         case Conflict():
             return ApiError(409, str(error))
         case QueueFull():
@@ -166,6 +168,16 @@ def install(app: FastAPI) -> None:
         return problem(to_api_error(error))
 
     # Starlette raises again, into the server's log, what only `Exception` answers: that is for what nobody expected.
-    expected = (ApiError, RequestValidationError, HTTPException, ValidationError, UserError, Conflict, QueueFull, SQLAlchemyError)
+    expected = (
+        ApiError,
+        RequestValidationError,
+        HTTPException,
+        ValidationError,
+        UserError,
+        RunFault,
+        Conflict,
+        QueueFull,
+        SQLAlchemyError,
+    )
     for kind in (Exception, *expected):
         app.add_exception_handler(kind, handle)

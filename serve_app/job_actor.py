@@ -32,6 +32,7 @@ from train_loop.hang import StepClock
 from train_loop.launch import ActorMonitor, Placement, launch
 from train_loop.run_files import Keys, RunFiles
 from train_loop.spec import JobSpec
+from train_loop.trackers.tracker import TrackerKeys
 
 log = structlog.get_logger()
 FLUSH_S = 1.0
@@ -93,6 +94,10 @@ class JobActor:
     async def keys(self) -> Keys:
         """The run's credentials, opened afresh from the vault each time."""
         return await asyncio.to_thread(self._patiently, self._keys)
+
+    async def tracker(self, secret: str) -> TrackerKeys:
+        """The keys of one of the job's trackers."""
+        return await asyncio.to_thread(self._patiently, lambda: self._tracker(secret))
 
     async def on_phase(self, name: str) -> None:
         self.live["phase"], self.step_at = name, time.monotonic()
@@ -198,6 +203,11 @@ class JobActor:
             )
         return self.job
 
+    def _tracker(self, secret: str) -> TrackerKeys:
+        keys = self._vault.tracker(self.job.org_id, secret)
+        self.redactor.hide(*keys.values())
+        return keys
+
     def _keys(self) -> Keys:
         keys = keys_of(self.spec, self._vault, self.settings)
         for found in (keys.dataset, keys.storage, keys.model):
@@ -213,7 +223,13 @@ class JobActor:
 
     def _files(self, me: ActorMonitor) -> RunFiles:
         uri = run_uri(self.settings, self.job.org_id, self.job.request_id)
-        return RunFiles(storage_uri=uri, model_mirror=str(self.settings.model_mirror), keys=me.keys)
+        return RunFiles(
+            storage_uri=uri,
+            model_mirror=str(self.settings.model_mirror),
+            keys=me.keys,
+            tracker=me.tracker,
+            model_cache_bytes=self.settings.model_cache_bytes,
+        )
 
     def _placement(self) -> Placement:
         infra, profile = self.spec.infra_config, self.settings.profiles[self.spec.infra_config.gpu_type]

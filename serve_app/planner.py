@@ -23,7 +23,7 @@ def plan_job(spec: JobSpec, settings: Settings, vault: SecretVault) -> dict[str,
     keys = keys_of(spec, vault, settings)
     source = dataset_filesystem(spec.dataset_details, keys.dataset)
     hardware = _hardware(settings.profiles[spec.infra_config.gpu_type], spec.infra_config.num_workers)
-    return make_plan(spec, model_places(spec, settings.model_mirror, keys), hardware, source)
+    return make_plan(spec, model_places(spec, settings.model_mirror, keys, settings.model_cache_bytes), hardware, source)
 
 
 def plan_in_worker(spec: str) -> dict[str, Any]:

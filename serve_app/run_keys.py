@@ -7,7 +7,7 @@ from dataclasses import replace
 from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
 from serve_app.storage import storage_credentials
-from train_loop.data.sources import Credentials, dataset_keys
+from train_loop.data.sources import HubToken, dataset_keys
 from train_loop.errors import DatasetError, ModelError
 from train_loop.run_files import Keys
 from train_loop.spec import JobSpec
@@ -24,12 +24,11 @@ def keys_of(spec: JobSpec, vault: SecretVault, settings: Settings) -> Keys:
 
 def model_keys(spec: JobSpec, vault: SecretVault, settings: Settings) -> Keys:
     """The same, without the dataset's: what opens the base model. Raises ModelError."""
-    keys, secret_id = Keys(storage=storage_credentials(settings)), spec.model_details.secret_id
-    if secret_id is None:
+    keys, details = Keys(storage=storage_credentials(settings)), spec.model_details
+    if details.secret_id is None:
         return keys
     try:
-        if spec.model_details.source_type == "hf":
-            return replace(keys, hub_token=vault.reveal(spec.org, secret_id, "hf")["token"])
-        return replace(keys, model=Credentials.from_secret(vault.reveal(spec.org, secret_id)))
+        found = dataset_keys(details.source_type, vault.reveal(spec.org, details.secret_id, details.source_type))
     except DatasetError as error:
         raise ModelError(error.message, field="model_details.secret_id", code=error.code) from None
+    return replace(keys, hub_token=found.token) if isinstance(found, HubToken) else replace(keys, model=found)

@@ -154,14 +154,54 @@ class HfToken(SecretData):
     token: Value = Field(description="Access token that may read the repository.")
 
 
+class MlflowServer(SecretData):
+    """Type mlflow: an MLflow server that metrics are sent to."""
+
+    tracking_uri: str = Field(
+        max_length=MAX_VALUE_CHARS, description="URL of the server: one whose host is on the operator's list."
+    )
+    username: Value | None = Field(None, description="With password: for a server that asks who it is.")
+    password: Value | None = Field(None, description="With username.")
+    token: Value | None = Field(None, description="Instead: a bearer token.")
+    experiment: Annotated[str, Field(max_length=256)] | None = Field(
+        None, description="Experiment that runs go into, made where it isn't there; default tuneyard."
+    )
+
+    @model_validator(mode="after")
+    def _who(self) -> Self:
+        if (self.username is None) != (self.password is None):
+            raise _wrong("a username goes with a password", field="password" if self.password is None else "username")
+        if self.token is not None and self.username is not None:
+            raise _wrong("give either a token or username and password, not both", field="token")
+        return self
+
+
+class WandbProject(SecretData):
+    """Type wandb: a project of Weights & Biases that metrics are sent to."""
+
+    api_key: Value = Field(description="API key.")
+    project: Annotated[str, Field(max_length=128, pattern=r"^[\w.-]+$")] = Field(description="Project that runs go into.")
+    entity: Annotated[str, Field(max_length=128, pattern=r"^[\w.-]+$")] | None = Field(
+        None, description="Team or user of the project; default the key's own."
+    )
+    base_url: str | None = Field(
+        None,
+        max_length=MAX_VALUE_CHARS,
+        description="Of a server of one's own: one whose host is on the operator's list; default W&B's cloud.",
+    )
+
+
 TYPES: dict[str, tuple[type[SecretData], ...]] = {
     "aws": (AwsKeys, AwsRole),
     "gcs": (GcsServiceAccount,),
     "hf": (HfToken,),
+    "mlflow": (MlflowServer,),
     "s3": (S3Keys,),
+    "wandb": (WandbProject,),
 }
 # The types that open what is at each source_type.
 OPENS = {"s3": ("aws", "s3"), "gcs": ("gcs",), "hf": ("hf",)}
+TRACKERS = ("mlflow", "wandb")  # those that report_to may name
 
 
 def data_schema() -> dict[str, Any]:

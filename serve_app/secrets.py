@@ -15,11 +15,26 @@ from cryptography.fernet import Fernet, InvalidToken
 from serve_app import endpoints
 from serve_app.aws import SECRET_ID, AwsIdentity, is_arn, is_listed, may_name
 from serve_app.errors import ApiError, field_error, invalid
-from serve_app.secret_types import OPENS, AwsKeys, AwsRole, GcsServiceAccount, HfToken, S3Keys, SecretData, parse
+from serve_app.secret_types import (
+    OPENS,
+    AwsKeys,
+    AwsRole,
+    GcsServiceAccount,
+    HfToken,
+    MlflowServer,
+    S3Keys,
+    SecretData,
+    WandbProject,
+    parse,
+)
 from serve_app.settings import Settings
 from serve_app.store.jobs import JobStore
 from serve_app.store.tables import secrets
-from train_loop.errors import DatasetError
+from train_loop.errors import DatasetError, UserError
+from train_loop.trackers.tracker import TrackerKeys
+
+TRACKER_URLS = {"tracking_uri", "base_url"}
+REPORT_TO = "train_config.report_to"
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,7 @@ class SecretVault:
         allowed_arns: Sequence[str] = (),
         aws: AwsIdentity | None = None,
         allowed_roles: Sequence[str] = ("*",),
+        allowed_trackers: Sequence[str] = (),
     ) -> None:
         self._store = store
         self._fernet = Fernet(key)
@@ -52,6 +68,7 @@ class SecretVault:
         self._allowed_arns = allowed_arns
         self._aws = aws or AwsIdentity()
         self._allowed_roles = allowed_roles
+        self._allowed_trackers = allowed_trackers
 
     @classmethod
     def from_settings(cls, store: JobStore, settings: Settings) -> SecretVault:
@@ -67,6 +84,7 @@ class SecretVault:
                 settings.allowed_secret_arns,
                 AwsIdentity(settings.aws_endpoint_url),
                 settings.allowed_role_arns,
+                settings.allowed_tracker_endpoints,
             )
         except ValueError:
             raise RuntimeError(f"TUNEYARD_SECRET_KEY isn't a Fernet key: {make}") from None
@@ -82,6 +100,11 @@ class SecretVault:
             allowed = ", ".join(self._allowed_endpoints) or "none"
             message = f"this endpoint isn't on the operator's list (TUNEYARD_ALLOWED_S3_ENDPOINTS: {allowed})"
             raise invalid([field_error("data.endpoint_url", message)])
+        for name in TRACKER_URLS & values.keys():
+            if not endpoints.is_allowed(values[name], self._allowed_trackers, with_path=True):
+                allowed = ", ".join(self._allowed_trackers) or "none"
+                message = f"this server isn't on the operator's list (TUNEYARD_ALLOWED_TRACKER_ENDPOINTS: {allowed})"
+                raise invalid([field_error(f"data.{name}", message)])
         now = dt.datetime.now(dt.UTC)
         secret = Secret(str(uuid.uuid4()), org_id, name, type_, now, "endpoint_url" in values)
         sealed = self._fernet.encrypt(json.dumps(values).encode())
@@ -142,6 +165,20 @@ class SecretVault:
                 return data.values()
         wanted = " or ".join(OPENS[source_type])
         raise _error("secret_wrong_type", f"this secret doesn't open what is at {source_type}: name one of type {wanted}.")
+
+    def tracker(self, org_id: str, secret_id: str) -> TrackerKeys:
+        """The keys of a tracker, for the job actor only. Raises UserError."""
+        data = self._stored(org_id, secret_id)
+        if not isinstance(data, MlflowServer | WandbProject):
+            raise UserError("this secret is of no tracker", field=REPORT_TO, code="secret_wrong_type")
+        values = data.values()
+        for name in TRACKER_URLS & values.keys():
+            if not endpoints.is_allowed_now(values[name], self._allowed_trackers, with_path=True):
+                host = endpoints.host_of(values[name])
+                raise UserError(
+                    f"the server {host} of this secret may not be used here", field=REPORT_TO, code="endpoint_refused"
+                )
+        return TrackerKeys("mlflow" if isinstance(data, MlflowServer) else "wandb", values)
 
     def _fetch(self, org_id: str, arn: str) -> SecretData:
         if not self.may_name(org_id, arn):

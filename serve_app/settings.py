@@ -16,6 +16,8 @@ from cryptography.fernet import Fernet
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, JsonConfigSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from train_loop.model.cache import DEFAULT_BYTES
+
 # Ray's name, memory in GiB, dense 16-bit TFLOP/s by the data sheet: what plans are made of.
 NVIDIA = {
     "b200": ("B200", 180, 2250),
@@ -91,6 +93,9 @@ class Settings(BaseSettings):
     allowed_s3_endpoints: list[str] = Field(
         default_factory=list, description="Hosts (wildcards allowed) that s3 secrets may name; embedded: loopback."
     )
+    allowed_tracker_endpoints: list[str] = Field(
+        default_factory=list, description="Hosts (wildcards allowed) that mlflow and wandb secrets may name; embedded: loopback."
+    )
     allowed_secret_arns: list[str] = Field(
         default_factory=list,
         description="ARNs (wildcards allowed, {org} is the org's UUID) of AWS Secrets Manager that jobs may name; default none.",
@@ -119,6 +124,12 @@ class Settings(BaseSettings):
     data_cpus: float = Field(1.0, gt=0, description="CPUs of one data preparation task.")
     data_cache_bytes: int = Field(
         100 << 30, ge=0, description="Prepared rows kept for later jobs of their org, in bytes; the least recently used go first."
+    )
+    model_cache_bytes: int = Field(
+        DEFAULT_BYTES,
+        ge=0,
+        description="Copies of base models on each machine (TUNEYARD_MODEL_CACHE), in bytes; the least recently used go first, "
+        "those in use stay.",
     )
     status_timeout_s: float = Field(1.0, gt=0, description="How long a status query waits for the job actor, in seconds.")
     cancel_grace_s: float = Field(60, ge=0, description="Seconds a canceled job has to save before it is ended.")
@@ -151,8 +162,9 @@ class Settings(BaseSettings):
             "autoscales": not self.embedded if self.autoscales is None else self.autoscales,
             "secret_key": self.secret_key or _read_secret(home / "secret.key"),
         }
-        if self.embedded and not self.allowed_s3_endpoints:
-            defaults["allowed_s3_endpoints"] = ["127.0.0.1", "localhost", "::1"]
+        for name in ("allowed_s3_endpoints", "allowed_tracker_endpoints"):
+            if self.embedded and not getattr(self, name):
+                defaults[name] = ["127.0.0.1", "localhost", "::1"]
         for name, value in defaults.items():
             object.__setattr__(self, name, value)
         return self

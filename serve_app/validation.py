@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
@@ -14,12 +15,12 @@ from serve_app.aws import is_arn
 from serve_app.errors import field_error, invalid, validation_errors
 from serve_app.lifecycle import Status
 from serve_app.run_keys import model_keys
-from serve_app.secret_types import OPENS
+from serve_app.secret_types import OPENS, TRACKERS
 from serve_app.secrets import Secret, SecretVault
 from serve_app.settings import Settings
 from serve_app.store.jobs import JobStore
 from train_loop.advice import advice
-from train_loop.errors import DatasetError, ModelError, UserError
+from train_loop.errors import Cause, DatasetError, ModelError, RunFault, UserError
 from train_loop.model.mirror import COMPLETE
 from train_loop.model.source import (
     BASE_MODEL,
@@ -32,6 +33,7 @@ from train_loop.model.source import (
 )
 from train_loop.run_files import model_places
 from train_loop.spec import AWS_REGION, DatasetDetails, JobSpec, ModelDetails
+from train_loop.trackers import weights_and_biases
 
 PLAIN = ("org", "experiment_name")
 SECTIONS = ("dataset_config", "model_details", "train_config", "dataset_details", "infra_config")
@@ -42,7 +44,8 @@ UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 def validate(
     payload: dict[str, Any], settings: Settings, vault: SecretVault, capacity: Mapping[str, int], jobs: JobStore
 ) -> tuple[JobSpec, list[str]]:
-    """The job, if its fields are right and it can run here, and its warnings. Raises ApiError 422 with every error.
+    """The job, if its fields are right and it can run here, and its warnings. Raises ApiError 422 with every error, RunFault when
+    the base model's storage or the hub is away.
 
     `capacity` is the most workers that the cluster could have, by gpu_type, as far as is known.
     """
@@ -56,6 +59,7 @@ def validate(
         *_dataset_errors(spec, vault),
         *model_errors,
         *_start_errors(spec, jobs),
+        *_tracker_errors(spec, vault),
     ]
     if errors:
         raise invalid(errors)
@@ -187,8 +191,10 @@ def _hub_config(details: ModelDetails, token: str | None, where: str, offline: b
             blocks = answer.iter_bytes() if answer.is_success else iter(())
             while len(text) <= MAX_CONFIG_BYTES and (block := next(blocks, b"")):
                 text += block
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        raise ModelError(f"{where}, and the hub can't be reached ({type(error).__name__})", field=BASE_MODEL) from None
+    except httpx.HTTPError as error:
+        raise _hub_away(where, f"can't be reached ({type(error).__name__})") from None
+    except (httpx.InvalidURL, ValueError) as error:
+        raise ModelError(f"{where}, and the hub can't be asked for it ({type(error).__name__})", field=BASE_MODEL) from None
     if answer.is_success:
         return parse_config(text, details.base_model)
     match answer.headers.get("X-Error-Code"):
@@ -202,7 +208,26 @@ def _hub_config(details: ModelDetails, token: str | None, where: str, offline: b
             raise ModelError(f"{where}, and the hub has {seen}", field=BASE_MODEL)
         case "EntryNotFound":
             raise ModelError(f"{where}, and what the hub has of that name holds no {COMPLETE}", field=BASE_MODEL)
+    if answer.is_server_error or answer.status_code == HTTPStatus.TOO_MANY_REQUESTS:
+        raise _hub_away(where, f"answered {answer.status_code}")
     raise ModelError(f"{where}, and the hub answered {answer.status_code}", field=BASE_MODEL)
+
+
+def _hub_away(where: str, said: str) -> RunFault:
+    return RunFault(Cause.STORAGE_AWAY, f"{where}, and the hub {said} (setting TUNEYARD_HUB_OFFLINE, if there is none)")
+
+
+def _tracker_errors(spec: JobSpec, vault: SecretVault) -> list[dict[str, Any]]:
+    """What keeps the trackers that report_to names from being told."""
+    errors: list[dict[str, Any]] = []
+    for i, name in enumerate(spec.train_config.report_to):
+        field = f"train_config.report_to.{i}"
+        secret, wrong = _secret(spec.org, field, name, TRACKERS, "report_to", vault)
+        errors += wrong
+        if secret is not None and secret.type == "wandb" and not weights_and_biases.is_installed():
+            message = "this service has no client of Weights & Biases: its operator installs tuneyard[wandb]"
+            errors.append(field_error(field, message))
+    return errors
 
 
 def _start_errors(spec: JobSpec, jobs: JobStore) -> list[dict[str, Any]]:

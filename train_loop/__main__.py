@@ -1,7 +1,7 @@
 """`python -m train_loop job.json`: the same job without the service, on Ray or (`--local`) in this process.
 
 Keys come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS,
-HF_TOKEN, ...): there is no vault here.
+HF_TOKEN, MLFLOW_TRACKING_URI, WANDB_API_KEY, ...): there is no vault here.
 """
 
 from __future__ import annotations
@@ -82,6 +82,9 @@ class Console:
     def keys(self) -> Any:
         return self._keys
 
+    def tracker(self, name: str) -> Any:
+        return _tracker_from_environment(name)
+
     def on_phase(self, name: str) -> None:
         self._say(f"phase {name}")
 
@@ -137,13 +140,25 @@ def _keys_from_environment(spec: JobSpec) -> Any:
             endpoint_url=env.get("AWS_ENDPOINT_URL"),
             region=env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION"),
         )
-    dataset: Any = keys
-    if spec.dataset_details.source_type == "gcs":
-        path = env.get("GOOGLE_APPLICATION_CREDENTIALS")
-        dataset = GoogleKey(Path(path).read_text()) if path else None
-    elif spec.dataset_details.source_type == "hf":
-        dataset = HubToken(env["HF_TOKEN"]) if env.get("HF_TOKEN") else None
-    return Keys(dataset=dataset, storage=keys, model=keys)
+    path = env.get("GOOGLE_APPLICATION_CREDENTIALS")
+    opens: dict[str, Any] = {
+        "gcs": GoogleKey(Path(path).read_text()) if path else None,
+        "hf": HubToken(env["HF_TOKEN"]) if env.get("HF_TOKEN") else None,
+    }
+    dataset, model = (opens.get(details.source_type, keys) for details in (spec.dataset_details, spec.model_details))
+    return Keys(dataset=dataset, storage=keys, model=None if isinstance(model, HubToken) else model)
+
+
+def _tracker_from_environment(name: str) -> Any:
+    """What report_to names here: the word mlflow or wandb, for what the variables of its own client say."""
+    from train_loop.trackers.tracker import ENVIRONMENT, TrackerKeys
+
+    if name not in ENVIRONMENT:
+        raise UserError(f"report_to {name} must be {' or '.join(ENVIRONMENT)} here", field="train_config.report_to")
+    found = {field: os.environ[variable] for field, (variable, _) in ENVIRONMENT[name].items() if os.environ.get(variable)}
+    if missing := [variable for field, (variable, needed) in ENVIRONMENT[name].items() if needed and field not in found]:
+        raise UserError(f"report_to {name} needs {' and '.join(missing)}", field="train_config.report_to")
+    return TrackerKeys(name, found)
 
 
 def _run_local(spec: JobSpec, request_id: str, uri: str, mirror: str) -> dict[str, Any]:
@@ -151,7 +166,8 @@ def _run_local(spec: JobSpec, request_id: str, uri: str, mirror: str) -> dict[st
     from train_loop.run_files import RunFiles
 
     keys = _keys_from_environment(spec)
-    return launch_local(spec, request_id, RunFiles(uri, mirror, lambda: keys), Console(keys))
+    console = Console(keys)
+    return launch_local(spec, request_id, RunFiles(uri, mirror, console.keys, console.tracker), console)
 
 
 def _run_on_ray(spec: JobSpec, request_id: str, uri: str, mirror: str) -> dict[str, Any]:
@@ -170,13 +186,14 @@ def _run_on_ray(spec: JobSpec, request_id: str, uri: str, mirror: str) -> dict[s
     gpus = spec.infra_config.gpu_type != "cpu" and ray.cluster_resources().get("GPU", 0) >= spec.infra_config.num_workers
     share = ray.cluster_resources().get("CPU", 1) / (2 * spec.infra_config.num_workers)
     placement = Placement(resources={"GPU": 1.0} if gpus else {"CPU": min(1.0, share)}, use_gpu=gpus, data_cpus=min(0.5, share))
+    files = RunFiles(uri, mirror, found.keys, found.tracker)
     try:
         for retries_left in range(spec.infra_config.max_retries, 0, -1):
             try:
-                return launch(spec, request_id, RunFiles(uri, mirror, found.keys), placement, found)
+                return launch(spec, request_id, files, placement, found)
             except RunFault as fault:
                 sys.stderr.write(f"{fault.message} ({fault.cause}); {retries_left} more attempts\n")
-        return launch(spec, request_id, RunFiles(uri, mirror, found.keys), placement, found)
+        return launch(spec, request_id, files, placement, found)
     finally:
         ray.kill(monitor)
 

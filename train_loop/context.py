@@ -83,6 +83,13 @@ class Monitor(Protocol):
     def is_current(self) -> bool: ...
 
 
+Report = Callable[[list[dict[str, Any]]], None]  # sends points to the job's trackers; never blocks
+
+
+def _nobody(points: list[dict[str, Any]]) -> None:
+    """No tracker is to hear of them."""
+
+
 def _local_device() -> torch.device:
     import torch  # here, so that the service's own processes, which only pass contexts' code on, start without it
 
@@ -100,6 +107,7 @@ class LocalContext:
     monitor: Monitor
     start: Path | None = None
     open_source: Callable[[], FileSystem] = LocalFileSystem
+    report: Report = _nobody
     rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
@@ -115,6 +123,7 @@ class LocalContext:
         self.monitor.on_event(kind, message)
 
     def log(self, progress: dict[str, Any]) -> None:
+        self.report(progress["points"])
         self.monitor.on_progress(progress)
 
     def stop_requested(self) -> bool:
@@ -155,6 +164,7 @@ class RayContext:
         scratch: Path,
         start: Path | None,
         open_source: Callable[[], FileSystem],
+        report: Report,
         monitor: Any,
         watchdog: Watchdog,
     ) -> None:
@@ -172,6 +182,7 @@ class RayContext:
         self.scratch = scratch
         self.start = start
         self.open_source = open_source
+        self._report = report
         self._monitor = monitor
         self._watchdog = watchdog
         self._asked: Any = None
@@ -197,6 +208,7 @@ class RayContext:
 
     def log(self, progress: dict[str, Any]) -> None:
         if self.rank == 0:
+            self._report(progress["points"])
             self._monitor.on_progress.remote(progress)
 
     def stop_requested(self) -> bool:

@@ -31,6 +31,9 @@ from train_loop.run_files import Keys, RunFiles, fetch_start
 from train_loop.scratch import scratch_folder
 from train_loop.spec import JobSpec
 from train_loop.storage import list_files, outages_told, read_json, verify, write_json
+from train_loop.trackers.curves import RunCard
+from train_loop.trackers.reporter import reporting
+from train_loop.trackers.tracker import TrackerKeys
 from train_loop.worker_log import shipped
 
 if TYPE_CHECKING:
@@ -78,14 +81,23 @@ class ActorMonitor:
 
     def keys(self) -> Keys:
         """Ask the monitor for the run's credentials."""
-        import ray
-
-        try:
-            keys: Keys = ray.get(self.handle.keys.remote())
-        except UserError as error:
-            # Ray raises a class of its own over ours, whose `code` is the class's and whose text is a remote traceback.
-            raise getattr(error, "cause", error) from None
+        keys: Keys = _opened(self.handle.keys.remote())
         return keys
+
+    def tracker(self, secret: str) -> TrackerKeys:
+        """Ask the monitor for the keys of one of the job's trackers."""
+        keys: TrackerKeys = _opened(self.handle.tracker.remote(secret))
+        return keys
+
+
+def _opened(asked: Any) -> Any:
+    import ray
+
+    try:
+        return ray.get(asked)
+    except UserError as error:
+        # Ray raises a class of its own over ours, whose `code` is the class's and whose text is a remote traceback.
+        raise getattr(error, "cause", error) from None
 
 
 def _chat_tokenizer(spec: JobSpec, files: RunFiles) -> ChatTokenizer:
@@ -136,7 +148,12 @@ def launch_local(spec: JobSpec, request_id: str, files: RunFiles, monitor: Monit
         return prepare_local(spec, source, found, storage, run_path, chat)
 
     def train(prepared: PreparedDataset) -> Mapping[str, Any]:
-        with scratch_folder() as scratch:
+        with (
+            scratch_folder() as scratch,
+            reporting(
+                spec.train_config.report_to, RunCard.of(spec, request_id), files.tracker, monitor.on_event, scratch
+            ) as reporter,
+        ):
             ctx = LocalContext(
                 model_folder=model_folder(spec.model_details, files.models(spec)),
                 storage=storage,
@@ -144,9 +161,12 @@ def launch_local(spec: JobSpec, request_id: str, files: RunFiles, monitor: Monit
                 scratch=scratch,
                 start=fetch_start(spec, files, scratch),
                 open_source=partial(files.source, spec),
+                report=reporter.points,
                 monitor=monitor,
             )
-            return asdict(run(spec, prepared, ctx))
+            outcome = run(spec, prepared, ctx)
+            reporter.ending = "stopped" if outcome.stopped else "completed"
+            return asdict(outcome)
 
     with classified(spec), outages_told(lambda text: monitor.on_event("storage_away", text)):
         return _attempt(spec, request_id, files, monitor.on_phase, monitor.on_event, prepare, train)
@@ -248,6 +268,7 @@ def _train(
             _worker,
             train_loop_config={
                 "spec": spec.model_dump_json(),
+                "request_id": request_id,
                 "prepared": prepared.to_json(),
                 "files": files,
                 "monitor": monitor,
@@ -314,6 +335,7 @@ def _worker(config: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     tell: Any = monitor.handle
     tell.on_place.remote(ray.get_runtime_context().get_node_id())
+    trackers = spec.train_config.report_to if rank == 0 else []
 
     def send(lines: list[tuple[float, str]]) -> None:
         # Waits for the delivery, or the last lines would be lost with the process. Without a monitor the run is over anyway.
@@ -325,15 +347,16 @@ def _worker(config: dict[str, Any]) -> None:
         with contextlib.suppress(RayError):
             ray.get(tell.on_failure.remote(RunFault(Cause.HANG, message)), timeout=TELL_S)
 
-    def on_outage(text: str) -> None:
-        tell.on_event.remote("storage_away", text)
+    def on_event(kind: str, text: str) -> None:
+        tell.on_event.remote(kind, text)
 
     with (
         scratch_folder() as scratch,
         shipped(send) as flush,
         classified(spec),
-        outages_told(on_outage),
+        outages_told(partial(on_event, "storage_away")),
         Watchdog(config["clock"], on_hang) as watchdog,
+        reporting(trackers, RunCard.of(spec, config["request_id"]), files.tracker, on_event, scratch) as reporter,
     ):
         ctx = RayContext(
             model_folder=model_folder(spec.model_details, files.models(spec)),
@@ -342,6 +365,7 @@ def _worker(config: dict[str, Any]) -> None:
             scratch=scratch,
             start=fetch_start(spec, files, scratch),
             open_source=partial(files.source, spec),
+            report=reporter.points,
             monitor=tell,
             watchdog=watchdog,
         )
@@ -349,6 +373,7 @@ def _worker(config: dict[str, Any]) -> None:
         if rank == 0:
             ctx.require_current()
             write_json(storage, f"{run_path}/{OUTCOME}", asdict(outcome))
+        reporter.ending = "stopped" if outcome.stopped else "completed"
 
 
 def _finish(

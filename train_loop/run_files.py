@@ -8,12 +8,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train_loop.data.sources import Credentials, DatasetKeys, dataset_filesystem, filesystem_for
-from train_loop.errors import ModelError
+from train_loop.data.sources import (
+    Credentials,
+    DatasetKeys,
+    GoogleKey,
+    dataset_filesystem,
+    filesystem_for,
+    google_filesystem,
+    path_of,
+)
+from train_loop.errors import DatasetError, ModelError, UserError
 from train_loop.layout import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS
-from train_loop.model.source import ModelPlaces
+from train_loop.model.cache import DEFAULT_BYTES
+from train_loop.model.source import SECRET, ModelPlaces
 from train_loop.spec import JobSpec
 from train_loop.storage import download_file
+from train_loop.trackers.tracker import TrackerKeys
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -25,8 +35,12 @@ class Keys:
 
     dataset: DatasetKeys | None = None
     storage: Credentials | None = None
-    model: Credentials | None = None
+    model: Credentials | GoogleKey | None = None
     hub_token: str | None = field(default=None, repr=False)
+
+
+def _no_trackers(name: str) -> TrackerKeys:
+    raise UserError(f"no secret {name} was given", field="train_config.report_to")
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,8 @@ class RunFiles:
     storage_uri: str  # the run's own folder: <storage>/<org>/<request_id>
     model_mirror: str  # a folder, or s3://bucket/prefix that the storage's keys open
     keys: Callable[[], Keys]
+    tracker: Callable[[str], TrackerKeys] = _no_trackers  # opens a secret of report_to
+    model_cache_bytes: int = DEFAULT_BYTES
 
     def storage(self) -> tuple[FileSystem, str]:
         """The run's file system and folder."""
@@ -47,7 +63,7 @@ class RunFiles:
 
     def models(self, spec: JobSpec) -> ModelPlaces:
         """Where the job's base model is looked for."""
-        return model_places(spec, self.model_mirror, self.keys())
+        return model_places(spec, self.model_mirror, self.keys(), self.model_cache_bytes)
 
     def start(self, spec: JobSpec, name: str) -> tuple[FileSystem, str]:
         """File system and folder of the adapter that init_from names: a run of the same org, else a URI for the user's keys."""
@@ -55,22 +71,34 @@ class RunFiles:
             storage, run_path = self.storage()
             return storage, f"{run_path.rpartition('/')[0]}/{name}/{ADAPTER_FOLDER}"
         keys, details = self.keys(), spec.dataset_details
-        found = keys.model or (keys.dataset if isinstance(keys.dataset, Credentials) else None)
+        found = next((k for k in (keys.model, keys.dataset) if isinstance(k, Credentials)), None)
         # The machine's own role only for who runs this without the service; there a private dataset in S3 always has keys.
         own = details.source_type == "s3" and details.ownership == "private"
         return filesystem_for(name, found, details.region, anonymous=found is None and not own)
 
 
-def model_places(spec: JobSpec, mirror: str, keys: Keys) -> ModelPlaces:
+def model_places(spec: JobSpec, mirror: str, keys: Keys, cache_bytes: int = DEFAULT_BYTES) -> ModelPlaces:
     """Where the job's base model is looked for, and what opens it."""
     details = spec.model_details
     anonymous = keys.model is None and details.ownership == "public"
+
+    def open_model(uri: str) -> tuple[FileSystem, str]:
+        if details.source_type != "gcs":
+            found = keys.model if isinstance(keys.model, Credentials) else None
+            return filesystem_for(uri, found, details.region, anonymous=anonymous)
+        try:
+            google = keys.model if isinstance(keys.model, GoogleKey) else None
+            return google_filesystem(google, anonymous=anonymous), path_of(uri)
+        except DatasetError as error:
+            raise ModelError(error.message, field=SECRET, code=error.code) from None
+
     return ModelPlaces(
         mirror,
         open_mirror=lambda uri: filesystem_for(uri, keys.storage),
-        open_model=lambda uri: filesystem_for(uri, keys.model, details.region, anonymous=anonymous),
+        open_model=open_model,
         hub_token=keys.hub_token,
         org_id=spec.org,
+        cache_bytes=cache_bytes,
     )
 
 

@@ -128,7 +128,7 @@ class ModelDetails(Section):
 
     base_model: str = Field(min_length=1, max_length=512, description="Hub id (`owner/name`), or a folder URI for s3 and gcs.")
     ownership: Literal["public", "private"] = Field("public", description="private needs secret_id.")
-    source_type: Annotated[Literal["hf", "s3", "gcs"], NotYet("gcs")] = Field(
+    source_type: Literal["hf", "s3", "gcs"] = Field(
         "hf", description="Where the base model lives; the operator's mirror is looked up first."
     )
     model_type: Annotated[Literal["llm", "vlm"], NotYet("vlm")] = Field(
@@ -262,6 +262,11 @@ class TrainConfig(Section):
     adapter_config: AdapterConfig = Field(default_factory=AdapterConfig)
     distributed: Distributed = Field(default_factory=Distributed)
     export: Export = Field(default_factory=Export)
+    report_to: list[Annotated[str, Field(min_length=1, max_length=640)]] = Field(
+        default_factory=list,
+        max_length=4,
+        description="Secrets of type mlflow or wandb: trackers that the metrics are sent to, besides the run's folder.",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -9,15 +9,9 @@ import struct
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from train_loop.trackers.curves import values
+
 FILE = "events.out.tfevents.0000000000.tuneyard"
-TAGS = {
-    "loss": "train/loss",
-    "learning_rate": "train/learning_rate",
-    "grad_norm": "train/grad_norm",
-    "tokens_per_second": "train/tokens_per_second",
-    "epoch": "train/epoch",
-    "eval_loss": "eval/loss",
-}
 
 
 def event_file(points: Iterable[Mapping[str, Any]]) -> bytes:
@@ -27,8 +21,8 @@ def event_file(points: Iterable[Mapping[str, Any]]) -> bytes:
 
     events = [Event(wall_time=0.0, file_version="brain.Event:2")]
     for point in points:
-        values = [Summary.Value(tag=tag, simple_value=point[name]) for name, tag in TAGS.items() if name in point]
-        events.append(Event(wall_time=point["time"], step=point["step"], summary=Summary(value=values)))
+        curves = [Summary.Value(tag=name, simple_value=value) for name, value in values(point).items()]
+        events.append(Event(wall_time=point["time"], step=point["step"], summary=Summary(value=curves)))
     return b"".join(_record(event.SerializeToString()) for event in events)
 
 

@@ -12,24 +12,29 @@ from typing import Annotated
 import typer
 
 from serve_app.cli.common import AsJson, Org, Token, Url, app, client_for, die, org_of, plain, show
+from train_loop.trackers.tracker import ENVIRONMENT
 
 secret_app = typer.Typer(no_args_is_help=True, help="Keys to buckets, stored encrypted in the service.")
 app.add_typer(secret_app, name="secret")
 
 
 class Kind(StrEnum):
-    """What opens the bucket or the repository."""
+    """What opens the bucket or the repository, or the tracker that metrics go to."""
 
     aws = "aws"
     s3 = "s3"
     gcs = "gcs"
     hf = "hf"
+    mlflow = "mlflow"
+    wandb = "wandb"
 
 
 @secret_app.command("add")
 def secret_add(
     name: Annotated[str, typer.Argument(help="What to call it.")],
-    kind: Annotated[Kind, typer.Option("--type", help="s3 is anything S3-compatible; hf is the Hugging Face hub.")] = Kind.s3,
+    kind: Annotated[
+        Kind, typer.Option("--type", help="s3 is anything S3-compatible, hf the Hugging Face hub; mlflow and wandb are trackers.")
+    ] = Kind.s3,
     role_arn: Annotated[str | None, typer.Option(help="Of an aws secret: a role to assume, in place of keys.")] = None,
     endpoint_url: Annotated[str | None, typer.Option(help="Of an s3 secret; default AWS_ENDPOINT_URL.")] = None,
     key_file: Annotated[
@@ -44,7 +49,8 @@ def secret_add(
     """Store keys; print the secret_id.
 
     The values come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN; AWS_EXTERNAL_ID of a role;
-    HF_TOKEN) or are asked for: what a command line holds, everyone on the machine can read.
+    HF_TOKEN; MLFLOW_TRACKING_URI and the others of MLflow; WANDB_API_KEY, WANDB_PROJECT, WANDB_ENTITY, WANDB_BASE_URL) or are
+    asked for: what a command line holds, everyone on the machine can read.
     """
     for flag, given, kinds in (
         ("--role-arn", role_arn, (Kind.aws,)),
@@ -63,6 +69,11 @@ def secret_add(
             data = {"service_account_json": _key_file(key_file)}
         case Kind.hf:
             data = {"token": _value("HF_TOKEN", "Hub token")}
+        case Kind.mlflow | Kind.wandb:
+            data = {
+                name: _value(variable, name.replace("_", " ").capitalize()) if needed else os.environ.get(variable, "")
+                for name, (variable, needed) in ENVIRONMENT[kind].items()
+            }
     data |= {"region": region or ""}
     org = org_of(org)
     made = client_for(url, token, org).create_secret(org, name, kind, {k: v for k, v in data.items() if v})
@@ -118,7 +129,7 @@ def secret_list(org: Org = None, url: Url = None, token: Token = None, as_json: 
         show(found)
         return
     for s in found["secrets"]:
-        typer.echo(f"{s['secret_id']}  {s['type']:<4} {plain(s['name'])}")
+        typer.echo(f"{s['secret_id']}  {s['type']:<6} {plain(s['name'])}")
 
 
 @secret_app.command("remove")

@@ -344,6 +344,14 @@ STORED = {"access_key_id": "id", "secret_access_key": "key"}
         (["--type", "aws", "--role-arn", ROLE], KEYS, "", "aws", {"role_arn": ROLE}),
         (["--type", "hf"], {"HF_TOKEN": "hf_x"}, "", "hf", {"token": "hf_x"}),
         (["--type", "hf"], {}, "hf_y\n", "hf", {"token": "hf_y"}),
+        (
+            ["--type", "mlflow"],
+            {"MLFLOW_TRACKING_URI": "http://m", "MLFLOW_TRACKING_TOKEN": "t"},
+            "",
+            "mlflow",
+            {"tracking_uri": "http://m", "token": "t"},
+        ),
+        (["--type", "wandb"], {"WANDB_PROJECT": "p"}, "key\n", "wandb", {"api_key": "key", "project": "p"}),
     ],
 )
 def test_secret_add_takes_values_from_the_environment_or_asks(

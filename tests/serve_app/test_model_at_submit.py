@@ -6,12 +6,15 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
 import pytest
+from starlette.testclient import TestClient
 
+from serve_app.app import build_app
 from serve_app.lifecycle import Status
 from serve_app.planner import plan_job
 from serve_app.run_keys import keys_of
 from serve_app.secrets import SecretVault
-from tests.conftest import CANARY, ORG, OTHER_ORG, TINY, fields, rows, with_fields
+from tests.conftest import CANARY, ORG, OTHER_ORG, TINY, Idle, fields, rows, with_fields
+from tests.train_loop.servers import Google, Server
 from train_loop.errors import ModelError
 from train_loop.spec import JobSpec
 
@@ -131,7 +134,7 @@ def on_the_hub(status, code=None, body=b""):
         (on_the_hub(404, "EntryNotFound"), MODEL, "holds no config.json"),
         (on_the_hub(404, "RevisionNotFound"), "model_details.revision", "no such revision"),
         (on_the_hub(403, "GatedRepo"), SECRET, "accept its terms"),
-        (on_the_hub(500), MODEL, "the hub answered 500"),
+        (on_the_hub(451), MODEL, "the hub answered 451"),
     ],
 )
 def test_what_the_hub_says_of_a_model_is_said_at_submit(hub, http, job, answers, refused, said):
@@ -150,13 +153,6 @@ def test_a_model_of_the_hub_that_suits_is_accepted(hub, http, job):
     assert http.post("/job/", json=with_fields(job, named)).status_code == 200
 
 
-def test_a_hub_that_is_away_is_said_at_submit(hub, http, job):
-    hub.server.shutdown()
-    hub.server.server_close()
-    found = fields(http.post("/job/", json=with_fields(job, {MODEL: "acme/model"})))
-    assert "the hub can't be reached (ConnectError)" in found[MODEL]["message"]
-
-
 def test_a_private_model_of_the_hub_needs_a_token(http, job, settings, store, secret_id):
     token = made(http, "hf", {"token": f"hf_{CANARY}"})
     private = with_fields(job, {"model_details.ownership": "private", SECRET: token})
@@ -170,6 +166,45 @@ def test_a_private_model_of_the_hub_needs_a_token(http, job, settings, store, se
     with pytest.raises(ModelError, match="doesn't open what is at hf") as caught:
         keys_of(JobSpec.model_validate(with_fields(private, {SECRET: secret_id})), vault, settings)
     assert caught.value.field == SECRET
+
+
+def test_a_model_in_google_storage_is_looked_at(http, job, serve, mirror, monkeypatch):
+    files = {f"models/tiny/{path.name}": path.read_bytes() for path in (mirror / TINY).iterdir()}
+    monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", serve(Google.of(files=files, authorization=None)))
+
+    def submit(uri, **changes):
+        details = {"base_model": uri, "source_type": "gcs", "ownership": "public"}
+        return http.post("/job/", json=with_fields(job, {"model_details": details | changes}))
+
+    assert submit("gs://bucket/models/tiny").status_code == 200
+    assert "there is no model" in fields(submit("gs://bucket/models/none"))[MODEL]["message"]
+    s3_keys = job["dataset_details"]["secret_id"]
+    assert fields(submit("gs://bucket/models/tiny", secret_id=s3_keys))[SECRET]["allowed"] == ["gcs"]
+
+
+def test_a_submission_is_to_come_again_when_the_models_storage_or_the_hub_is_away(http, job, settings, store, serve, monkeypatch):
+    def detail(http, model):
+        answer = http.post("/job/", json=with_fields(job, {"model_details": model}))
+        assert answer.status_code == 503, answer.text
+        assert int(answer.headers["Retry-After"]) > 0
+        return answer.json()["detail"]
+
+    nobody = made(http, "s3", {"access_key_id": "a", "secret_access_key": CANARY, "endpoint_url": "http://127.0.0.1:9"})
+    assert URI in detail(http, {"base_model": URI, "source_type": "s3", "ownership": "private", "secret_id": nobody})
+
+    class Hub(Server):
+        def do_GET(self):
+            self.answer({}, 503)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    online = build_app(settings.model_copy(update={"hub_offline": False}), store, Idle())
+    with TestClient(online, headers=http.headers) as other:
+        for url, said in ((serve(Hub), "answered 503"), ("http://127.0.0.1:9", "can't be reached")):
+            template = url + "/{repo_id}/{revision}/{filename}"
+            monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+            told = detail(other, {"base_model": "org/model"})
+            assert told.startswith("org/model is not in the model mirror")
+            assert said in told
 
 
 def test_training_goes_on_only_from_a_finished_job_of_the_same_org_and_base(http, job, settings, store):

@@ -33,6 +33,8 @@ PEM = f"-----BEGIN PRIVATE KEY-----\n{CANARY}\n-----END PRIVATE KEY-----\n"
 ACCOUNT = {"type": "service_account", "client_email": "a@b.iam.gserviceaccount.com", "private_key": PEM}
 GCS = {"service_account_json": json.dumps(ACCOUNT)}
 HF = {"token": "hf_" + CANARY}
+MLFLOW = {"tracking_uri": "http://127.0.0.1:5000/below"}
+WANDB = {"api_key": CANARY, "project": "project"}
 SECRET = "dataset_details.secret_id"
 
 
@@ -115,6 +117,11 @@ def refused(vault, secret_id, org=ORG):
         ("s3", KEYS | {"endpoint_url": "http://127.0.0.1:9", "region": "garage"}),
         ("gcs", GCS),
         ("hf", HF),
+        ("mlflow", MLFLOW),
+        ("mlflow", MLFLOW | {"username": "me", "password": CANARY, "experiment": "an experiment"}),
+        ("mlflow", MLFLOW | {"token": CANARY}),
+        ("wandb", WANDB),
+        ("wandb", WANDB | {"entity": "team", "base_url": "http://127.0.0.1:8080"}),
     ],
 )
 def test_every_kind_is_stored_listed_and_never_shown(http, tmp_path, type_, data):
@@ -168,6 +175,17 @@ def account(**changes):
         ("gcs", account(universe_domain="evil.example"), "data.service_account_json", "universe_domain"),
         ("hf", {"access_key": CANARY, "token": "t"}, "data.access_key", "unknown field"),
         ("hf", {"token": CANARY + " x"}, "data.token", "spaces"),
+        ("mlflow", {"token": CANARY}, "data.tracking_uri", "required"),
+        ("mlflow", {"tracking_uri": "http://evil.example"}, "data.tracking_uri", "TUNEYARD_ALLOWED_TRACKER_ENDPOINTS"),
+        ("mlflow", {"tracking_uri": "http://169.254.169.254/latest"}, "data.tracking_uri", "operator's list"),
+        ("mlflow", {"tracking_uri": f"http://me:{CANARY}@127.0.0.1"}, "data.tracking_uri", "operator's list"),
+        ("mlflow", {"tracking_uri": "file:///tmp"}, "data.tracking_uri", "operator's list"),
+        ("mlflow", MLFLOW | {"username": CANARY}, "data.password", "goes with"),
+        ("mlflow", MLFLOW | {"password": CANARY}, "data.username", "goes with"),
+        ("mlflow", MLFLOW | {"token": CANARY, "username": "a", "password": CANARY}, "data.token", "not both"),
+        ("wandb", {"api_key": CANARY}, "data.project", "required"),
+        ("wandb", WANDB | {"project": "a/b"}, "data.project", "pattern"),
+        ("wandb", WANDB | {"base_url": "http://metadata.google.internal"}, "data.base_url", "operator's list"),
         ("azure", KEYS, "type", "unknown type"),
     ],
 )

@@ -5,17 +5,18 @@ import json
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
 
-from tests.conftest import ORG, OTHER_ORG
+from tests.conftest import CANARY, ORG, OTHER_ORG
 from tests.train_loop.models import make_base
+from tests.train_loop.servers import Google, google_account
 from train_loop.__main__ import Console
 from train_loop.data.sources import Credentials
-from train_loop.errors import ModelError
+from train_loop.errors import Cause, ModelError, RunFault
 from train_loop.launch import launch_local
-from train_loop.model.source import CACHE, model_config, model_folder, weights_hash
+from train_loop.model import cache as model_cache
+from train_loop.model.source import model_config, model_folder, weights_hash
 from train_loop.run_files import Keys, RunFiles, model_places
 from train_loop.spec import JobSpec
 
@@ -33,7 +34,7 @@ def models(tmp_path_factory, tokenizer):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(model_cache.FOLDER, str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -75,10 +76,10 @@ def test_a_folder_of_a_bucket_is_fetched_once_a_state_and_trained_on(local_job, 
         "weights_sha256": weights_hash(models / ID),
     }
     folder = model_folder(*places(job, Keys(model=keys)))
-    written = folder.stat().st_mtime_ns
+    written = (folder / "config.json").stat().st_mtime_ns
     assert {p.name for p in folder.iterdir()} == {p.name for p in (models / ID).iterdir()} - {"pytorch_model.bin"}
     assert model_folder(*places(job, Keys(model=keys))) == folder
-    assert folder.stat().st_mtime_ns == written
+    assert (folder / "config.json").stat().st_mtime_ns == written
     # Another org finds nothing in the cache that its own keys didn't open.
     assert model_folder(*places(job | {"org": OTHER_ORG}, Keys(model=keys))) != folder
     s3.client().upload_file(str(models / ID / "generation_config.json"), "tuneyard", f"models/{ID}/new.json")
@@ -124,15 +125,127 @@ def test_a_revision_has_a_folder_of_its_own_in_the_mirror(local_job, tmp_path, t
         model_folder(details, found)
 
 
+FETCH = """
+import json, sys
+from train_loop.data.sources import GoogleKey
+from train_loop.errors import ModelError
+from train_loop.model.source import model_config, model_folder, weights_hash
+from train_loop.run_files import Keys, model_places
+from train_loop.spec import JobSpec
+spec = JobSpec.model_validate_json(sys.argv[1])
+secret = sys.stdin.read()
+places = model_places(spec, "/nowhere", Keys(model=GoogleKey(secret) if secret else None))
+try:
+    print(model_config(spec.model_details, places)["hidden_size"], weights_hash(model_folder(spec.model_details, places)))
+except ModelError as error:
+    print(error.field, error.code, error.message)
+"""
+
+
+def test_a_folder_in_google_storage_is_fetched_with_a_service_account(local_job, serve, models):
+    files = {f"models/{ID}/{path.name}": path.read_bytes() for path in (models / ID).iterdir()}
+    url = serve(Google.of(files=files))
+    right = google_account(url)
+
+    def fetch(uri, account):
+        # In a process of its own: the server answers in this one.
+        details = {"base_model": uri, "source_type": "gcs", "ownership": "private", "secret_id": "x"}
+        done = subprocess.run(
+            [sys.executable, "-c", FETCH, json.dumps(local_job({"model_details": details}))],
+            env=os.environ | {"CLOUD_STORAGE_EMULATOR_ENDPOINT": url},
+            input=json.dumps(account),
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        )
+        assert CANARY not in done.stdout + done.stderr
+        return done.stdout.strip()
+
+    assert fetch(f"gs://bucket/models/{ID}", right) == f"32 {weights_hash(models / ID)}"
+    assert fetch("gs://bucket/nothing", right).startswith("model_details.base_model model_error there is no model")
+    refused = fetch(f"gs://bucket/models/{ID}", right | {"private_key": CANARY})
+    assert refused.startswith("model_details.secret_id storage_access_denied Google gave no token")
+
+
+USE = """
+import sys
+from pathlib import Path
+from train_loop.model import cache
+folder = Path(sys.argv[1])
+with cache.entry(folder, int(sys.argv[2])):
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").write_bytes(b"x" * 100)
+print("used", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def use(cache):
+    """Put an entry of 100 bytes into the cache, or use it again, in a process that goes on until it is told to end."""
+    processes = []
+
+    def start(name, budget):
+        arguments = [sys.executable, "-c", USE, str(cache / name), str(budget)]
+        processes.append(subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        assert processes[-1].stdout.readline() == "used\n"
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_the_least_recently_used_models_make_room_and_those_in_use_stay(use, cache):
+    def there():
+        return {path.name for path in cache.rglob("*") if path.is_dir() and path.name not in ("hub", ORG)}
+
+    for name in ("a", f"hub/{ORG}/models--b", "c", "a"):
+        use(name, 300).communicate()
+    assert there() == {"a", "models--b", "c"}
+    use("d", 300).communicate()
+    assert there() == {"a", "c", "d"}
+    running = use("c", 300)
+    use("e", 100).communicate()  # it stays itself, being in use
+    assert there() == {"c", "e"}
+    running.kill()
+    running.wait()
+    (cache / "f.part").mkdir()  # whoever fetched it was killed
+    (cache / "f.part/model.safetensors").write_bytes(b"x")
+    os.utime(cache / "f.part", (0, 0))
+    use("e", 100).communicate()
+    assert there() == {"e"}
+
+
+@pytest.mark.parametrize("where", ["bucket", "mirror"])
+def test_an_outage_of_a_models_storage_is_waited_for_and_no_fault_of_the_users(where, local_job, monkeypatch):
+    monkeypatch.setenv("TUNEYARD_STORAGE_PATIENCE_S", "0.1")
+    nobody = Credentials("key", "secret", endpoint_url="http://127.0.0.1:9")
+    if where == "bucket":
+        details, found = places(local_job(in_bucket("s3://tuneyard/models")), Keys(model=nobody))
+    else:
+        details, found = places(local_job({"model_details": {"base_model": ID}}), Keys(storage=nobody), "s3://tuneyard/models")
+    for look in (model_folder, model_config):
+        with pytest.raises(RunFault) as caught:
+            look(details, found)
+        assert caught.value.cause == Cause.STORAGE_AWAY
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
     """As much of the hub as its client asks: a private model of one revision."""
 
     folder = None
+    outage = 0  # questions that are answered with 503 before it is back
 
     def do_HEAD(self):
         self.do_GET()
 
     def do_GET(self):
+        if self.outage:
+            type(self).outage -= 1
+            return self.answer(503, b"")
         if self.headers.get("Authorization") != "Bearer hf_right":
             return self.answer(401, b"", {"X-Error-Code": "RepoNotFound"})
         if self.path.startswith(f"/api/models/{ID}/tree/{COMMIT}"):
@@ -160,7 +273,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 ASK = """
 import json, sys
-from train_loop.errors import ModelError
+from train_loop.errors import ModelError, RunFault
 from train_loop.run_files import Keys, model_places
 from train_loop.model.source import model_folder, revision_of
 from train_loop.spec import JobSpec
@@ -170,13 +283,14 @@ try:
     print(json.dumps({"files": sorted(p.name for p in folder.iterdir()), "revision": revision_of(folder), "at": str(folder)}))
 except ModelError as error:
     print(json.dumps({"said": error.message, "field": error.field}))
+except RunFault as fault:
+    print(json.dumps({"cause": fault.cause}))
 """
 
 
-def test_a_private_model_of_the_hub_is_opened_by_its_token_and_pinned_to_a_commit(local_job, models, cache):
-    hub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("H", (Hub,), {"folder": models / ID}))
-    threading.Thread(target=hub.serve_forever, daemon=True).start()
-    env = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+def test_a_private_model_of_the_hub_is_opened_by_its_token_and_pinned_to_a_commit(local_job, models, cache, serve):
+    handler = type("H", (Hub,), {"folder": models / ID, "outage": 2})
+    env = os.environ | {"HF_ENDPOINT": serve(handler), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     env |= {"HF_HOME": str(cache / "home"), "NO_PROXY": "127.0.0.1"}
 
     def ask(revision, token, org=ORG):
@@ -185,14 +299,17 @@ def test_a_private_model_of_the_hub_is_opened_by_its_token_and_pinned_to_a_commi
         done = subprocess.run([sys.executable, "-c", ASK, job, token], env=env, capture_output=True, text=True, check=True)
         return json.loads(done.stdout)
 
-    try:
-        got = ask("v1", "hf_right")
-        assert got.get("revision") == COMMIT, got
-        assert "model.safetensors" in got["files"]
-        assert "pytorch_model.bin" not in got["files"]
-        assert got["at"].startswith(str(cache))  # not where another org's jobs would find it
-        assert "no revision v2" in ask("v2", "hf_right")["said"]
-        # The client would serve what it has to anyone: another org must not find it.
-        assert "nor on the hub" in ask("v1", "hf_wrong", OTHER_ORG)["said"]
-    finally:
-        hub.shutdown()
+    got = ask("v1", "hf_right")  # which waits for the hub
+    assert got.get("revision") == COMMIT, got
+    assert handler.outage == 0
+    assert "model.safetensors" in got["files"]
+    assert "pytorch_model.bin" not in got["files"]
+    assert got["at"].startswith(str(cache))  # not where another org's jobs would find it
+    assert "no revision v2" in ask("v2", "hf_right")["said"]
+    # The client would serve what it has to anyone: another org must not find it.
+    assert "nor on the hub" in ask("v1", "hf_wrong", OTHER_ORG)["said"]
+    handler.outage = 99
+    env["TUNEYARD_STORAGE_PATIENCE_S"] = "0.1"
+    assert ask("v1", "hf_right", OTHER_ORG) == {"cause": "storage_away"}
+    env["HF_HUB_OFFLINE"] = "1"
+    assert "nor on the hub" in ask("v1", "hf_right", OTHER_ORG)["said"]

@@ -1,77 +1,20 @@
 """Datasets in Google's storage and on the Hugging Face hub, from small servers that answer as those do."""
 
-import http.server
 import json
 import os
-import re
 import subprocess
 import sys
-import threading
 import urllib.parse
 
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
 
 from tests.conftest import CANARY, rows, with_fields
+from tests.train_loop.servers import Google, Server, google_account
 from train_loop.data.sources import GoogleKey, HubToken
 from train_loop.spec import JobSpec
 
 JSONL = "".join(json.dumps(row) + "\n" for row in rows(30)).encode()
 FILES = {"ds/a.jsonl": JSONL, "ds/more/b.jsonl": JSONL, "ds/notes.md": b"x", "eval.jsonl": JSONL[: JSONL.index(b"\n") + 1]}
-
-
-class Server(http.server.BaseHTTPRequestHandler):
-    """Base of both: answers JSON, or bytes by range; remembers who asked for what."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        return None
-
-    def answer(self, value, status=200, **headers):
-        data = value if isinstance(value, bytes) else json.dumps(value).encode()
-        self.send_response(status)
-        for name, text in headers.items():
-            self.send_header(name.replace("_", "-"), text)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def answer_range(self, data, **headers):
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if asked is None:
-            return self.answer(data, **headers)
-        start, end = int(asked[1]), min(int(asked[2] or len(data) - 1), len(data) - 1)
-        where = {"Content_Range": f"bytes {start}-{end}/{len(data)}"}
-        return self.answer(data[start : end + 1], 206, **headers, **where)
-
-
-class Google(Server):
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        assert "grant_type=urn%3Aietf%3Aparams%3Aoauth%3Agrant-type%3Ajwt-bearer" in body
-        self.answer({"access_token": CANARY, "expires_in": 3600, "token_type": "Bearer"})
-
-    def do_GET(self):
-        url = urllib.parse.urlsplit(self.path)
-        query = dict(urllib.parse.parse_qsl(url.query))
-        if self.headers.get("Authorization") != f"Bearer {CANARY}":
-            return self.answer({"error": {"code": 401, "message": "who are you?"}}, 401)
-        name = urllib.parse.unquote(url.path.rpartition("/o/")[2]) if "/o/" in url.path else None
-        if name is None:
-            return self.answer({"items": [self.about(n) for n in sorted(FILES) if n.startswith(query["prefix"])]})
-        if name not in FILES:
-            return self.answer({"error": {"code": 404, "message": "Not Found"}}, 404)
-        if query.get("alt") == "media":
-            return self.answer_range(FILES[name])
-        return self.answer(self.about(name))
-
-    def about(self, name):
-        at = "2026-01-02T03:04:05.678Z"
-        made = {"kind": "storage#object", "bucket": "bucket", "timeCreated": at, "updated": at, "generation": "1"}
-        return made | {"name": name, "size": str(len(FILES[name]))}
 
 
 class Hub(Server):
@@ -107,21 +50,6 @@ class Hub(Server):
                     folder = folder.rpartition("/")[0]
         depth = below.count("/") + bool(below)
         return [e for e in found.values() if recursive or e["path"].count("/") == depth]
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(handler):
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 READ = """
@@ -164,11 +92,9 @@ def read(local_job, tmp_path):
 
 
 def test_a_prefix_in_google_storage_is_read_with_a_service_account(read, serve):
-    url = serve(Google)
-    private = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-    pkcs8, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    pem = private.private_bytes(serialization.Encoding.PEM, pkcs8, plain).decode()
-    account = {"type": "service_account", "client_email": "a@b.c", "private_key": pem, "token_uri": f"{url}/token"}
+    url = serve(Google.of(files=FILES))
+    account = google_account(url)
+    pem = account["private_key"]
 
     def find(path, account):
         secret = json.dumps(account)

@@ -193,10 +193,6 @@ def test_every_rule_over_several_fields_says_which_to_mend(changes, field, said)
             {"train_config.type": "dpo", "dataset_details.dataset_format": "preference"},
             {"train_config.type", "dataset_details.dataset_format"},
         ),
-        (
-            {"model_details.source_type": "gcs", "model_details.base_model": "gs://bucket/llama"},
-            {"model_details.source_type"},
-        ),
     ],
 )
 def test_what_keeps_the_rules_is_only_not_supported_yet(changes, fields):

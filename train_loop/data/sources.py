@@ -122,14 +122,15 @@ def dataset_filesystem(details: DatasetDetails, keys: DatasetKeys | None) -> paf
     """
     anonymous = keys is None and details.ownership == "public"
     if details.source_type == "gcs":
-        return _google(keys if isinstance(keys, GoogleKey) else None, anonymous=anonymous)
+        return google_filesystem(keys if isinstance(keys, GoogleKey) else None, anonymous=anonymous)
     if details.source_type == "hf":
         return _hub(keys if isinstance(keys, HubToken) else None)
     found = keys if isinstance(keys, Credentials) else None
     return filesystem_for(details.dataset_path, found, details.region, anonymous=anonymous)[0]
 
 
-def _google(key: GoogleKey | None, *, anonymous: bool) -> pafs.FileSystem:
+def google_filesystem(key: GoogleKey | None, *, anonymous: bool) -> pafs.FileSystem:
+    """Google's storage. Without a key it uses the machine's own, or none. Raises DatasetError when Google gives no token."""
     options: dict[str, object] = {"retry_time_limit": dt.timedelta(seconds=REQUEST_TIMEOUT_S)}
     if key is not None:
         # pyarrow reads keys from a file that the environment names, which is one for all orgs of a process: give it a token.

@@ -6,7 +6,6 @@ Only configuration, tokenizer and safetensors are ever fetched: pickles could ru
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import fnmatch
 import hashlib
 import json
@@ -17,19 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train_loop.errors import ModelError, RunFault
+from train_loop.errors import Cause, ModelError, RunFault
+from train_loop.model import cache
 from train_loop.model.mirror import COMPLETE, mirrored
 from train_loop.spec import SCHEMES, ModelDetails
-from train_loop.storage import DENIED, download_file, patiently
+from train_loop.storage import DENIED, download_file, is_away, patiently
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 DESCRIPTION = ("*.json", "*.model", "*.jinja", "*.txt")  # config and tokenizer
 WEIGHTS = "*.safetensors"
-CACHE = "TUNEYARD_MODEL_CACHE"  # folder of what was fetched from buckets and private repositories
 MAX_CONFIG_BYTES = 1 << 20  # of a config.json, which is read where requests are answered
-FIRST_CONTACT_S = 20.0  # an outage of the model's storage that is waited for before its address is taken to be wrong
 BASE_MODEL = "model_details.base_model"
 SECRET = "model_details.secret_id"
 
@@ -51,17 +49,18 @@ class ModelPlaces:
     open_model: Callable[[str], tuple[FileSystem, str]] = _closed
     hub_token: str | None = field(default=None, repr=False)
     org_id: str = ""  # what one org's keys opened, no other finds in the cache
+    cache_bytes: int = cache.DEFAULT_BYTES  # that copies on a machine's own disk may take
 
 
 def model_folder(details: ModelDetails, places: ModelPlaces, *, weights: bool = True) -> Path:
     """The local folder of the base model; it is fetched once a machine.
 
     Without `weights` only config and tokenizer are sure to be there. Raises ModelError when there is no such model, or it
-    can't be read; RunFault when a bucket goes away under it.
+    can't be read; RunFault when the bucket, mirror or hub is away for longer than is waited for.
     """
     if details.source_type in SCHEMES:
         filesystem, path = places.open_model(details.base_model)
-        folder = _from_bucket(filesystem, path, details.base_model, places.org_id, weights)
+        folder = _from_bucket(filesystem, path, details.base_model, places.org_id, weights, places.cache_bytes)
         if folder is None:
             raise _missing(details.base_model)
         return folder
@@ -70,7 +69,10 @@ def model_folder(details: ModelDetails, places: ModelPlaces, *, weights: bool = 
 
 
 def model_config(details: ModelDetails, places: ModelPlaces) -> dict[str, Any] | None:
-    """The base model's config.json where a mirror or bucket has it, None for what has to come from the hub. Raises ModelError."""
+    """The base model's config.json where a mirror or bucket has it, None for what has to come from the hub.
+
+    Raises ModelError, and RunFault when the storage is away now: nothing is waited for.
+    """
     if details.source_type in SCHEMES:
         filesystem, path = places.open_model(details.base_model)
         uri = details.base_model
@@ -88,6 +90,8 @@ def model_config(details: ModelDetails, places: ModelPlaces) -> dict[str, Any] |
             raise _missing(uri) from None
         return None
     except (OSError, ValueError) as error:
+        if is_away(error) and not _is_elsewhere(error):
+            raise RunFault(Cause.STORAGE_AWAY, f"The storage is away: {uri} can't be read.") from error
         raise _explained(error, uri) from None
     return parse_config(text, uri)
 
@@ -147,26 +151,44 @@ def _from_mirror(details: ModelDetails, places: ModelPlaces, weights: bool) -> P
         return mirrored(Path(places.mirror), name)
     uri = f"{places.mirror.rstrip('/')}/{name}"
     filesystem, path = places.open_mirror(uri)
-    return _from_bucket(filesystem, path, uri, "", weights)
+    return _from_bucket(filesystem, path, uri, "", weights, places.cache_bytes)
 
 
 def _from_hub(details: ModelDetails, places: ModelPlaces, weights: bool) -> Path:
+    import httpx2  # the hub's client raises its errors as they are
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RevisionNotFoundError
+    from huggingface_hub.file_download import repo_folder_name
 
     wanted = [*DESCRIPTION, *([WEIGHTS] if weights else [])]
     # The hub's client serves what it has to whoever asks while the hub is away: a private model has a cache per org.
-    cache = _cache() / "hub" / places.org_id if places.hub_token else None
-    try:
-        return Path(
-            snapshot_download(
-                details.base_model,
-                revision=details.revision,
-                token=places.hub_token,
-                cache_dir=cache,
-                allow_patterns=wanted,
+    own = cache.root() / "hub" / places.org_id if places.hub_token else None
+
+    def look() -> Path | Exception:
+        try:
+            return Path(
+                snapshot_download(
+                    details.base_model,
+                    revision=details.revision,
+                    token=places.hub_token,
+                    cache_dir=own,
+                    allow_patterns=wanted,
+                )
             )
-        )
+        except (OSError, ValueError, httpx2.HTTPError) as error:
+            if hub_is_away(error):
+                raise ConnectionError(f"the hub doesn't answer ({type(error.__cause__ or error).__name__})") from error
+            return error
+
+    with contextlib.ExitStack() as stack:
+        if own is not None:
+            name = repo_folder_name(repo_id=details.base_model, repo_type="model")
+            stack.enter_context(cache.entry(own / name, places.cache_bytes))
+        found = patiently(look, f"fetching {details.base_model} from the hub")
+    try:
+        if isinstance(found, Exception):
+            raise found
+        return found
     except RevisionNotFoundError as error:
         raise ModelError(f"{details.base_model} has no revision {details.revision}.", field="model_details.revision") from error
     except GatedRepoError as error:
@@ -174,7 +196,7 @@ def _from_hub(details: ModelDetails, places: ModelPlaces, weights: bool) -> Path
             f"{details.base_model} is gated: accept its terms on the hub, and name a secret of type hf in secret_id.",
             field=SECRET,
         ) from error
-    except (OSError, ValueError, RepositoryNotFoundError) as error:
+    except (OSError, ValueError, httpx2.HTTPError) as error:
         raise ModelError(
             f"base model {name_in_mirror(details)} is neither in the model mirror ({places.mirror}) nor on the hub: "
             f"{type(error).__name__}. Put it in the mirror, or correct model_details.base_model.",
@@ -182,7 +204,21 @@ def _from_hub(details: ModelDetails, places: ModelPlaces, weights: bool) -> Path
         ) from error
 
 
-def _from_bucket(filesystem: FileSystem, path: str, uri: str, owner: str, weights: bool) -> Path | None:
+def hub_is_away(error: Exception) -> bool:
+    """Whether the hub didn't answer, or not for now; a refusal is an answer, and so is being told to ask no hub."""
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    # Its client says that there is no copy here either, and why that mattered as the cause.
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+    if isinstance(cause, HfHubHTTPError):
+        return cause.response is not None and (cause.response.status_code in (408, 429) or cause.response.status_code >= 500)
+    return isinstance(cause, httpx2.TransportError | ConnectionError | TimeoutError) and not isinstance(
+        cause, OfflineModeIsEnabled
+    )
+
+
+def _from_bucket(filesystem: FileSystem, path: str, uri: str, owner: str, weights: bool, cache_bytes: int) -> Path | None:
     """Fetch a folder of a bucket into the cache, once for each state of it; None when no model is there."""
     path = path.rstrip("/")
     found = {name: info for name, info in _listing(filesystem, path, uri).items() if _is_wanted(name, weights=True)}
@@ -193,12 +229,10 @@ def _from_bucket(filesystem: FileSystem, path: str, uri: str, owner: str, weight
             f"{uri} holds no safetensors, and nothing else is loaded: pickled weights can run code.", field=BASE_MODEL
         )
     state = repr([owner, uri, *((name, info.size, str(info.mtime)) for name, info in sorted(found.items()))])
-    folder = _cache() / (hashlib.sha256(state.encode()).hexdigest()[:24] + ("" if weights else "-description"))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the machine's other workers wait for the one that fetches
+    folder = cache.root() / (hashlib.sha256(state.encode()).hexdigest()[:24] + ("" if weights else "-description"))
+    with cache.entry(folder, cache_bytes):
         if not folder.is_dir():
-            part = folder.with_suffix(".part")
+            part = folder.with_suffix(cache.PART)
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             for name in sorted(found):
@@ -222,15 +256,23 @@ def _listing(filesystem: FileSystem, path: str, uri: str) -> dict[str, Any]:
     from pyarrow.fs import FileSelector, FileType
 
     def look() -> Any:
-        return filesystem.get_file_info(FileSelector(path, allow_not_found=True))
+        try:
+            return filesystem.get_file_info(FileSelector(path, allow_not_found=True))
+        except OSError as error:
+            if _is_elsewhere(error):
+                raise _explained(error, uri) from None
+            raise
 
     try:
-        infos = patiently(look, f"looking for {uri}", FIRST_CONTACT_S)
+        infos = patiently(look, f"looking for {uri}")
     except OSError as error:
         raise _explained(error, uri) from None
-    except RunFault as fault:
-        raise _explained(fault.__cause__, uri) from None
     return {info.base_name: info for info in infos if info.type == FileType.File}
+
+
+def _is_elsewhere(error: Exception) -> bool:
+    """Whether S3 says that the bucket is in another region."""
+    return "HTTP status 301" in str(error)
 
 
 def _missing(uri: str) -> ModelError:
@@ -252,7 +294,3 @@ def _explained(error: BaseException | None, uri: str) -> ModelError:
 
 def _is_wanted(name: str, weights: bool) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in (*DESCRIPTION, *([WEIGHTS] if weights else [])))
-
-
-def _cache() -> Path:
-    return Path(os.environ.get(CACHE) or Path.home() / ".cache/tuneyard/models")
