@@ -11,6 +11,7 @@ import ray
 import structlog
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from ray import serve
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from starlette.routing import Route
@@ -52,6 +53,7 @@ REFUSAL = {
     "description": "Refused, or not possible now.",
     "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
 }
+ROOMS = (health, journal, jobs, secrets)
 MAX_ONGOING = 200  # requests at one replica
 MAX_STREAMS = 150  # of those, for the others are to be answered while as many follow their jobs
 PLAN_LATER = {"Retry-After": "30"}
@@ -118,7 +120,7 @@ def build_app(settings: Settings, store: JobStore, runtime: Runtime) -> FastAPI:
     plans = Places("plans", settings.max_plans_per_org, settings.max_plans)
     streams = Places("streams", settings.max_streams_per_org, MAX_STREAMS)
     app.state.service = Service(store, settings, vault, runtime, verifier, RateLimit(settings.rate_limit), plans, streams)
-    for room in (health, journal, jobs, secrets):
+    for room in ROOMS:
         app.include_router(room.router)
     for path in (app.docs_url, app.openapi_url):
         (route,) = [r for r in app.routes if isinstance(r, Route) and r.path == path]
@@ -137,11 +139,20 @@ def build_app(settings: Settings, store: JobStore, runtime: Runtime) -> FastAPI:
             for operation in (o for path in schema["paths"].values() for o in path.values()):
                 operation["responses"].pop("422", None)  # FastAPI's own shape, which this service never answers with
                 operation["responses"] |= {"4XX": REFUSAL, "503": REFUSAL}
+            _restore_examples(schema["paths"])
             app.openapi_schema = schema
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
     return app
+
+
+def _restore_examples(paths: dict[str, Any]) -> None:
+    """Show the answers' examples whole: FastAPI leaves what is null out of them, too, and an answer always has its fields."""
+    for route in (r for room in ROOMS for r in room.router.routes if isinstance(r, APIRoute) and r.include_in_schema):
+        shown = route.responses[200]["content"].get("application/json", {})
+        for method in route.methods or ():
+            paths[route.path][method.lower()]["responses"]["200"]["content"]["application/json"] |= shown
 
 
 def _ingress() -> FastAPI:

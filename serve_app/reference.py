@@ -24,14 +24,14 @@ Refusals are `application/problem+json` (RFC 9457): `detail` is one sentence, `e
 def markdown(schema: dict[str, Any]) -> str:
     """The reference as Markdown."""
     components = schema["components"]["schemas"]
-    lines = [INTRO, "## Calls", ""]
+    lines, shown = [INTRO, "## Calls", ""], set[str]()
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():
             lines += [f"### {method.upper()} {path}", "", operation["description"], ""]
             rows = [_parameter(p) for p in operation.get("parameters", ())]
             if rows:
                 lines += ["| parameter | where | type | |", "|---|---|---|---|", *rows, ""]
-            lines += [*_body(operation), *_answer(operation)]
+            lines += [*_body(operation), *_answer(operation, shown)]
     of_job = list(_reachable(["JobSpec"], components))
     lines += ["## Fields of a job", "", *_tables(of_job, components, given=True)]
     answers = [_type(_answer_schema(o)) for path in schema["paths"].values() for o in path.values()]
@@ -117,7 +117,7 @@ def _body(operation: dict[str, Any]) -> list[str]:
         return []
     schema = content["application/json"]["schema"]
     what = _type(schema) if "$ref" in schema else ", ".join(f"`{name}` ({_type(p)})" for name, p in schema["properties"].items())
-    return [f"Body ({', '.join(content)}): {what}.", ""]
+    return [f"Body ({', '.join(content)}): {what}.", "", *_example(content["application/json"])]
 
 
 def _answer_schema(operation: dict[str, Any]) -> dict[str, Any]:
@@ -125,10 +125,16 @@ def _answer_schema(operation: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-def _answer(operation: dict[str, Any]) -> list[str]:
-    example = operation["responses"]["200"]["content"]["application/json"].get("example")
-    shown = [] if example is None else ["```json", json.dumps(example), "```", ""]
-    return [f"Answer: {_type(_answer_schema(operation))}.", "", *shown]
+def _answer(operation: dict[str, Any], shown: set[str]) -> list[str]:
+    """What it answers, with an example where the answer is a new one."""
+    name = _type(_answer_schema(operation))
+    example = [] if name in shown else _example(operation["responses"]["200"]["content"]["application/json"])
+    shown.add(name)
+    return [f"Answer: {name}.", "", *example]
+
+
+def _example(content: dict[str, Any]) -> list[str]:
+    return ["```json", json.dumps(content["example"], ensure_ascii=False), "```", ""] if "example" in content else []
 
 
 def main() -> None:

@@ -19,11 +19,11 @@ def up(detach: Annotated[bool, typer.Option(help="Return once the service is rea
 
 
 @app.command()
-def down() -> None:
+def down(as_json: AsJson = False) -> None:
     """Stop what `tuneyard up` started, all of it."""
     from serve_app import embedded
 
-    raise typer.Exit(embedded.down())
+    raise typer.Exit(embedded.down(as_json))
 
 
 @app.command()
@@ -66,10 +66,10 @@ app.add_typer(db_app, name="db")
 
 
 @db_app.command("upgrade")
-def db_upgrade() -> None:
+def db_upgrade(as_json: AsJson = False) -> None:
     """Bring the job store (TUNEYARD_DATABASE_URL) to this version's schema; again is harmless."""
     from serve_app.settings import Settings
     from serve_app.store.jobs import JobStore
 
     JobStore.open(Settings.load().database_url).migrate()
-    typer.echo("the job store is up to date")
+    show({"upgraded": True}) if as_json else typer.echo("the job store is up to date")

@@ -73,7 +73,9 @@ def status(request_id: RequestId, org: Org = None, url: Url = None, token: Token
 @app.command("list")
 def list_(
     status: Annotated[str | None, typer.Option(help="Only jobs with this status.")] = None,
-    limit: Annotated[int, typer.Option()] = 20,
+    name: Annotated[str | None, typer.Option(help="Only jobs with this experiment_name.")] = None,
+    limit: Annotated[int, typer.Option(help="Jobs on a page.")] = 20,
+    cursor: Annotated[str | None, typer.Option(help="The next_cursor of the page before.")] = None,
     org: Org = None,
     url: Url = None,
     token: Token = None,
@@ -81,12 +83,14 @@ def list_(
 ) -> None:
     """List jobs, newest first."""
     org = org_of(org)
-    page = client_for(url, token, org).list_jobs(org, status=status, limit=limit)
+    page = client_for(url, token, org).list_jobs(org, status=status, experiment_name=name, limit=limit, cursor=cursor)
     if as_json:
         show(page)
         return
     for job in page["jobs"]:
         typer.echo(f"{job['request_id']}  {job['status']:<9} {job['created_at'][:19]}  {job['experiment_name']}")
+    if page["next_cursor"]:
+        typer.echo(f"there are more: --cursor {page['next_cursor']}", err=True)
 
 
 @app.command()

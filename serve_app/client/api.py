@@ -56,9 +56,12 @@ class Api(Generic[Answer, Entries]):
         """Each entry of `events` or `logs` as it comes, until the job has ended; a broken connection is taken up again."""
         raise NotImplementedError
 
-    def submit(self, spec: Mapping[str, Any]) -> Answer:
-        """POST /job/ as the documented form. Returns request_id, status, message. Raises ApiError."""
-        return self._call("POST", "/job/", files=_form(spec), headers={"Idempotency-Key": str(uuid.uuid4())})
+    def submit(self, spec: Mapping[str, Any], *, idempotency_key: str | None = None) -> Answer:
+        """POST /job/ as the documented form. Returns request_id, status, message. Raises ApiError.
+
+        The same `idempotency_key` gives the same job again, also from another process; default a new one for each call.
+        """
+        return self._call("POST", "/job/", files=_form(spec), headers={"Idempotency-Key": idempotency_key or str(uuid.uuid4())})
 
     def plan(self, spec: Mapping[str, Any]) -> Answer:
         """What the job would take; creates nothing."""

@@ -81,10 +81,13 @@ def up(detach: bool, json_output: bool) -> int:
     return 0
 
 
-def down() -> int:
+def down(json_output: bool = False) -> int:
     """Stop the service of TUNEYARD_HOME and everything it started. Returns the exit code."""
-    home = Settings.load().home
-    sys.stderr.write("Tuneyard is down.\n" if _clean_up(home) else "Tuneyard isn't running here.\n")
+    ran = _clean_up(Settings.load().home)
+    if json_output:
+        sys.stdout.write(json.dumps({"was_running": ran}) + "\n")
+    else:
+        sys.stderr.write("Tuneyard is down.\n" if ran else "Tuneyard isn't running here.\n")
     return 0
 
 

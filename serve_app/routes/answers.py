@@ -275,30 +275,3 @@ class Deleted(TypedDict):
 
     secret_id: Annotated[str, _id("Its id.")]
     deleted: Annotated[bool, _is("true.")]
-
-
-JOB_ID = "6f1c2a0e-8f0b-4b62-9d34-0f6f3a4f9a11"
-SUBMITTED = {
-    "request_id": JOB_ID,
-    "status": "QUEUED",
-    "message": "Queued: LoRA r 16 on meta-llama/Llama-3.2-1B-Instruct in 4 bit, 1 epoch with 32 samples a step, on 4 workers "
-    "(h100 x 2 x 2); data from s3://my-bucket/chats.jsonl.",
-    "experiment_name": "my-first-adapter",
-}
-POINTS = {
-    "points": [
-        {"step": 0, "eval_loss": 2.31, "time": 1764020000.1},
-        {
-            **{"step": 5, "epoch": 0.04, "loss": 2.12, "learning_rate": 0.0001, "grad_norm": 0.8},
-            **{"tokens": 81920, "tokens_per_second": 20480.0, "time": 1764020004.2},
-        },
-    ]
-}
-EVENTS = {"events": [{"id": 7, "time": "2026-01-02T03:04:05.678Z", "kind": "started", "message": "attempt 1"}]}
-LOGS = {"logs": [{"id": 31, "time": "2026-01-02T03:04:09.012Z", "attempt": 1, "rank": 0, "line": "step 5/120 loss 2.1200"}]}
-SECRET = {
-    "secret_id": "0c9a1d52-5a6e-4d0c-8a8e-3f1f2f0d7b45",
-    "name": "bucket-keys",
-    "type": "aws",
-    "created_at": "2026-01-02T03:04:05.678Z",
-}

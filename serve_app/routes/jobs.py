@@ -13,7 +13,8 @@ from serve_app.auth import Principal
 from serve_app.body import read_fields, unknown_names
 from serve_app.errors import field_error, invalid
 from serve_app.lifecycle import Status
-from serve_app.routes.answers import SUBMITTED, JobAnswer, JobList, Plan, Submitted, documented, reply
+from serve_app.routes import examples
+from serve_app.routes.answers import JobAnswer, JobList, Plan, Submitted, documented, reply
 from serve_app.routes.service import UUID_SCHEMA, Asking, Here, Service, find_job, is_uuid, json_body, render, render_one, uuid_of
 from serve_app.store.jobs import Job
 from serve_app.validation import PLAIN, SECTIONS, validate
@@ -26,29 +27,22 @@ FORM = {
     "properties": {"org": {"type": "string", "format": "uuid"}, "experiment_name": {"type": "string"}}
     | {name: {"type": "string", "contentMediaType": "application/json"} for name in SECTIONS},
 }
-EXAMPLE = {
-    "org": "0bf00b43-430a-4ca3-a8b3-b13cc8dc6d4f",
-    "experiment_name": "my-first-adapter",
-    "model_details": {"base_model": "meta-llama/Llama-3.2-1B-Instruct", "quantization": {"quant_bits": 4}},
-    "train_config": {"hyperparameters": {"num_epochs": 1, "learning_rate": 0.0001}, "adapter_config": {"r": 16, "alpha": 16}},
-    "dataset_details": {"dataset_path": "s3://my-bucket/chats.jsonl", "secret_id": "<from POST /secret/>", "region": "us-west-2"},
-    "infra_config": {"gpu_type": "h100", "gpu_count": 2, "node_count": 2},
-}
 BODY = {
     "requestBody": {
         "required": True,
         "content": {
             "multipart/form-data": {"schema": FORM},
             "application/x-www-form-urlencoded": {"schema": FORM},
-            "application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}, "example": EXAMPLE},
+            "application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}, "example": examples.SPEC},
         },
     }
 }
 
-A_JOB = documented(JobAnswer, "The job.")
+A_JOB = documented(JobAnswer, "The job.", examples.JOB)
+NAMED = json_body(examples.NAMED, org_id=UUID_SCHEMA, request_id=UUID_SCHEMA)
 
 
-@router.post("/job/", openapi_extra=BODY, responses=documented(Submitted, "The job is durable.", SUBMITTED))
+@router.post("/job/", openapi_extra=BODY, responses=documented(Submitted, "The job is durable.", examples.SUBMITTED))
 @router.post("/job", include_in_schema=False)
 async def submit(
     request: Request, asking: Asking, here: Here, idempotency_key: Annotated[str | None, Header(max_length=255)] = None
@@ -59,7 +53,7 @@ async def submit(
     return reply(await run_in_threadpool(_submit, here, asking, payload, idempotency_key))
 
 
-@router.post("/job/plan/", openapi_extra=BODY, responses=documented(Plan, "The plan."))
+@router.post("/job/plan/", openapi_extra=BODY, responses=documented(Plan, "The plan.", examples.PLAN))
 @router.post("/job/plan", include_in_schema=False)
 async def plan(request: Request, asking: Asking, here: Here) -> Response:
     """What a job would take: workers, memory, tokens, steps, time, price, warnings, rendered samples. Creates nothing."""
@@ -130,7 +124,7 @@ def get(asking: Asking, here: Here, org_id: str, request_id: str) -> Response:
     return reply(render_one(here, find_job(here, asking, request_id, org_id)))
 
 
-@router.get("/job/list/", responses=documented(JobList, "The page."))
+@router.get("/job/list/", responses=documented(JobList, "The page.", examples.JOBS))
 @router.get("/job/list", include_in_schema=False)
 def list_jobs(
     asking: Asking,
@@ -152,7 +146,7 @@ def list_jobs(
     return reply({"jobs": render(here, found), "next_cursor": following})
 
 
-@router.post("/job/cancel/", openapi_extra=json_body(org_id=UUID_SCHEMA, request_id=UUID_SCHEMA), responses=A_JOB)
+@router.post("/job/cancel/", openapi_extra=NAMED, responses=A_JOB)
 @router.post("/job/cancel", include_in_schema=False)
 async def cancel(request: Request, asking: Asking, here: Here) -> Response:
     """Stop a job. Again is fine; a job that has ended otherwise is a 409."""
@@ -180,7 +174,7 @@ def _cancel(here: Service, asking: Principal, request_id: str, org_id: str | Non
     return render_one(here, job)
 
 
-@router.post("/job/resume/", openapi_extra=json_body(org_id=UUID_SCHEMA, request_id=UUID_SCHEMA), responses=A_JOB)
+@router.post("/job/resume/", openapi_extra=NAMED, responses=A_JOB)
 @router.post("/job/resume", include_in_schema=False)
 async def resume(request: Request, asking: Asking, here: Here) -> Response:
     """Queue a FAILED or CANCELED job again, to go on from its last checkpoint; any other is a 409."""

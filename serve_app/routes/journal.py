@@ -17,7 +17,8 @@ from starlette.types import Receive, Scope, Send
 
 from serve_app.errors import ApiError
 from serve_app.lifecycle import FINAL
-from serve_app.routes.answers import EVENTS, LOGS, POINTS, Artifacts, Events, Logs, Points, documented, reply
+from serve_app.routes import examples
+from serve_app.routes.answers import Artifacts, Events, Logs, Points, documented, reply
 from serve_app.routes.service import MAX_ID, Asking, Here, Service, find_job, wire_time
 from serve_app.storage import artifacts
 from serve_app.store.jobs import Job
@@ -106,7 +107,7 @@ async def _stream(here: Service, job: Job, name: str, first: Fetch, more: Fetch,
         await asyncio.sleep(FOLLOW_POLL_S)
 
 
-@router.get("/job/events/", responses=documented(Events, "The page, or the stream.", EVENTS, **STREAM) | ENDED)
+@router.get("/job/events/", responses=documented(Events, "The page, or the stream.", examples.EVENTS, **STREAM) | ENDED)
 @router.get("/job/events", include_in_schema=False)
 async def events(request: Request, here: Here, job: ByQuery, after: After = 0, last_event_id: LastEventId = None) -> Response:
     """The job's event log, oldest first; `Accept: text/event-stream` follows it."""
@@ -118,7 +119,7 @@ async def events(request: Request, here: Here, job: ByQuery, after: After = 0, l
     return await _answer(request, here, job, "events", fetch, fetch, after, last_event_id)
 
 
-@router.get("/job/logs/", responses=documented(Logs, "The lines, or the stream.", LOGS, **STREAM) | ENDED)
+@router.get("/job/logs/", responses=documented(Logs, "The lines, or the stream.", examples.LOGS, **STREAM) | ENDED)
 @router.get("/job/logs", include_in_schema=False)
 async def logs(
     request: Request,
@@ -142,14 +143,14 @@ async def logs(
     return await _answer(request, here, job, "logs", partial(fetch, tail=newest), fetch, after, last_event_id)
 
 
-@router.get("/job/metrics/", responses=documented(Points, "The points.", POINTS))
+@router.get("/job/metrics/", responses=documented(Points, "The points.", examples.POINTS))
 @router.get("/job/metrics", include_in_schema=False)
 def metrics(here: Here, job: ByQuery, after_step: AfterStep = -1) -> Response:
     """The job's metric points in order of steps."""
     return reply({"points": here.store.journal.points(job.request_id, after_step)})
 
 
-@router.get("/job/artifacts/", responses=documented(Artifacts, "The files."))
+@router.get("/job/artifacts/", responses=documented(Artifacts, "The files.", examples.ARTIFACTS))
 @router.get("/job/artifacts", include_in_schema=False)
 def list_artifacts(here: Here, job: ByQuery) -> Response:
     """The job's files, each with a link that works for 15 minutes; the adapter's appear once the job is COMPLETED."""

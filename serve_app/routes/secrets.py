@@ -7,7 +7,8 @@ from starlette.concurrency import run_in_threadpool
 
 from serve_app.body import read_fields, unknown_names
 from serve_app.errors import ApiError, field_error, invalid
-from serve_app.routes.answers import SECRET, Deleted, SecretAnswer, Secrets, documented, reply
+from serve_app.routes import examples
+from serve_app.routes.answers import Deleted, SecretAnswer, Secrets, documented, reply
 from serve_app.routes.service import UUID_SCHEMA, Asking, Here, json_body, uuid_of, wire_time
 from serve_app.secret_types import TYPES, data_schema
 from serve_app.secrets import Secret
@@ -26,6 +27,7 @@ def _render(secret: Secret) -> SecretAnswer:
 
 
 BODY = json_body(
+    examples.NEW_SECRET,
     org=UUID_SCHEMA,
     name={"type": "string", "minLength": 1, "maxLength": MAX_NAME_CHARS},
     type={"type": "string", "enum": sorted(TYPES)},
@@ -33,7 +35,7 @@ BODY = json_body(
 )
 
 
-@router.post("/secret/", openapi_extra=BODY, responses=documented(SecretAnswer, "It is stored.", SECRET))
+@router.post("/secret/", openapi_extra=BODY, responses=documented(SecretAnswer, "It is stored.", examples.SECRET))
 @router.post("/secret", include_in_schema=False)
 async def create(request: Request, asking: Asking, here: Here) -> Response:
     """Store a secret."""
@@ -55,7 +57,7 @@ async def create(request: Request, asking: Asking, here: Here) -> Response:
     return reply(_render(await run_in_threadpool(here.vault.create, org, str(name), str(type_), data or {})))
 
 
-@router.get("/secret/list/", responses=documented(Secrets, "The secrets."))
+@router.get("/secret/list/", responses=documented(Secrets, "The secrets.", {"secrets": [examples.SECRET]}))
 @router.get("/secret/list", include_in_schema=False)
 def list_secrets(asking: Asking, here: Here, org_id: str) -> Response:
     """The org's secrets, without values."""

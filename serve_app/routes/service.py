@@ -109,10 +109,10 @@ def find_job(here: Service, asking: Principal, request_id: str, org_id: str | No
     return job
 
 
-def json_body(**properties: dict[str, Any]) -> dict[str, Any]:
+def json_body(example: dict[str, Any], **properties: dict[str, Any]) -> dict[str, Any]:
     """OpenAPI's description of a JSON object that a route reads by itself; every property is required."""
     schema = {"type": "object", "required": list(properties), "properties": properties}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema, "example": example}}}}
 
 
 FRESH_S = 2.0

@@ -238,6 +238,21 @@ def test_a_service_without_a_sound_key_does_not_start(store, settings, options, 
         Verifier.from_settings(Settings(embedded=False, **options))
 
 
+def test_an_exp_that_is_text_is_401_though_the_signature_is_right(service):
+    now = int(time.time())
+    with service(jwt_public_key=pem(RSA)) as status:
+        for exp, expected in ((now + 60, 200), (f"{now + 60}s", 401), ([now + 60], 401), (True, 401)):
+            signed = jwt.api_jws.encode(json.dumps({"sub": "x", "org": ORG, "exp": exp}).encode(), RSA, "RS256")
+            assert status(signed) == expected, exp
+
+
+def test_clocks_may_differ_by_the_leeway_and_no_more(service):
+    now = time.time()
+    with service(jwt_public_key=pem(RSA), jwt_leeway_s=100) as status:
+        assert status(token("RS256", exp=now - 50)) == status(token("RS256", nbf=now + 50)) == 200
+        assert status(token("RS256", exp=now - 150)) == status(token("RS256", nbf=now + 150)) == 401
+
+
 def test_tokens_of_an_issuer_are_not_minted_here(settings):
     with pytest.raises(RuntimeError, match="issuer"):
         mint_token(Settings(jwt_public_key=pem(RSA)), ORG, "x", 60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -20,12 +21,14 @@ from email.policy import HTTP
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import psutil
 import pytest
 import typer
 from rich.console import Console
 
+from serve_app import cli
 from serve_app.cli import read_spec
 from serve_app.client import ApiError, AsyncClient, Client
 from serve_app.embedded.lifetime import _since_boot_s
@@ -122,6 +125,12 @@ def test_a_retried_submission_carries_one_idempotency_key(server: Server) -> Non
     Client(server.url, TOKEN).submit(DOCUMENTED)
     assert len(server.requests) == 2
     assert len({headers["Idempotency-Key"] for _, headers, _ in server.requests}) == 1
+
+
+def test_a_submission_may_bring_its_own_idempotency_key(server: Server) -> None:
+    server.answers = [Answer(200, {"request_id": JOB})]
+    Client(server.url, TOKEN).submit(DOCUMENTED, idempotency_key="nightly-7")
+    assert server.requests[-1][1]["Idempotency-Key"] == "nightly-7"
 
 
 def test_a_replica_that_died_over_a_request_is_asked_again_and_a_fault_of_the_service_is_not(server: Server) -> None:
@@ -310,6 +319,52 @@ def test_watch_succeeds_only_when_the_job_did(tmp_path: Path, server: Server, st
     assert "s3://b/run/adapter" in done.stdout
 
 
+def test_every_command_can_print_json() -> None:
+    def of(group: typer.Typer, above: str = "") -> Iterator[tuple[str, Any]]:
+        for command in group.registered_commands:
+            assert command.callback is not None
+            yield above + (command.name or command.callback.__name__), command.callback
+        for inner in group.registered_groups:
+            assert inner.typer_instance is not None
+            yield from of(inner.typer_instance, f"{inner.name} ")
+
+    commands = dict(of(cli.app))
+    assert {"up", "down", "list", "secret add", "db upgrade"} <= commands.keys()
+    assert [name for name, callback in commands.items() if "as_json" not in inspect.signature(callback).parameters] == []
+
+
+def test_list_asks_for_a_page_by_name_and_cursor(tmp_path: Path, server: Server) -> None:
+    jobs = [job("QUEUED", "queued") | {"request_id": JOB, "created_at": "2026-01-01T00:00:00.000Z", "experiment_name": "e"}]
+    server.answers = [Answer(200, {"jobs": jobs, "next_cursor": "Mw=="})]
+    filters = ["--name", "e", "--cursor", "NQ==", "--status", "QUEUED", "--limit", "1"]
+    done = tuneyard(tmp_path, "list", *filters, "--org", ORG, "--url", server.url, "--token", TOKEN)
+    asked = parse_qs(urlsplit(server.requests[-1][0].split()[-1]).query)
+    assert asked == {"org_id": [ORG], "status": ["QUEUED"], "experiment_name": ["e"], "limit": ["1"], "cursor": ["NQ=="]}
+    assert "--cursor Mw==" in done.stderr
+    assert JOB in done.stdout
+
+
+def test_secret_list_shows_what_may_be_told(tmp_path: Path, server: Server) -> None:
+    secret = {"secret_id": JOB, "name": "my\x1bkeys", "type": "aws", "created_at": "2026-01-01T00:00:00.000Z"}
+    where = ["--org", ORG, "--url", server.url, "--token", TOKEN]
+    server.answers = [Answer(200, {"secrets": [secret]}), Answer(200, {"secrets": [secret]})]
+    assert tuneyard(tmp_path, "secret", "list", *where).stdout == f"{JOB}  aws  my\N{REPLACEMENT CHARACTER}keys\n"
+    assert json.loads(tuneyard(tmp_path, "secret", "list", "--json", *where).stdout) == {"secrets": [secret]}
+
+
+def test_what_belongs_to_a_home_is_told_as_json(tmp_path: Path) -> None:
+    assert json.loads(tuneyard(tmp_path, "down", "--json").stdout) == {"was_running": False}
+    assert json.loads(tuneyard(tmp_path, "db", "upgrade", "--json").stdout) == {"upgraded": True}
+
+
+def test_the_shell_completes_commands(tmp_path: Path) -> None:
+    asked = {"COMP_WORDS": "tuneyard secret re", "COMP_CWORD": "2", "_TUNEYARD_COMPLETE": "complete_bash"}
+    code = "import sys; from serve_app.cli import main; sys.argv = ['tuneyard']; main()"
+    env = os.environ | asked | {"TUNEYARD_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["remove"]
+
+
 def test_submit_json_prints_the_answer_alone(tmp_path: Path, server: Server) -> None:
     answer = {"request_id": JOB, "status": "QUEUED", "message": "Queued.", "experiment_name": "e"}
     server.answers = [Answer(200, answer)]
@@ -440,6 +495,23 @@ def test_the_async_client_asks_the_same(server: Server) -> None:
     first, second = server.requests[0], server.requests[-1]
     assert (first[0], first[1]["Authorization"]) == (second[0], second[1]["Authorization"])
     assert "after_step=3" in server.requests[1][0]
+
+
+def test_the_async_client_tries_again_under_one_key_and_sends_no_secret_twice(server: Server) -> None:
+    away = Answer(503, {"detail": "away"}, {"Retry-After": "0"})
+
+    async def ask() -> None:
+        async with AsyncClient(server.url, TOKEN) as client:
+            server.answers = [away, Answer(200, {"request_id": JOB})]
+            assert (await client.submit(DOCUMENTED))["request_id"] == JOB
+            server.answers = [away]
+            with pytest.raises(ApiError, match="away"):
+                await client.create_secret(ORG, "n", "hf", {"token": "t"})
+
+    asyncio.run(ask())
+    submitted = [headers for line, headers, _ in server.requests if line == "POST /job/"]
+    assert (len(submitted), len({h["Idempotency-Key"] for h in submitted})) == (2, 1)
+    assert len(server.requests) == 3
 
 
 def sse(*entries: dict[str, Any], end: bool) -> Answer:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import uvicorn
@@ -164,6 +165,13 @@ def test_files_are_downloaded_whole_by_both_clients_and_the_command(here: Here, 
         found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
         assert set(found) == {*files, "manifest.json"} == {str(p.relative_to(folder)) for p in paths}
         assert {name: found[name] for name in files} == files
+
+
+def test_links_work_for_a_quarter_of_an_hour(here: Here) -> None:
+    request_id = here.submitted()
+    here.put(request_id, {"adapter/weights.bin": b"data"})
+    links = [file["url"] for file in here.client.artifacts(request_id, ORG)["files"]]
+    assert {parse_qs(urlsplit(link).query)["X-Amz-Expires"][0] for link in links} == {"900"}
 
 
 def test_a_damaged_file_is_refused_and_leaves_nothing(here: Here, tmp_path: Path) -> None:

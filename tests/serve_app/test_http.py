@@ -1,6 +1,8 @@
 """The HTTP interface over a real store; nothing runs the jobs here."""
 
+import asyncio
 import base64
+import contextlib
 import json
 import threading
 import time
@@ -17,7 +19,7 @@ from serve_app.app import build_app
 from serve_app.auth import mint_token
 from serve_app.lifecycle import Status
 from serve_app.routes import health, jobs, journal, secrets
-from serve_app.settings import Settings
+from serve_app.settings import Profile, Settings
 from serve_app.store.jobs import JobStore
 from serve_app.store.journal import Journal, Notes
 from tests.conftest import CANARY, ORG, OTHER_ORG, Idle, fields, with_fields
@@ -25,6 +27,10 @@ from train_loop.errors import UserError
 from train_loop.spec import JobSpec
 
 TEMPLATE = "dataset_config.preprocessing.prompt.template"
+OPTIM, REGION = "train_config.hyperparameters.optim", "dataset_details.region"
+FSDP = {"train_config.distributed.type": "fsdp"}
+HUB_ROWS = {"dataset_details.source_type": "hf", "dataset_details.dataset_path": "acme/rows", "dataset_details.region": None}
+ARN = "arn:aws:secretsmanager:eu-west-1:123456789012:secret:keys"
 SECTIONS = ("dataset_config", "model_details", "train_config", "dataset_details", "infra_config")
 
 
@@ -109,6 +115,65 @@ def test_reading_a_job(http, job):
     assert canceled["status"] == http.post(f"/job/{request_id}/cancel").json()["status"] == "CANCELED"
     kinds = [e["kind"] for e in http.get("/job/events/", params={"org_id": ORG, "request_id": request_id}).json()["events"]]
     assert kinds == ["queued", "cancel_requested"]
+
+
+def test_a_job_is_read_with_its_defaults_filled_in(http, job):
+    asked = with_fields(job, {"infra_config.gpu_type": "H100", "experiment_name": "e" * 128})
+    request_id = http.post("/job/", json=asked).json()["request_id"]
+    got = http.get(f"/job/{request_id}").json()
+    resolved = JobSpec.model_validate(asked).model_dump(mode="json")
+    assert {name: got[name] for name in SECTIONS} == {name: resolved[name] for name in SECTIONS}
+    assert got["infra_config"]["gpu_type"] == "h100"
+    assert (got["train_config"]["hyperparameters"]["warmup_ratio"], got["infra_config"]["min_node_count"]) == (0.03, None)
+
+
+def test_more_gpus_than_a_node_has_are_refused(http, settings, job):
+    settings.profiles = settings.profiles | {"h100": Profile(resources={"CPU": 1}, gpus_per_node=1)}
+    found = fields(http.post("/job/", json=job))["infra_config.gpu_count"]
+    assert (found["message"], found["allowed"]) == ("a node of h100 has 1 GPUs", {"le": 1})
+
+
+OPEN_TO_ALL = {"/healthz", "/readyz", "/docs", "/openapi.json"}
+
+
+def closed_routes(app):
+    """Every (method, path) of the app that isn't open to all, in the document or not."""
+    for found in app.routes:
+        for route in found.original_router.routes if hasattr(found, "original_router") else [found]:
+            if route.path.rstrip("/") not in OPEN_TO_ALL:
+                yield from ((method, route.path) for method in route.methods)
+
+
+def test_every_route_but_the_open_ones_wants_a_token(http):
+    names = {"request_id": str(uuid.uuid4()), "secret_id": str(uuid.uuid4())}
+    del http.headers["Authorization"]
+    closed = list(closed_routes(http.app))
+    assert len(closed) > 30
+    for method, path in closed:
+        answer = http.request(method, path.format(**names))
+        assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, "Bearer"), (method, path)
+
+
+def test_a_declared_body_that_is_too_long_is_refused_before_it_is_read(http, settings):
+    class Unread(Exception):
+        pass
+
+    async def receive():
+        raise Unread
+
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    headers = {"content-type": "application/json", "authorization": http.headers["Authorization"]}
+    for length, refused in ((settings.max_body_bytes + 1, True), (settings.max_body_bytes, False)):
+        sent.clear()
+        raw = [(k.encode(), v.encode()) for k, v in (headers | {"content-length": str(length)}).items()]
+        scope = {"type": "http", "method": "POST", "path": "/job/", "query_string": b"", "headers": raw}
+        with contextlib.nullcontext() if refused else pytest.raises(Unread):
+            asyncio.run(http.app(scope, receive, send))
+        assert (sent[0]["status"] == 413) is refused
 
 
 def test_idempotency_and_names(http, job):
@@ -208,6 +273,17 @@ def test_all_field_errors_come_at_once_with_their_names(http, store, job):
         ({"dataset_config.split.ratios": [0.5, 0.4]}, "dataset_config.split.ratios", "0.9"),
         ({TEMPLATE: "{{" + "(" * 50_000}, TEMPLATE, "template"),
         ({TEMPLATE: "{{ " + "9" * 5000 + " }}"}, TEMPLATE, "template"),
+        ({"experiment_name": "a" * 129}, "experiment_name", "128"),
+        (
+            {"dataset_details.secret_id": None, "dataset_details.ownership": "public", "dataset_details.region": "mars-1"},
+            REGION,
+            "us-west-2",
+        ),
+        ({"model_details.region": "mars-1"}, "model_details.region", "us-west-2"),
+        (FSDP | {"train_config.export.merge": True}, "train_config.export.merge", "not supported yet"),
+        (FSDP | {"train_config.adapter_config.use_dora": True}, "train_config.adapter_config.use_dora", "whole weights"),
+        ({OPTIM: "paged_adamw_8bit"}, OPTIM, "needs a GPU"),
+        (HUB_ROWS | {"dataset_details.secret_id": ARN}, "dataset_details.secret_id", "an ARN stands for keys of S3"),
         ({"dataset_details.source_type": "local"}, "dataset_details.source_type", "use s3"),
     ],
 )
@@ -348,6 +424,35 @@ def test_scopes_limit_what_a_token_may_do(http, settings):
 
     assert status("/job/list/", "jobs:read") == status("/job/list/", ["jobs:read"]) == status("/job/list/", "admin") == 200
     assert status("/job/list/", "") == status("/job/list/", "secrets:write") == status("/secret/list/", "jobs:read") == 403
+
+
+def test_what_each_call_asks_of_a_token(http, settings, job):
+    nobody = str(uuid.uuid4())
+    named = {"org_id": ORG, "request_id": nobody}
+    calls = {
+        ("POST", "/job/"): "jobs:write",
+        ("POST", "/job/plan/"): "jobs:read",
+        ("POST", "/job/cancel/"): "jobs:write",
+        ("POST", "/job/resume/"): "jobs:write",
+        ("POST", f"/job/{nobody}/resume"): "jobs:write",
+        ("GET", f"/job/{nobody}/events"): "jobs:read",
+        ("POST", "/secret/"): "secrets:write",
+        ("DELETE", f"/secret/{nobody}"): "secrets:write",
+    }
+    for (method, path), scope in calls.items():
+        for given in ("jobs:read", "jobs:write", "secrets:write"):
+            headers = {"Authorization": "Bearer " + token(settings, scope=given)}
+            answer = http.request(method, path, json=named if method == "POST" else None, params=named, headers=headers)
+            assert (answer.status_code == 403) is (given != scope), (path, given)
+
+
+def test_a_token_may_speak_for_several_orgs(http, settings, job):
+    request_id = http.post("/job/", json=job).json()["request_id"]
+    third = "99999999-2222-4333-8444-555555555555"
+    headers = {"Authorization": "Bearer " + token(settings, org=None, orgs=[OTHER_ORG, ORG])}
+    statuses = [http.get("/job/list/", params={"org_id": o}, headers=headers).status_code for o in (ORG, OTHER_ORG, third)]
+    assert statuses == [200, 200, 403]
+    assert http.get(f"/job/{request_id}", headers=headers).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/job/", "/secret/", "/job/cancel/"])
@@ -637,11 +742,11 @@ def test_another_org_learns_nothing_on_any_route(http, settings, job, secret_id)
     def ask(method, path, org, request_id, secret):
         names = {"request_id": request_id, "secret_id": secret}
         body = {
-            "/job/": job | {"org": org},
-            "/job/plan/": job | {"org": org},
-            "/secret/": {"org": org, "name": "n", "type": "s3"},
+            "/job": job | {"org": org},
+            "/job/plan": job | {"org": org},
+            "/secret": {"org": org, "name": "n", "type": "s3"},
         }
-        sent = body.get(path, {"org_id": org, "request_id": request_id}) if method == "POST" else None
+        sent = body.get(path.rstrip("/"), {"org_id": org, "request_id": request_id}) if method == "POST" else None
         answer = http.request(
             method, path.format(**names), params={"org_id": org, "request_id": request_id}, json=sent, headers=stranger
         )
@@ -651,18 +756,14 @@ def test_another_org_learns_nothing_on_any_route(http, settings, job, secret_id)
             text = text.replace(name, "<id>")
         return answer.status_code, text
 
-    for path, operations in http.get("/openapi.json").json()["paths"].items():
-        if path in ("/healthz", "/readyz"):
-            continue
-        for method in map(str.upper, operations):
-            by_path_only = "{request_id}" in path
-            if not by_path_only:
-                assert ask(method, path, ORG, ours, secret_id)[0] == 403, path
-            if path not in ("/job/", "/job/plan/", "/secret/", "/job/list/", "/secret/list/"):
-                nobody = str(uuid.uuid4())
-                there, not_there = (ask(method, path, OTHER_ORG, *ids) for ids in ((ours, secret_id), (nobody, nobody)))
-                assert there == not_there, path  # not even a hint that it exists
-                assert there[0] == 404, path
+    for method, path in closed_routes(http.app):
+        if "{request_id}" not in path:
+            assert ask(method, path, ORG, ours, secret_id)[0] == 403, path
+        if path.rstrip("/") not in ("/job", "/job/plan", "/secret", "/job/list", "/secret/list"):
+            nobody = str(uuid.uuid4())
+            there, not_there = (ask(method, path, OTHER_ORG, *ids) for ids in ((ours, secret_id), (nobody, nobody)))
+            assert there == not_there, path  # not even a hint that it exists
+            assert there[0] == 404, path
     assert reached == {403, 404}
     assert http.get(f"/job/{ours}").json()["status"] == "QUEUED"
     assert [s["secret_id"] for s in http.get("/secret/list/", params={"org_id": ORG}).json()["secrets"]] == [secret_id]

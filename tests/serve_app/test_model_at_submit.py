@@ -224,6 +224,8 @@ def test_training_goes_on_only_from_a_finished_job_of_the_same_org_and_base(http
     assert fields(submit(theirs))[START]["message"] == fields(submit(unknown))[START]["message"] == "no such job in this org"
     assert "QUEUED" in fields(submit(insert("waiting", done=False)))[START]["message"]
     assert "is for meta/other" in fields(submit(insert("other-base", **{MODEL: "meta/other"})))[START]["message"]
+    whole = {"train_config.train_type": "full", "model_details.quantization": None}
+    assert "trained every weight" in fields(submit(insert("whole", **whole)))[START]["message"]
     for path in ("/etc", "../../other/adapter", "file:///etc"):
         assert "request_id" in fields(submit(path))[START]["message"]
     assert submit(insert("first")).status_code == 200

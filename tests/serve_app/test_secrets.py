@@ -10,6 +10,7 @@ import pytest
 import sqlalchemy as sa
 from cryptography.fernet import Fernet
 from moto.server import ThreadedMotoServer
+from moto.sts.models import sts_backends
 from starlette.testclient import TestClient
 
 from serve_app import aws
@@ -295,6 +296,13 @@ def test_a_role_becomes_temporary_keys_of_the_orgs_own_session(vault, cloud):
         aws_session_token=keys.session_token,
     ).get_caller_identity()
     assert asked["Arn"] == f"arn:aws:sts::123456789012:assumed-role/datasets/tuneyard-{ORG}"
+
+
+def test_a_roles_external_id_reaches_sts_and_only_where_there_is_one(vault, cloud):
+    for role in (ROLE, {"role_arn": ROLE_ARN, "region": "eu-west-1"}):
+        vault.reveal(ORG, vault.create(ORG, "n", "aws", role).secret_id)
+    assumed = sts_backends["123456789012"]["aws"].assumed_roles
+    assert [role.external_id for role in assumed] == [CANARY, None]
 
 
 def test_temporary_keys_are_kept_until_shortly_before_they_expire(vault, monkeypatch):

@@ -1,5 +1,6 @@
 """The job store on real SQLite and real PostgreSQL."""
 
+import datetime as dt
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from alembic.migration import MigrationContext
 
 from serve_app.lifecycle import FINAL, TRANSITIONS, IllegalTransition, Status, check
 from serve_app.settings import Settings
-from serve_app.store.jobs import AlreadyFinal, IdempotencyMismatch, JobStore, NameTaken, QueueFull, StaleAttempt
+from serve_app.store.jobs import AlreadyFinal, IdempotencyMismatch, JobStore, NameTaken, QueueFull, StaleAttempt, utc_now
 from serve_app.store.journal import Notes
 from serve_app.store.tables import metadata
 from tests.conftest import DOCUMENTED, ORG, OTHER_ORG, with_fields
@@ -246,6 +247,17 @@ def test_an_idempotency_key_gives_the_same_job_again(store):
         store.insert(spec("other"), "queued", "key", "another hash")
 
 
+def test_an_idempotency_key_is_free_again_after_a_day(store, monkeypatch):
+    first = store.insert(spec(), "queued", "key", "hash")[0]
+    monkeypatch.setattr(store, "_now", lambda: utc_now() + dt.timedelta(hours=23, minutes=59))
+    assert store.insert(spec(), "queued", "key", "hash")[0].request_id == first.request_id
+    monkeypatch.setattr(store, "_now", lambda: utc_now() + dt.timedelta(hours=24, minutes=1))
+    assert store.replay(ORG, "key", "hash") is None
+    again, created = store.insert(spec("other"), "queued", "key", "another hash")
+    assert (created, again.request_id != first.request_id) == (True, True)
+    assert store.replay(ORG, "key", "another hash").request_id == again.request_id
+
+
 def test_pages_are_stable_under_inserts(store):
     names = [f"job-{i}" for i in range(7)]
     for name in names:
@@ -259,6 +271,10 @@ def test_pages_are_stable_under_inserts(store):
     assert seen == names[::-1]
     assert store.list_jobs(OTHER_ORG) == ([], None)
     assert len(store.list_jobs(ORG, status=Status.QUEUED)[0]) == 8
+    ended = store.list_jobs(ORG, experiment_name="job-3")[0]
+    store.request_cancel(ended[0].request_id)
+    assert [j.experiment_name for j in store.list_jobs(ORG, status=Status.CANCELED)[0]] == ["job-3"]
+    assert len(store.list_jobs(ORG, status=Status.QUEUED)[0]) == 7
 
 
 def test_the_lease_has_one_owner_at_a_time(store):

@@ -52,6 +52,14 @@ def test_a_large_file_is_estimated_from_a_small_part_of_it(local_job, mirror, tm
     assert plan == planned(job, mirror)
 
 
+def test_a_large_file_is_looked_at_in_other_places_than_its_head(local_job, mirror, tmp_path):
+    job = local_job()
+    write_jsonl(tmp_path / "rows.jsonl", [*rows(100), *({"conversation": [{"human": "Q", "assistant": "long " * 60}]},) * 8000])
+    tokens = planned(job, mirror)["tokens"]
+    assert tokens["per_row_mean"] > 50
+    assert tokens["truncated_share"] == 0
+
+
 def test_samples_are_rendered_with_their_trained_tokens_marked(local_job, mirror):
     samples = planned(local_job(), mirror)["samples"]
     assert len(samples) == 3
@@ -153,6 +161,16 @@ def test_a_model_that_transformers_can_not_use_has_no_plan(local_job, mirror, tm
     with pytest.raises(ModelError, match=f"can't use the {said} of acme/odd") as caught:
         planned(job, tmp_path / "models")
     assert caught.value.field == "model_details.base_model"
+
+
+def test_rows_that_would_fail_the_job_and_few_steps_are_warned_of(local_job, mirror, tmp_path):
+    job = local_job({f"{HP}.max_steps": None})
+    assert any("only" in w and "steps: raise num_epochs" in w for w in planned(job, mirror)["warnings"])
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"text": "no turns"}\n' * 3)
+    assert any("3 of 43 rows looked at can't be used" in w for w in planned(job, mirror)["warnings"])
+    patient = planned(local_job({f"{HP}.max_steps": None, f"{HP}.num_epochs": 100}), mirror)["warnings"]
+    assert not any("steps: raise" in w or "can't be used" in w for w in patient)
 
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
