@@ -166,7 +166,9 @@ def model_shape(spec: JobSpec, folder: Path) -> ModelShape:
     targets = spec.train_config.adapter_config.targets
     saved = named(model, spec.train_config.adapter_config.modules_to_save or [])
     inside = {module for kept in saved.values() for module in kept.modules()}  # trained whole, without an adapter
-    adapted = [m.weight.shape for n, m in linear.items() if m not in inside and (targets == ALL_LINEAR or is_named(n, targets))]
+    layers = linear if targets == ALL_LINEAR else named(model, targets)
+    weights = [m.weight for m in layers.values() if m not in inside and getattr(m, "weight", None) is not None]
+    adapted = [weight.shape for weight in weights if weight.ndim == 2]
     experts = expert_parameters(model)
     # PEFT's adapter on experts has as many ranks for each of them.
     adapted += [
