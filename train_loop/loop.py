@@ -131,11 +131,11 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
         with trainee.evaluating():
             loss = evaluate(model, batches, ctx, idle=IDLE if trainee.sharded else None)
         log.evaluated_at = step
-        if loss is not None and math.isfinite(loss):
+        if loss is not None:
             log.evaluated(step, loss)
-            ctx.event("evaluated", f"eval loss {loss:.4f} after {step} steps")
-        elif loss is not None:
-            ctx.event("evaluated", f"the eval loss isn't a number after {step} steps")
+            is_number = math.isfinite(loss)
+            said = f"eval loss {loss:.4f} after {step} steps" if is_number else f"the eval loss isn't a number after {step} steps"
+            ctx.event("evaluated", said)
         report()
         publish_metrics()
         ctx.phase("training")
@@ -193,7 +193,8 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
         )
         for next_step, micro_batches in batches:
             if step == log.evaluated_at and log.stalled(hp.early_stopping_patience):
-                ctx.event("stopped_early", f"no better eval loss than that of step {log.best_step} for a while: done")
+                better_than = f"better eval loss than that of step {log.best_step}" if log.best else "eval loss that is a number"
+                ctx.event("stopped_early", f"no {better_than} for a while: done")
                 break
             agreed = agree(micro_batches, ctx)
             if agreed.stop:
@@ -224,7 +225,8 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
 
             ctx.beat("step")
             log.count(agreed.tokens, step_loss)
-            if is_due(hp.logging_steps) or step == 1:
+            may_be_last = bool(hp.early_stopping_patience) and is_due(hp.eval_steps)
+            if is_due(hp.logging_steps) or step == 1 or may_be_last:
                 point = log.point(step, epoch=round(plan.epoch_at(step), 4), learning_rate=rate, grad_norm=grad_norm)
                 if ctx.rank == 0:
                     logger.info(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ class MetricLog:
     tokens: int = 0
     loss_sum: float = 0.0
     evaluated_at: int | None = None  # an evaluation that a stop cut short is made up for
+    no_better: int = 0  # evaluations since the best one, also those whose loss is no number
     _timed_steps: int = 0  # in the interval that the clock runs for
     _timed_tokens: int = 0
     _since: float = field(default_factory=time.monotonic)
@@ -65,11 +67,16 @@ class MetricLog:
         return line
 
     def evaluated(self, step: int, loss: float) -> None:
-        """Record an evaluation after `step` steps (0 is before training)."""
+        """Record an evaluation after `step` steps (0 is before training). One that gave no number has no point."""
+        is_better = math.isfinite(loss) and (self.best is None or loss < self.best["eval_loss"])
+        if step > 0:
+            self.no_better = 0 if is_better else self.no_better + 1
+        if not math.isfinite(loss):
+            return
         if step == 0:
             self.eval_before = loss
         self.eval_after = loss
-        if step > 0 and (self.best is None or loss < self.best["eval_loss"]):
+        if step > 0 and is_better:
             self.best = {"step": step, "eval_loss": loss}
         if self.points and self.points[-1]["step"] == step:
             self.points[-1]["eval_loss"] = loss
@@ -84,10 +91,7 @@ class MetricLog:
 
     def stalled(self, patience: int | None) -> bool:
         """Whether the last `patience` evaluations were no better than the best before them."""
-        if patience is None or self.best is None:
-            return False
-        since = [p for p in self.points if "eval_loss" in p and p["step"] > self.best["step"]]
-        return len(since) >= patience
+        return patience is not None and self.no_better >= patience
 
     def eta_s(self, step: int) -> float | None:
         """Seconds left, from the last interval's pace."""

@@ -178,7 +178,9 @@ def model_shape(spec: JobSpec, folder: Path) -> ModelShape:
     targets = spec.train_config.adapter_config.targets
     saved = named(model, spec.train_config.adapter_config.modules_to_save or [])
     inside = {module for kept in saved.values() for module in kept.modules()}  # trained whole, without an adapter
-    adapted = [m.weight.shape for n, m in linear.items() if m not in inside and (targets == ALL_LINEAR or is_named(n, targets))]
+    layers = linear if targets == ALL_LINEAR else named(model, targets)
+    weights = [m.weight for m in layers.values() if m not in inside and getattr(m, "weight", None) is not None]
+    adapted = [weight.shape for weight in weights if weight.ndim == 2]
     experts = expert_parameters(model)
     # PEFT's adapter on experts has as many ranks for each of them.
     adapted += [
@@ -316,7 +318,9 @@ def memory_of_a_worker(spec: JobSpec, shape: ModelShape, batch_tokens: int, hard
     widened = linear * (1 if quantization else 4 / width) + (shape.other_params + shape.vision_params) * 4
     widens = on_cpu and not full and not sharded
     evaluating = sum(parts.values()) - parts["weights"] - parts["activations"] + widened if widens else 0.0
-    total = max(sum(parts.values()), evaluating)
+    # A sharded base is whole on each device until it is cut up.
+    loading = parts["runtime"] + held * (parts["weights"] + parts["adapter"]) if sharded else 0.0
+    total = max(sum(parts.values()), evaluating, loading)
     return {f"{name}_bytes": round(size) for name, size in parts.items()} | {
         "total_bytes": round(total),
         "available_bytes": hardware.memory_bytes,

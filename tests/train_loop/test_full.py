@@ -1,18 +1,23 @@
 """Full fine-tuning: every weight learns, resumes exactly, and is handed out as a model that transformers loads."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import TINY, write_jsonl
+from tests.train_loop.models import make_base, run
+from tests.train_loop.test_architectures import eval_loss
 from tests.train_loop.test_resume import HP, Watcher, curve
 from train_loop.chat import Comparison
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import Stopped
+from train_loop.metrics import MetricLog
 from train_loop.model.load import load_tokenizer
 from train_loop.spec import Prompt
 
@@ -49,6 +54,20 @@ def test_a_resumed_run_ends_with_the_same_bytes_and_every_weight_has_moved(local
     theirs, ours = (json.loads((f / "config.json").read_text()) for f in (mirror / TINY, tmp_path / "whole/merged"))
     assert ours == theirs | {"dtype": "bfloat16", "transformers_version": ours["transformers_version"]}
     assert [n for (n, p), q in zip(trained.named_parameters(), base.parameters(), strict=True) if torch.equal(p, q)] == []
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gemma2", "phi3"])
+def test_a_whole_model_of_any_kind_loads_as_it_was_evaluated(name, local_job, tmp_path, tokenizer):
+    base_model = make_base(name, tmp_path / "mirror", tokenizer)
+    job = local_job(FULL | {f"{HP}.max_steps": 1, "model_details": {"base_model": base_model}}, num_rows=20)
+    manifest = run(job, tmp_path, tmp_path / "mirror")
+    merged = tmp_path / "run/merged"
+    files = [load_file(f / "model.safetensors") for f in (merged, tmp_path / "mirror" / base_model)]
+    assert {n: t.shape for n, t in files[0].items()} == {n: t.shape for n, t in files[1].items()}
+    model, info = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] | info["unexpected_keys"]
+    loss = eval_loss(model.eval(), load_tokenizer(merged), job, manifest)
+    assert loss == pytest.approx(manifest["metrics"]["eval_loss_after"], rel=1e-5)
 
 
 COLOURS = {
@@ -98,6 +117,30 @@ def test_a_question_is_put_to_the_models_as_in_training(template, tmp_path, mirr
     asked = Comparison.load(mirror / TINY, tmp_path / "trained", None, prompt).asked("Who?")
     assert asked["input_ids"][0].tolist() == before_the_answer.tolist()
     assert "pirate" in tokenizer.decode(before_the_answer)
+
+
+def test_the_last_steps_of_a_run_that_stops_early_have_a_line(local_job, tmp_path, launch):
+    # Too small a rate to change anything: the first evaluation stays the best.
+    changes = {f"{HP}.learning_rate": 1e-30, f"{HP}.eval_steps": 2, f"{HP}.early_stopping_patience": 2, f"{HP}.logging_steps": 5}
+    manifest = launch(local_job(changes | {f"{HP}.max_steps": 20}))
+    points = curve(tmp_path / "run")
+    assert manifest["steps"] == 2 + 2 * 2
+    assert manifest["metrics"]["best"]["step"] == 2
+    assert [p["step"] for p in points if "loss" in p] == [1, 2, 4, 5, 6]
+    assert [p["step"] for p in points if "eval_loss" in p] == [0, 2, 4, 6]
+
+
+def test_evaluations_that_give_no_number_use_up_patience_too():
+    log = MetricLog(20)
+    for step, loss in enumerate([3.0, 2.0, math.nan, math.inf]):
+        assert not log.stalled(2)
+        log.evaluated(step, loss)
+    assert log.stalled(2)
+    assert log.best == {"step": 1, "eval_loss": 2.0}
+    assert MetricLog.from_state(json.loads(json.dumps(log.state()))).stalled(2)
+    log.evaluated(4, 1.0)
+    assert not log.stalled(2)
+    assert all(math.isfinite(p["eval_loss"]) for p in log.points)
 
 
 def test_early_stopping_hands_out_the_best_weights(local_job, tmp_path, launch):

@@ -12,10 +12,27 @@ from train_loop.errors import Stopped
 
 HP = "train_config.hyperparameters"
 STEPS, FEW_STEPS, BATCH = 20, 6, 8
+THREE = {"train_config.hyperparameters.max_steps": 3}
 FSDP = {"train_config.distributed.type": "fsdp"}
 NF4 = {"model_details.quantization": {"quant_bits": 4}}
 FULL = {"train_config.train_type": "full", f"{HP}.learning_rate": 0.001}
 WHAT = {"lora": {}, "nf4": NF4, "full": FULL}
+INT8 = {"model_details.quantization": {"quant_bits": 8}}
+ADAPTER = "train_config.adapter_config"
+FLAT = {f"{HP}.gradient_checkpointing": False, "dataset_config.preprocessing.packing": False}
+# On two workers against one, a few steps each: what it is, what the job has, and how its workers share it.
+ON_TWO = {
+    "fsdp plain": ({}, FSDP),
+    "ddp nf4": (NF4, {}),
+    "ddp nf4 flat": (NF4 | FLAT, {}),
+    "ddp flat": (FLAT, {}),
+    "ddp int8": (INT8, {}),
+    "fsdp flat": (FLAT, FSDP),
+    "fsdp accumulation": ({f"{HP}.gradient_accumulation_steps": 2, f"{HP}.per_device_train_batch_size": 2}, FSDP),
+    "fsdp modules_to_save": ({f"{ADAPTER}.modules_to_save": ["lm_head", "norm"]}, FSDP),
+    "fsdp dora": ({f"{ADAPTER}.use_dora": True}, FSDP),
+    "fsdp bfloat16": ({"train_config.torch_dtype": "bfloat16"}, FSDP),
+}
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +83,8 @@ def runs(folder, mirror):
     alone = {"1x8": job(folder), "1x4x2": job(folder, accumulation=2), "1x2x4": job(folder, accumulation=4)}
     for name, changes in WHAT.items():
         alone[f"alone-{name}"] = job(folder, few(changes))
+    for name, (changes, _) in ON_TWO.items():
+        alone[f"one {name}"] = job(folder, few(changes) | THREE, workers=2)
     for name, made in alone.items():
         launch(folder, mirror, name, made)
     on_two = [("2x4", job(folder, workers=2), None), ("2x2x2", job(folder, workers=2, accumulation=2), None)]
@@ -77,6 +96,8 @@ def runs(folder, mirror):
         if name != "lora":
             on_two += [(f"cut-{name}", two, 3), (f"cut-{name}", two, None)]
     on_two.append(("fewer", two, 3))
+    for name, (changes, shared) in ON_TWO.items():
+        on_two.append((f"two {name}", job(folder, few(changes | shared) | THREE, workers=2), None))
     on_two.append(("ddp-2-full", job(folder, few(FULL), workers=2), None))
     for world_size, them in ((2, on_two), (4, on_four)):
         run_group(folder, world_size, them, folder / "prepared/data", mirror / TINY)
@@ -115,6 +136,18 @@ def test_a_sharded_model_takes_the_steps_of_a_whole_one(runs, what, world_size):
     close(sharded, alone)
     for name, tensor in weights(alone).items():
         torch.testing.assert_close(weights(sharded)[name], tensor, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ON_TWO)
+def test_two_workers_take_the_steps_of_one(runs, name):
+    # LLM.int8() rounds by the largest number of a row of activations, bf16 by its place in a sum.
+    close(runs / f"two {name}", runs / f"one {name}", rel=2e-2 if "int8" in name or "bfloat16" in name else 1e-4)
+
+
+@pytest.mark.parametrize("base", ["", "nf4 "])
+def test_neither_packing_nor_checkpointing_changes_a_step_on_any_number_of_workers(runs, base):
+    close(runs / f"two ddp {base}flat", runs / (f"one ddp {base}flat"))
+    close(runs / f"one ddp {base}flat", runs / ("one ddp nf4" if base else "one fsdp plain"))
 
 
 def test_full_weights_are_trained_alike_by_ddp(runs):

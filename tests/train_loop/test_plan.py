@@ -14,7 +14,7 @@ from train_loop.errors import DatasetError, ModelError
 from train_loop.model.adapters import add_adapter, trainable
 from train_loop.model.load import load_base
 from train_loop.model.source import ModelPlaces
-from train_loop.plan import Hardware, make_plan, this_machine
+from train_loop.plan import Hardware, ModelShape, make_plan, memory_of_a_worker, this_machine
 from train_loop.spec import JobSpec
 
 HP = "train_config.hyperparameters"
@@ -94,11 +94,12 @@ def test_warnings(local_job, mirror, changes, said):
         {"use_dora": True},
         {"modules_to_save": ["embed_tokens", "lm_head"]},
         {"modules_to_save": ["norm", "o_proj"]},
+        {"targets": ["embed_tokens", "q_proj"]},
         {"targets": ["q_proj", "experts.down_proj"], "dropout": 0.0},
     ],
 )
 def test_trainable_parameters_are_those_of_the_adapter(name, changes, local_job, tmp_path, tokenizer):
-    if "targets" in changes and name == "smollm":
+    if "experts.down_proj" in changes.get("targets", ()) and name == "smollm":
         changes = {"targets": ["q_proj", "mlp.down_proj"]}
     base_model = make_base(name, tmp_path, tokenizer)
     fields = {f"train_config.adapter_config.{k}": v for k, v in changes.items()}
@@ -106,7 +107,9 @@ def test_trainable_parameters_are_those_of_the_adapter(name, changes, local_job,
     spec, plan = JobSpec.model_validate(job), planned(job, tmp_path)
     base = load_base(spec, tmp_path / base_model, torch.device("cpu")).model
     assert plan["trainable_params"] == sum(p.numel() for p in trainable(add_adapter(base, spec)))
-    assert any("experts get no adapter" in w for w in plan["warnings"]) == (name == "qwen3_moe" and "targets" not in changes)
+    assert any("experts get no adapter" in w for w in plan["warnings"]) == (
+        name == "qwen3_moe" and "experts.down_proj" not in changes.get("targets", ())
+    )
 
 
 def test_a_split_is_empty_only_where_the_run_leaves_it_empty(local_job, mirror):
@@ -223,3 +226,28 @@ def test_full_training_takes_more_memory_and_sharding_less(local_job, mirror):
     for part in ("weights_bytes", "optimizer_bytes"):
         assert shards["memory"][part] == pytest.approx(whole["memory"][part] / 2, abs=1)
     assert not any("targets" in w for w in whole["warnings"])
+
+
+def test_a_sharded_base_needs_room_for_all_of_it_while_it_is_loaded(local_job):
+    """Eight billion parameters over sixteen workers, with little else in memory."""
+    shape = ModelShape(
+        linear_params=7 * 10**9,
+        other_params=10**9,
+        vision_params=0,
+        num_layers=32,
+        hidden=4096,
+        intermediate=14336,
+        vocab=128256,
+        context=8192,
+        adapted=[(4096, 4096)],
+        saved_params=0,
+        leaves_experts=False,
+    )
+
+    def memory(workers, kind):
+        changes = {"infra_config.gpu_count": workers, "train_config.distributed.type": kind, "model_details.quantization": None}
+        return memory_of_a_worker(JobSpec.model_validate(local_job(changes)), shape, 64, Hardware("cuda", None, 1e14))
+
+    alone, sharded = memory(1, "ddp"), memory(16, "fsdp")
+    assert sharded["weights_bytes"] == alone["weights_bytes"] / 16
+    assert alone["weights_bytes"] < sharded["total_bytes"] < alone["total_bytes"]

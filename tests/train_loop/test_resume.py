@@ -69,12 +69,12 @@ def short(local_job, changes=None):
     return local_job(base | {"train_config.adapter_config.dropout": 0.2} | (changes or {}))
 
 
-@pytest.mark.parametrize(("lazy", "workers"), [(True, 0), (True, 1), (False, 1)])
-def test_stopped_at_every_step_a_run_ends_with_the_same_bytes(local_job, tmp_path, launch, lazy, workers):
+@pytest.mark.parametrize(("lazy", "workers", "steps"), [(True, 0, 12), (True, 1, STEPS), (False, 1, STEPS)])
+def test_stopped_at_every_step_a_run_ends_with_the_same_bytes(local_job, tmp_path, launch, lazy, workers, steps):
     changes = {"dataset_config.preprocessing.lazy_tokenize": lazy, f"{HP}.dataloader_num_workers": workers}
-    job = short(local_job, changes)
+    job = short(local_job, changes | {f"{HP}.max_steps": steps})
     launch(job, "whole")
-    for step in range(STEPS):
+    for step in range(steps):
         monitor = Watcher(stop_at=step)
         with pytest.raises(Stopped):
             launch(job, "cut", monitor)

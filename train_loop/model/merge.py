@@ -66,6 +66,10 @@ def merged(model: Any, dtype: torch.dtype) -> Any:
         if hasattr(base, flag):
             setattr(base, flag, False)
     base.config.dtype = dtype
+    # An adapter of the embeddings alone leaves the head as it was: what reads the configuration would tie them again.
+    config, ends = base.config.get_text_config(), (base.get_input_embeddings().weight, base.get_output_embeddings().weight)
+    if config.tie_word_embeddings and not (ends[0].shape == ends[1].shape and torch.equal(ends[0].cpu(), ends[1].cpu())):
+        base.config.tie_word_embeddings = config.tie_word_embeddings = False
     return base.to(device="cpu", dtype=dtype)
 
 
