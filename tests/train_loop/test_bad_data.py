@@ -15,6 +15,7 @@ from pyarrow.fs import LocalFileSystem
 from train_loop.data import lines, parts
 from train_loop.data.prepare import MAX_LISTED, prepare_local
 from train_loop.data.sources import find_files
+from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import DatasetError
 from train_loop.spec import JobSpec
 
@@ -243,7 +244,7 @@ FILES = {
 }
 
 
-def outcome(folder, name, data, chat=None):
+def outcome(folder, tokenizer, name, data, *, max_length=512, lazy=True):
     """(rows kept, [(line, reason)] of the others), or the error's code."""
     dataset_type = name.split(".")[1]
     (folder / name).write_bytes(data)
@@ -252,7 +253,7 @@ def outcome(folder, name, data, chat=None):
         "experiment_name": "x",
         "model_details": {"base_model": "a/b"},
         "dataset_config": {
-            "preprocessing": {"max_reject_ratio": 1.0, "lazy_tokenize": chat is None, "prompt": {"max_length": 32}},
+            "preprocessing": {"max_reject_ratio": 1.0, "lazy_tokenize": lazy, "prompt": {"max_length": max_length}},
             "split": {"type": "none"},
         },
         "dataset_details": {
@@ -264,6 +265,7 @@ def outcome(folder, name, data, chat=None):
         "infra_config": {"gpu_type": "cpu"},
     }
     spec = JobSpec.model_validate(job)
+    chat = ChatTokenizer.of(spec, tokenizer)
     try:
         prepared = prepare_local(spec, LOCAL, find_files(spec, LOCAL), LOCAL, str(folder / "run"), chat)
     except DatasetError as error:
@@ -273,7 +275,7 @@ def outcome(folder, name, data, chat=None):
     return prepared.num_rows, [(r["line"], r["reason"]) for r in rejected]
 
 
-def outcome_in_any_parts(folder, monkeypatch, name, data):
+def outcome_in_any_parts(folder, tokenizer, monkeypatch, name, data):
     """The outcome, which must be one."""
     monkeypatch.setattr(lines, "MAX_LINE_BYTES", 1_000_000)
     sizes = [(16 << 20, 1 << 20), (len(data) // 3 + 1, len(data) // 7 + 1), (max(100, len(data) // 50), 64 + len(data) // 100)]
@@ -281,7 +283,7 @@ def outcome_in_any_parts(folder, monkeypatch, name, data):
     for part, chunk in sizes:
         monkeypatch.setattr(parts, "RANGE_BYTES", part)
         monkeypatch.setattr(lines, "CHUNK_BYTES", chunk)
-        found.append(outcome(folder, name, data))
+        found.append(outcome(folder, tokenizer, name, data))
     assert found[1:] == found[:-1]
     return found[0]
 
@@ -291,18 +293,18 @@ def test_the_corpus_is_large_enough():
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_a_bad_line_between_good_ones(tmp_path, monkeypatch, line):
+def test_a_bad_line_between_good_ones(tmp_path, tokenizer, monkeypatch, line):
     data, reason = LINES[line]
-    kept, rejected = outcome_in_any_parts(tmp_path, monkeypatch, "f.jsonl", GOOD + b"\n" + data + b"\n" + GOOD)
+    kept, rejected = outcome_in_any_parts(tmp_path, tokenizer, monkeypatch, "f.jsonl", GOOD + b"\n" + data + b"\n" + GOOD)
     assert kept == 2 + (reason is None)
     assert [number for number, _ in rejected] == ([2] if reason else [])
     assert all(said.startswith(reason) for _, said in rejected), rejected
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_bad_file(tmp_path, monkeypatch, file):
+def test_a_bad_file(tmp_path, tokenizer, monkeypatch, file):
     name, data, expected = FILES[file]
-    found = outcome_in_any_parts(tmp_path, monkeypatch, name, data)
+    found = outcome_in_any_parts(tmp_path, tokenizer, monkeypatch, name, data)
     if isinstance(expected, str) or isinstance(found, str):
         assert found == expected
         return
@@ -310,17 +312,15 @@ def test_a_bad_file(tmp_path, monkeypatch, file):
     assert all(said.startswith(reason) for (_, said), (_, reason) in zip(found[1], expected[1], strict=True)), found
 
 
-def test_rows_without_a_token_to_learn_are_rejected_where_they_are(tmp_path, tokenizer):
-    from train_loop.data.tokenize import ChatTokenizer
-    from train_loop.spec import Prompt
-
-    chat = ChatTokenizer(tokenizer, Prompt(max_length=32), "right", "assistant")
+@pytest.mark.parametrize("lazy", [True, False])
+def test_rows_without_a_token_to_learn_are_rejected_where_they_are(tmp_path, tokenizer, lazy):
     long = turns(("human", "why " * 100), ("gpt", "so"))
-    found = outcome(tmp_path, "f.jsonl", b"\n".join([GOOD, long, GOOD, turns(("human", ""), ("gpt", "Yes"))]), chat)
+    data = b"\n".join([GOOD, long, GOOD, turns(("human", ""), ("gpt", "Yes"))])
+    found = outcome(tmp_path, tokenizer, "f.jsonl", data, max_length=32, lazy=lazy)
     assert found == (3, [(2, "no supervised token left after truncation to 32 tokens")])
 
 
-def test_a_file_that_is_all_wrong_is_counted_in_full_and_listed_in_part(tmp_path):
-    kept, listed = outcome(tmp_path, "f.jsonl", b"{}\n" * 30_000 + JSONL)
+def test_a_file_that_is_all_wrong_is_counted_in_full_and_listed_in_part(tmp_path, tokenizer):
+    kept, listed = outcome(tmp_path, tokenizer, "f.jsonl", b"{}\n" * 30_000 + JSONL)
     assert kept == 3
     assert [number for number, _ in listed] == [*range(1, MAX_LISTED + 1), *range(20_001, 20_001 + MAX_LISTED)]

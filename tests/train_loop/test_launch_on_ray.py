@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -226,7 +227,9 @@ def test_rows_prepared_in_parallel_are_those_prepared_one_by_one(cluster, local_
         files = find_files(spec, local)
         folders = [str(tmp_path / name / dataset_type) for name in ("parallel", "alone")]
 
-        def tokenizer(spec=spec):
+        def tokenizer(spec=spec, loads=tmp_path / f"loads-{dataset_type}"):
+            with loads.open("a") as file:
+                file.write(f"{os.getpid()}\n")
             return ChatTokenizer.of(spec, load_tokenizer(mirror / TINY))
 
         found = prepare_with_ray(
@@ -235,11 +238,12 @@ def test_rows_prepared_in_parallel_are_those_prepared_one_by_one(cluster, local_
             open_source=LocalFileSystem,
             open_storage=LocalFileSystem,
             run_path=folders[0],
-            load_tokenizer=None if lazy else tokenizer,
+            load_tokenizer=tokenizer,
             num_cpus_per_task=1,
         )
-        chat = None if lazy else tokenizer()
-        assert found == prepare_local(spec, local, files, local, folders[1], chat)
+        assert found == prepare_local(spec, local, files, local, folders[1], tokenizer())
         assert len(found.shards) > 2
+        loads = (tmp_path / f"loads-{dataset_type}").read_text().split()
+        assert len(loads) == len(set(loads))  # once a process, however many parts it prepares
         written = [{p.name: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()} for folder in folders]
         assert written[0] == written[1]

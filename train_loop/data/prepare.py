@@ -79,11 +79,15 @@ class BlockSummary:
 
 
 def parse_block(
-    lines: Sequence[Line], part: Part, block: int, spec: JobSpec, chat: ChatTokenizer | None
+    lines: Sequence[Line], part: Part, block: int, spec: JobSpec, chat: ChatTokenizer
 ) -> tuple[pa.Table, BlockSummary]:
-    """Parse a block's lines into a table of good rows and a summary without shard. `chat` tokenises now; None leaves that
-    to the workers. Of a streamed dataset the table says only where the rows are."""
-    schema = STREAMED if spec.dataset_config.preprocessing.streaming else LAZY if chat is None else EAGER
+    """Parse a block's lines into a table of good rows and a summary without shard.
+
+    `chat` judges which are good, the same ones whether it makes their tokens now or leaves that to the workers. Of a streamed
+    dataset the table says only where the rows are.
+    """
+    pre = spec.dataset_config.preprocessing
+    schema = STREAMED if pre.streaming else LAZY if pre.lazy_tokenize else EAGER
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
     rejects: list[Reject] = []
     digest = hashlib.sha256()
@@ -95,14 +99,16 @@ def parse_block(
             continue
         try:
             conversation = to_conversation(decode_row(line), spec.dataset_details.dataset_format)
-            if schema is STREAMED:
-                columns["size"].append(len(line.data))
-            elif chat is None:
-                columns["conversation"].append(json.dumps(conversation, ensure_ascii=False))
-            else:
+            if schema is EAGER:
                 sample = chat.encode(conversation)
                 columns["input_ids"].append(sample.input_ids)
                 columns["labels"].append(sample.labels)
+            else:
+                chat.check(conversation)
+                if schema is STREAMED:
+                    columns["size"].append(len(line.data))
+                else:
+                    columns["conversation"].append(json.dumps(conversation, ensure_ascii=False))
         except RowRejected as error:
             rejected += 1
             if rejected <= MAX_LISTED:
@@ -247,7 +253,7 @@ def _first_reasons(rejected: list[dict[str, Any]], kind: str) -> str:
 
 
 def prepare_part(
-    spec: JobSpec, source: FileSystem, part: Part, chat: ChatTokenizer | None, storage: FileSystem, run_path: str
+    spec: JobSpec, source: FileSystem, part: Part, chat: ChatTokenizer, storage: FileSystem, run_path: str
 ) -> list[BlockSummary]:
     """Write a part's rows as shards, one a block; the summaries name them. Again is the same.
 
@@ -287,13 +293,13 @@ def finish(
 
 
 def preparation_key(spec: JobSpec, files: Sequence[SourceFile]) -> str:
-    """What a prepared dataset depends on: the rows, how they are read, and this code's version."""
+    """What a prepared dataset depends on: the rows, how they are read and judged, and this code's version."""
     depends_on = {
         "dataset_config": spec.dataset_config.model_dump(mode="json"),
         "layout": LAYOUT,
         "dataset_type": spec.dataset_details.dataset_type,
         "dataset_format": spec.dataset_details.dataset_format,
-        "base_model": None if spec.dataset_config.preprocessing.lazy_tokenize else spec.model_details.base_model,
+        "base_model": [spec.model_details.base_model, spec.model_details.revision],
         "seed": spec.train_config.hyperparameters.seed,
         "files": [asdict(f) for f in files],
         "version": version("tuneyard"),
@@ -318,7 +324,7 @@ def prepare_local(
     files: Sequence[SourceFile],
     storage: FileSystem,
     run_path: str,
-    chat: ChatTokenizer | None,
+    chat: ChatTokenizer,
 ) -> PreparedDataset:
     """Prepare part by part in this process. Raises DatasetError."""
     summaries: list[BlockSummary] = []

@@ -19,6 +19,7 @@ from jinja2 import TemplateError
 
 from train_loop.data.formats import Conversation, Message, RowRejected
 from train_loop.data.rendering import Flood, Rendered, render
+from train_loop.data.token_bounds import TokenBounds
 from train_loop.errors import DatasetError
 from train_loop.spec import JobSpec, Prompt
 
@@ -71,6 +72,77 @@ class ChatTokenizer:
         else:
             input_ids, spoken = self._by_prefixes(messages, tools, wanted)
         return self._truncate(Sample(input_ids, np.where(spoken, input_ids, IGNORE_INDEX).astype(np.int32)))
+
+    def check(self, conversation: Conversation) -> None:
+        """Raise RowRejected exactly where `encode` would; tokens are made only where the text doesn't show the verdict.
+
+        Raises DatasetError, too; of a template that is at fault with some rows it may leave that to `encode`.
+        """
+        if not self._is_surely_usable(conversation):
+            self.encode(conversation)
+
+    def _is_surely_usable(self, conversation: Conversation) -> bool:
+        """Whether a text that the template renders is known to have a token to learn, without making its tokens."""
+        bounds = self._bounds
+        if bounds is None:
+            return False
+        if "text" in conversation:
+            text = conversation["text"]
+            return self._fits(text, self.tokenizer.num_special_tokens_to_add() + 1) and self._is_of_two(text)
+        messages, tools, wanted = self._talk(conversation)
+        everything, marked = self.train_on == "all", self._is_marked(tools)
+        rendered = self._render(messages, tools)
+        text = rendered.text
+        if not self._fits(text) or ((everything or marked) and not all(wanted)):
+            return False
+        if everything:
+            return self._is_of_two(text)
+        if marked:
+            return any(self._keeps_a_token(text, *span, self.tokenizer.eos_token or "") for span in rendered.generated)
+        turns = [i for i, w in zip(_of_assistant(messages), wanted, strict=True) if w]
+        # The last one, as `encode` does; it may be cut off, and the first one not.
+        for i in dict.fromkeys([turns[-1], turns[0]]):
+            if (span := self._span(text, messages, i, tools)) and self._keeps_a_token(text, *span, self._frame[1]):
+                return True
+        return False
+
+    @cached_property
+    def _bounds(self) -> TokenBounds | None:
+        return TokenBounds.of(self.tokenizer)
+
+    def _fits(self, text: str, more: int = 0) -> bool:
+        """Whether the text's length is surely no reason to reject it."""
+        assert self._bounds is not None
+        most = self._bounds.most(text)
+        return most is not None and (self.truncation != "reject" or most + more <= self.prompt.max_length)
+
+    def _is_of_two(self, text: str) -> bool:
+        """Whether the text surely makes two tokens: one that is predicted."""
+        assert self._bounds is not None
+        longest = self._bounds.longest
+        return longest is not None and len(text) > longest and self._bounds.covers(text[: longest + 1])
+
+    def _keeps_a_token(self, text: str, start: int, end: int, mark: str) -> bool:
+        """Whether a whole token of text[start:end], and not the text's first one, is surely left after truncation.
+
+        `mark` is what ends a turn.
+        """
+        bounds, left = self._bounds, self.truncation == "left"
+        assert bounds is not None
+
+        def is_kept(start: int, end: int) -> bool:
+            most = bounds.most(text[start:] if left else text[:end])
+            return most is not None and most <= self.prompt.max_length
+
+        if bounds.stands_alone(mark) and text.endswith(mark, start, end) and bounds.covers(text[:1]):
+            begins = end - len(mark)
+            if begins > 0 and is_kept(begins, end):
+                return True
+        if bounds.longest is None or end - start < 3 * bounds.longest:
+            return False
+        # In so many characters there are two whole tokens, of which the second isn't the text's first.
+        start, end = (end - 3 * bounds.longest, end) if left else (start, start + 3 * bounds.longest)
+        return bounds.covers(text[start:end]) and is_kept(start, end)
 
     def _talk(self, conversation: Conversation) -> tuple[list[Message], Sequence[Any] | None, list[bool]]:
         """The messages as the template gets them, the tools, and of each assistant turn whether it carries loss."""
@@ -138,9 +210,9 @@ class ChatTokenizer:
         return PROBE["system"] in self._probe("system", "user", "assistant")
 
     @cached_property
-    def _frame(self) -> tuple[str, str]:
-        """What a template puts around the last answer only: before it, in its turn (Qwen 3's empty thinking), and after the
-        end-of-turn token (a line end, Phi 3's end of sequence)."""
+    def _frame(self) -> tuple[str, str, str]:
+        """What a template puts around answers: before the last one only, in its turn (Qwen 3's empty thinking); the end-of-turn
+        token; after that one, of the last only (a line end, Phi 3's end of sequence)."""
         opening, prompt = self._probe("user", "assistant"), self._probe("user", prompt=True)
         if opening and PROBE["assistant"] not in opening:  # such as a vision model's, which looks for parts
             raise _at_fault(
@@ -154,7 +226,7 @@ class ChatTokenizer:
         # In whole tokens: `<|end|>\n` is common to `<|end|>\n<|endoftext|>` and `<|end|>\n<|user|>`.
         edges = self.tokenizer(last, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         end = last[: max((end for _, end in edges if end <= common), default=0)].rstrip() or last.rstrip()
-        return head, last[len(end) :]
+        return head, end, last[len(end) :]
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
         """With prompt.system where there is none; where the template takes none, it opens the first user turn."""
@@ -235,7 +307,7 @@ class ChatTokenizer:
 
         None where the template shows it otherwise than it was said. Raises DatasetError if it does so with the last one.
         """
-        head, layout = self._frame
+        head, _, layout = self._frame
         is_last = i == len(messages) - 1
         try:
             before = self._render(messages[:i], tools, prompt=True).text
