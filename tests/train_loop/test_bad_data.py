@@ -6,14 +6,17 @@ import io
 import json
 import random
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 from pyarrow.fs import LocalFileSystem
 
-from train_loop.data import lines, parts
-from train_loop.data.prepare import MAX_LISTED, prepare_local
+from train_loop.data import lines, parts, prepare
+from train_loop.data.prepare import MAX_LISTED, BlockSummary, Reject, prepare_local, with_first_rejects
 from train_loop.data.sources import find_files
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import DatasetError
@@ -271,7 +274,8 @@ def outcome(folder, tokenizer, name, data, *, max_length=512, lazy=True):
     except DatasetError as error:
         return error.code
     rejected = [json.loads(line) for line in (folder / "run/rejected.jsonl").read_bytes().split(b"\n")[:-1]]
-    assert prepared.num_rejected == len(rejected) or len(rejected) >= MAX_LISTED
+    more = rejected.pop()["more"] if rejected and "more" in rejected[-1] else 0
+    assert prepared.num_rejected == len(rejected) + more
     return prepared.num_rows, [(r["line"], r["reason"]) for r in rejected]
 
 
@@ -324,3 +328,28 @@ def test_a_file_that_is_all_wrong_is_counted_in_full_and_listed_in_part(tmp_path
     kept, listed = outcome(tmp_path, tokenizer, "f.jsonl", b"{}\n" * 30_000 + JSONL)
     assert kept == 3
     assert [number for number, _ in listed] == [*range(1, MAX_LISTED + 1), *range(20_001, 20_001 + MAX_LISTED)]
+
+
+@given(
+    st.lists(st.integers(0, 6), min_size=1, max_size=8).flatmap(lambda n: st.permutations(list(enumerate(n)))),
+    st.integers(1, 20),
+)
+def test_the_first_rejected_rows_are_listed_however_their_blocks_come(blocks, limit):
+    def summary(part, count):
+        rejects = [Reject(line, f"part {part}", "") for line in range(1, count + 1)]
+        return BlockSummary(part, 0, 0, count, 0, count, np.empty(0), np.empty(0), rejects, b"")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "MAX_LISTED_IN_ALL", limit)
+        found = with_first_rejects(summary(*block) for block in blocks)
+    everything = [(part, line) for part, count in sorted(blocks) for line in range(1, count + 1)]
+    held = [(s.part, r.line) for s in found for r in s.rejects]
+    assert held == everything[:limit]
+    assert [s.part for s in found] == sorted(part for part, _ in blocks)
+
+
+def test_what_is_not_listed_is_counted_on_the_last_line(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(prepare, "MAX_LISTED_IN_ALL", 1_500)
+    kept, listed = outcome(tmp_path, tokenizer, "f.jsonl", b"{}\n" * 30_000 + JSONL)
+    assert (kept, len(listed)) == (3, 1_500)
+    assert json.loads((tmp_path / "run/rejected.jsonl").read_text().splitlines()[-1]) == {"more": 28_500}

@@ -78,7 +78,7 @@ def prepare_with_ray(
     done = ray.data.read_datasource(
         PreparedParts(parts, prepare), override_num_blocks=len(parts), ray_remote_args={"num_cpus": num_cpus_per_task}
     )
-    found = [summary for row in done.iter_rows() for summary in cloudpickle.loads(row["summaries"])]
+    found = (summary for row in done.iter_rows() for summary in cloudpickle.loads(row["summaries"]))
     return finish(spec, files, found, open_storage(), run_path)
 
 

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from heapq import heappop, heappush
 from importlib.metadata import version
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,9 @@ INDEX = "index.json"  # written last
 REJECTED = "rejected.jsonl"
 EXCERPT_CHARS = 200
 MAX_EVAL_LINES = 10_000
-MAX_LISTED = 1_000  # rejected rows of a block: a file that is all wrong mustn't fill the memory
+# Rejected rows that are listed, of a block and in all: files that are all wrong mustn't fill the memory.
+MAX_LISTED = 1_000
+MAX_LISTED_IN_ALL = 100_000
 LAYOUT = 2  # of shards and index; part of the key
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 TRAIN_PLACE, EVAL_PLACE = 0.25, 0.75  # of rows whose file says which split they are of
@@ -73,7 +76,7 @@ class BlockSummary:
     num_rejected: int
     lines: np.ndarray
     places: np.ndarray
-    rejects: list[Reject]  # the first MAX_LISTED
+    rejects: list[Reject]  # the first ones
     sha256: bytes
     shard: ShardInfo | None = None
 
@@ -170,6 +173,27 @@ def _first_lines(ordered: Sequence[BlockSummary]) -> list[int]:
         starts.append(seen.get(s.file_index, 0))
         seen[s.file_index] = starts[-1] + s.num_lines
     return starts
+
+
+def with_first_rejects(summaries: Iterable[BlockSummary]) -> list[BlockSummary]:
+    """The summaries in order, with the first MAX_LISTED_IN_ALL rejects of all; never more of them are held, however they come."""
+    kept: dict[tuple[int, int], BlockSummary] = {}
+    last_first: list[tuple[int, int]] = []  # blocks with rejects
+    listed = 0
+    for summary in summaries:
+        kept[summary.part, summary.block] = summary
+        if summary.rejects:
+            heappush(last_first, (-summary.part, -summary.block))
+        listed += len(summary.rejects)
+        while listed > MAX_LISTED_IN_ALL:
+            part, block = last_first[0]
+            last = kept[-part, -block]
+            left = last.rejects[: max(0, len(last.rejects) - (listed - MAX_LISTED_IN_ALL))]
+            listed -= len(last.rejects) - len(left)
+            kept[-part, -block] = replace(last, rejects=left)
+            if not left:
+                heappop(last_first)
+    return [kept[key] for key in sorted(kept)]
 
 
 def rejected_lines(files: Sequence[SourceFile], ordered: Sequence[BlockSummary]) -> list[dict[str, Any]]:
@@ -283,9 +307,11 @@ def finish(
     spec: JobSpec, files: Sequence[SourceFile], summaries: Iterable[BlockSummary], storage: FileSystem, run_path: str
 ) -> PreparedDataset:
     """Write rejected.jsonl, assemble, and write data/index.json into the run's folder. Raises DatasetError."""
-    ordered = sorted(summaries, key=lambda s: (s.part, s.block))
+    ordered = with_first_rejects(summaries)
     rejected = rejected_lines(files, ordered)
     lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected)
+    if more := sum(s.num_rejected for s in ordered) - len(rejected):
+        lines += json.dumps({"more": more}) + "\n"
     write_bytes(storage, f"{run_path}/{REJECTED}", lines.encode(errors="replace"))
     prepared = assemble(spec, files, ordered, rejected)
     write_bytes(storage, f"{run_path}/data/{INDEX}", prepared.to_json().encode())
