@@ -247,7 +247,7 @@ FILES = {
 }
 
 
-def outcome(folder, tokenizer, name, data, *, max_length=512, lazy=True):
+def outcome(folder, tokenizer, name, data, *, max_length=512, lazy=True, limit=1.0):
     """(rows kept, [(line, reason)] of the others), or the error's code."""
     dataset_type = name.split(".")[1]
     (folder / name).write_bytes(data)
@@ -256,7 +256,7 @@ def outcome(folder, tokenizer, name, data, *, max_length=512, lazy=True):
         "experiment_name": "x",
         "model_details": {"base_model": "a/b"},
         "dataset_config": {
-            "preprocessing": {"max_reject_ratio": 1.0, "lazy_tokenize": lazy, "prompt": {"max_length": max_length}},
+            "preprocessing": {"max_reject_ratio": limit, "lazy_tokenize": lazy, "prompt": {"max_length": max_length}},
             "split": {"type": "none"},
         },
         "dataset_details": {
@@ -353,3 +353,48 @@ def test_what_is_not_listed_is_counted_on_the_last_line(tmp_path, tokenizer, mon
     kept, listed = outcome(tmp_path, tokenizer, "f.jsonl", b"{}\n" * 30_000 + JSONL)
     assert (kept, len(listed)) == (3, 1_500)
     assert json.loads((tmp_path / "run/rejected.jsonl").read_text().splitlines()[-1]) == {"more": 28_500}
+
+
+def many(count):
+    """Rows of different lengths that gzip can't shorten much."""
+    drawn = random.Random(1)
+    return [turns(("human", "Hi"), ("gpt", drawn.randbytes(drawn.randrange(20, 200)).hex())) for _ in range(count)]
+
+
+def lost_half(name):
+    """A file of 1,000 rows whose second half can't be read, and the reason."""
+    made = many(1000)
+    half = b"[" + b", ".join(made[:500])
+    if name == "an open string":
+        return (
+            "f.json",
+            half + b', {"x": "' + b", ".join(m.replace(b'"', b"'") for m in made[500:]) + b"]",
+            "the file ends within",
+        )
+    if name == "two arrays":
+        return "f.json", half + b"]\n[" + b", ".join(made[500:]) + b"]", "more text after the end"
+    if name == "a brace":
+        return "f.json", half + b"}, " + b", ".join(made[500:]) + b"]", "the array is closed by }"
+    text = b"[" + b", ".join(made) + b"]" if "array" in name else b"\n".join(made)
+    suffix = "json" if "array" in name else "jsonl"
+    if "zstd" in name:
+        data = b"".join(zstandard.compress(text[i : i + 4000]) for i in range(0, len(text), 4000))
+        return f"f.{suffix}.zst", data[: len(data) // 2] + b"\0" * (len(data) // 2), "the zstd data is damaged"
+    data = gzip.compress(text, mtime=0)
+    return f"f.{suffix}.gz", data[: len(data) // 2] + b"\xff" * (len(data) // 2), "the "  # read as noise, or damaged
+
+
+@pytest.mark.parametrize("name", ["an open string", "two arrays", "a brace", "gzip", "zstd", "a gzip array"])
+def test_half_a_file_is_not_lost_for_one_row(tmp_path, tokenizer, name):
+    file, data, reason = lost_half(name)
+    for limit, passes in ((0.01, False), (0.4, False), (0.6, True)):
+        found = outcome(tmp_path, tokenizer, file, data, limit=limit)
+        assert (found != "too_many_rejects") is passes
+    assert 400 < found[0] < 600
+    assert [said.startswith(reason) for _, said in found[1]] == [True]
+
+
+@pytest.mark.parametrize("suffix", [b"", b", " + GOOD[:40]])
+def test_a_file_that_is_cut_off_at_its_end_has_lost_a_row(tmp_path, tokenizer, suffix):
+    kept, rejected = outcome(tmp_path, tokenizer, "f.json", b"[" + b", ".join(many(1000)) + suffix, limit=0.01)
+    assert (kept, [line for line, _ in rejected]) == (1000, [1001])

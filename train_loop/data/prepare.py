@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from heapq import heappop, heappush
@@ -78,6 +79,7 @@ class BlockSummary:
     places: np.ndarray
     rejects: list[Reject]  # the first ones
     sha256: bytes
+    lost: float = 0.0  # share of the file from here on, where it breaks off
     shard: ShardInfo | None = None
 
 
@@ -134,6 +136,7 @@ def parse_block(
         places=np.array(columns["u"], np.float64),
         rejects=rejects,
         sha256=digest.digest(),
+        lost=max((line.lost for line in lines), default=0.0),
     )
 
 
@@ -259,15 +262,25 @@ def _check_rejects(
                 code="no_usable_rows",
             )
     num_rejected, num_rows = sum(s.num_rejected for s in ordered), sum(s.num_lines - s.num_blank for s in ordered)
-    limit = spec.dataset_config.preprocessing.max_reject_ratio
-    if num_rejected > limit * num_rows:
+    limit, lost = spec.dataset_config.preprocessing.max_reject_ratio, sum(_rows_lost(ordered).values())
+    if num_rejected + lost > limit * (num_rows + lost):
+        tail = f", and about {lost} more are lost" if lost else ""
         raise DatasetError(
             f"{num_rejected} of {num_rows} rows of {spec.dataset_details.dataset_path} can't be used "
-            f"({_first_reasons(rejected, kind)}), more than dataset_config.preprocessing.max_reject_ratio = {limit:g} allows: "
-            "mend the rows or raise it.",
+            f"({_first_reasons(rejected, kind)}){tail}, more than "
+            f"dataset_config.preprocessing.max_reject_ratio = {limit:g} allows: mend the rows or raise it.",
             field="dataset_config.preprocessing.max_reject_ratio",
             code="too_many_rejects",
         )
+
+
+def _rows_lost(ordered: Sequence[BlockSummary]) -> dict[int, int]:
+    """By file, about how many rows are lost where it breaks off, besides the one that is rejected for it: as many to a byte as
+    before."""
+    rows: Counter[int] = Counter()
+    for s in ordered:
+        rows[s.file_index] += s.num_lines - s.num_blank
+    return {s.file_index: max(0, round((rows[s.file_index] - 1) * s.lost / (1 - s.lost)) - 1) for s in ordered if 0 < s.lost < 1}
 
 
 def _first_reasons(rejected: list[dict[str, Any]], kind: str) -> str:
