@@ -178,6 +178,20 @@ def test_the_prompt_of_every_answer_is_what_inference_renders(family):
         assert sample.labels[len(prompt) - 1] == -100
 
 
+@only(*(f.name for f in FAMILIES if f.has_tools))
+def test_the_prompt_is_what_inference_renders_also_with_tools_and_a_system_message(family):
+    opening = [{"role": "system", "content": "Be brief."}] if family.has_system else []
+    talk = [*opening, *TOOL_TALK["messages"]]
+    sample = encode(family, talk, tools=TOOLS)
+    for i in (i for i, m in enumerate(talk) if m["role"] == "assistant"):
+        prompt = family.tokenizer.apply_chat_template(talk[:i], tools=TOOLS, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+        assert sample.input_ids[: len(prompt)].tolist() == prompt
+        assert sample.labels[len(prompt)] != -100
+        assert sample.labels[len(prompt) - 1] == -100
+
+
 def test_there_is_one_beginning_of_sequence(family):
     ids = encode(family).input_ids.tolist()
     assert ids[:2] != [ids[0], ids[0]]

@@ -5,6 +5,7 @@ import re
 import shutil
 import threading
 
+import psutil
 import pytest
 from pyarrow.fs import LocalFileSystem
 
@@ -207,3 +208,35 @@ def test_no_thread_outlives_a_streamed_run(local_job, launch):
         if thread.name.startswith("rows"):
             thread.join(30)
             assert not thread.is_alive()
+
+
+def test_rows_of_the_test_share_are_neither_trained_nor_evaluated_on(local_job, tmp_path, launch, monkeypatch):
+    """Those that a run reads are all others: a streamed row that nobody asks for may be anything by then."""
+    split = {"dataset_config.split.ratios": [0.6, 0.2, 0.2], f"{HP}.max_steps": 20, f"{PRE}.streaming": True}
+    job = short(local_job, split)
+    manifest = launch(job, "whole")
+    counts = manifest["dataset"]["split"]
+    assert sum(counts.values()) == len(ROWS)
+    assert all(counts[name] > 0 for name in ("train", "eval", "test"))
+    read = set()
+    original = RowReader.read
+    monkeypatch.setattr(
+        RowReader, "read", lambda self, file, offset, size: read.add(offset) or original(self, file, offset, size)
+    )
+    launch(job, "again")
+    assert len(read) == counts["train"] + counts["eval"]
+    assert adapter(tmp_path / "again") == adapter(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_are_tokenised_in_as_many_processes_as_asked(local_job, launch, workers):
+    class Family(Watcher):
+        most = 0
+
+        def on_progress(self, progress):
+            super().on_progress(progress)
+            self.most = max(self.most, len(psutil.Process().children()))
+
+    monitor, before = Family(), len(psutil.Process().children())
+    launch(short(local_job, {f"{HP}.dataloader_num_workers": workers}), "run", monitor)
+    assert monitor.most - before == workers
