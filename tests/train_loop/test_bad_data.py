@@ -5,6 +5,8 @@ import gzip
 import io
 import json
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow.fs import LocalFileSystem
 
+from tests.conftest import TINY
 from train_loop.data import lines, parts, prepare
 from train_loop.data.prepare import MAX_LISTED, BlockSummary, Reject, prepare_local, with_first_rejects
 from train_loop.data.sources import find_files
@@ -247,10 +250,8 @@ FILES = {
 }
 
 
-def outcome(folder, tokenizer, name, data, *, max_length=512, lazy=True, limit=1.0):
-    """(rows kept, [(line, reason)] of the others), or the error's code."""
-    dataset_type = name.split(".")[1]
-    (folder / name).write_bytes(data)
+def malformed_job(path, *, max_length=512, lazy=True, limit=1.0):
+    """A job on the file, of the type that its name says."""
     job = {
         "org": "0bf00b43-430a-4ca3-a8b3-b13cc8dc6d4f",
         "experiment_name": "x",
@@ -260,23 +261,35 @@ def outcome(folder, tokenizer, name, data, *, max_length=512, lazy=True, limit=1
             "split": {"type": "none"},
         },
         "dataset_details": {
-            "dataset_path": str(folder / name),
-            "dataset_type": dataset_type,
+            "dataset_path": str(path),
+            "dataset_type": path.name.split(".")[1],
             "source_type": "local",
             "ownership": "public",
         },
         "infra_config": {"gpu_type": "cpu"},
     }
-    spec = JobSpec.model_validate(job)
+    return JobSpec.model_validate(job)
+
+
+def outcome(folder, tokenizer, name, data, **options):
+    """(rows kept, [(line, reason)] of the others), or the error's code."""
+    (folder / name).write_bytes(data)
+    spec = malformed_job(folder / name, **options)
     chat = ChatTokenizer.of(spec, tokenizer)
     try:
         prepared = prepare_local(spec, LOCAL, find_files(spec, LOCAL), LOCAL, str(folder / "run"), chat)
     except DatasetError as error:
         return error.code
-    rejected = [json.loads(line) for line in (folder / "run/rejected.jsonl").read_bytes().split(b"\n")[:-1]]
-    more = rejected.pop()["more"] if rejected and "more" in rejected[-1] else 0
-    assert prepared.num_rejected == len(rejected) + more
-    return prepared.num_rows, [(r["line"], r["reason"]) for r in rejected]
+    more = prepared.num_rejected - len(listed(folder / "run"))
+    last = (folder / "run/rejected.jsonl").read_text().splitlines()[-1:]
+    assert (json.loads(*last).get("more", 0) if last else 0) == more
+    return prepared.num_rows, listed(folder / "run")
+
+
+def listed(run):
+    """(line, reason) of the rejected rows that a run lists."""
+    found = [json.loads(line) for line in (run / "rejected.jsonl").read_bytes().split(b"\n")[:-1]]
+    return [(r["line"], r["reason"]) for r in found if "line" in r]
 
 
 def outcome_in_any_parts(folder, tokenizer, monkeypatch, name, data):
@@ -325,9 +338,9 @@ def test_rows_without_a_token_to_learn_are_rejected_where_they_are(tmp_path, tok
 
 
 def test_a_file_that_is_all_wrong_is_counted_in_full_and_listed_in_part(tmp_path, tokenizer):
-    kept, listed = outcome(tmp_path, tokenizer, "f.jsonl", b"{}\n" * 30_000 + JSONL)
+    kept, shown = outcome(tmp_path, tokenizer, "f.jsonl", b"{}\n" * 30_000 + JSONL)
     assert kept == 3
-    assert [number for number, _ in listed] == [*range(1, MAX_LISTED + 1), *range(20_001, 20_001 + MAX_LISTED)]
+    assert [number for number, _ in shown] == [*range(1, MAX_LISTED + 1), *range(20_001, 20_001 + MAX_LISTED)]
 
 
 @given(
@@ -350,8 +363,8 @@ def test_the_first_rejected_rows_are_listed_however_their_blocks_come(blocks, li
 
 def test_what_is_not_listed_is_counted_on_the_last_line(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(prepare, "MAX_LISTED_IN_ALL", 1_500)
-    kept, listed = outcome(tmp_path, tokenizer, "f.jsonl", b"{}\n" * 30_000 + JSONL)
-    assert (kept, len(listed)) == (3, 1_500)
+    kept, shown = outcome(tmp_path, tokenizer, "f.jsonl", b"{}\n" * 30_000 + JSONL)
+    assert (kept, len(shown)) == (3, 1_500)
     assert json.loads((tmp_path / "run/rejected.jsonl").read_text().splitlines()[-1]) == {"more": 28_500}
 
 
@@ -398,3 +411,41 @@ def test_half_a_file_is_not_lost_for_one_row(tmp_path, tokenizer, name):
 def test_a_file_that_is_cut_off_at_its_end_has_lost_a_row(tmp_path, tokenizer, suffix):
     kept, rejected = outcome(tmp_path, tokenizer, "f.json", b"[" + b", ".join(many(1000)) + suffix, limit=0.01)
     assert (kept, [line for line, _ in rejected]) == (1000, [1001])
+
+
+GIGABYTE_LINE = """
+import json, os, resource, sys
+from pathlib import Path
+from pyarrow.fs import LocalFileSystem
+from train_loop.data.prepare import prepare_local
+from train_loop.data.sources import find_files
+from train_loop.data.tokenize import ChatTokenizer
+from train_loop.model.load import load_tokenizer
+from train_loop.spec import JobSpec
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+spec, local = JobSpec.model_validate_json(sys.argv[1]), LocalFileSystem()
+chat = ChatTokenizer.of(spec, load_tokenizer(Path(sys.argv[2])))
+before = peak()
+prepared = prepare_local(spec, local, find_files(spec, local), local, sys.argv[3], chat)
+print(json.dumps([prepared.num_rows, prepared.num_rejected, peak() - before]))
+"""
+
+
+def test_a_line_of_a_gigabyte_is_rejected_in_bounded_memory(local_job, tmp_path, mirror):
+    path = tmp_path / "long.jsonl"
+    with path.open("wb") as file:
+        file.write(JSONL)
+        file.truncate(len(JSONL) + (1 << 30) + 1)  # zeros, which take no disk
+        file.seek(0, 2)
+        file.write(b"\n" + JSONL)
+    changes = {"dataset_details.dataset_path": str(path), "dataset_config.preprocessing.max_reject_ratio": 0.5}
+    spec = JobSpec.model_validate(local_job(changes))
+    arguments = [sys.executable, "-c", GIGABYTE_LINE, spec.model_dump_json(), str(mirror / TINY), str(tmp_path / "run")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=300)
+    kept, rejected, grown_bytes = json.loads(done.stdout.splitlines()[-1])
+    assert (kept, rejected) == (6, 1)
+    assert grown_bytes < 400 << 20
+    assert listed(tmp_path / "run") == [(4, "the row is longer than 64 MiB")]
