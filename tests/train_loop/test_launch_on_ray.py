@@ -19,12 +19,14 @@ from pyarrow.fs import LocalFileSystem
 from ray.cluster_utils import Cluster
 
 from tests.conftest import TINY, rows
+from tests.train_loop.test_bad_data import FILES, HTML, JSONL, listed, malformed_job, outcome
 from train_loop.data import parts
 from train_loop.data.pipeline import prepare_with_ray
 from train_loop.data.prepare import prepare_local
 from train_loop.data.sources import find_files
 from train_loop.data.tokenize import ChatTokenizer
-from train_loop.errors import Cause, ModelError, RunFault, Stopped
+from train_loop.errors import Cause, DatasetError, ModelError, RunFault, Stopped
+from train_loop.faults import classified
 from train_loop.launch import ActorMonitor, Placement, launch
 from train_loop.model.load import load_tokenizer
 from train_loop.run_files import Keys, RunFiles
@@ -209,6 +211,37 @@ def test_a_notice_saves_a_checkpoint_at_once_and_the_attempt_ends_as_preempted(c
     assert told.startswith("the machine of worker 0 will be taken back by ")
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == [f"step-{step:08d}"]
     assert ray.get(monitor.seen.remote())[0] > step  # it went on
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["HTML", "a bad line in gzip", "damaged zstd", "a bad element", "an array cut in a row", "Parquet with bad text", "noise"],
+)
+def test_malformed_files_end_on_ray_as_in_one_process(cluster, tmp_path, tokenizer, monkeypatch, file):
+    monkeypatch.setattr(parts, "RANGE_BYTES", 500)
+    name, data = ("f.jsonl", HTML * 3 + JSONL) if file == "HTML" else FILES[file][:2]
+    expected = outcome(tmp_path, tokenizer, name, data)
+    spec, local = malformed_job(tmp_path / name), LocalFileSystem()
+    chat = ChatTokenizer.of(spec, tokenizer)
+
+    def prepare():
+        with classified(spec):
+            return prepare_with_ray(
+                spec,
+                find_files(spec, local),
+                open_source=LocalFileSystem,
+                open_storage=LocalFileSystem,
+                run_path=str(tmp_path / "on-ray"),
+                load_tokenizer=lambda: chat,
+                num_cpus_per_task=1,
+            )
+
+    if isinstance(expected, str):
+        with pytest.raises(DatasetError) as caught:
+            prepare()
+        assert caught.value.code == expected
+    else:
+        assert (prepare().num_rows, listed(tmp_path / "on-ray")) == expected
 
 
 def test_rows_prepared_in_parallel_are_those_prepared_one_by_one(cluster, local_job, tmp_path, mirror, monkeypatch):
