@@ -1,6 +1,7 @@
 import gzip
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -137,6 +138,19 @@ def test_storage_errors_say_what_to_mend_and_no_key(bucket, path, changes, code)
     assert caught.value.code == code
     assert bucket.secret_access_key not in caught.value.message + repr(keys)
     assert bucket.access_key_id not in caught.value.message + repr(keys)
+
+
+def test_a_file_replaced_by_one_of_its_size_and_time_is_another(bucket):
+    keys = Credentials(bucket.access_key_id, bucket.secret_access_key, endpoint_url=bucket.endpoint_url)
+    uri = "s3://tuneyard/replaced.jsonl"
+    filesystem, _ = filesystem_for(uri, keys)
+    spec = JobSpec.model_validate(with_fields(DOCUMENTED, {"dataset_details.dataset_path": uri}))
+    found = []
+    for body in (b'{"a": 1}', b'{"a": 2}', b'{"a": 1}'):
+        bucket.client().put_object(Bucket="tuneyard", Key="replaced.jsonl", Body=body)
+        (file,) = find_files(spec, filesystem)
+        found.append(replace(file, modified=""))
+    assert found[0] == found[2] != found[1]
 
 
 def write_types(folder, made):
