@@ -1,7 +1,7 @@
 """Memory and speed of the preparation of a large dataset: `python -m benchmarks.preparation --gib 5`.
 
-The rows are generated, of many lengths. Each case prepares it in a process of its own (no Ray,
-tokens left to the workers) and reads that one's peak resident memory.
+The rows are generated, of many lengths. Each case prepares it in a process of its own (no Ray, tokens left to the workers, so
+that they are made only of rows whose text doesn't show whether they are usable) and reads that one's peak resident memory.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ORG = "0bf00b43-430a-4ca3-a8b3-b13cc8dc6d4f"
+TINY = "tuneyard/tiny-random-llama"
 SUFFIXES = {"jsonl": ".jsonl", "jsonl.gz": ".jsonl.gz", "json": ".json"}
 
 
@@ -48,18 +49,20 @@ def write(path: Path, kind: str, num_bytes: int) -> int:
     return size
 
 
-def prepare(path: str, kind: str) -> dict[str, Any]:
+def prepare(path: str, kind: str, mirror: str) -> dict[str, Any]:
     """Prepare the file in this process: rows, seconds, peak bytes before and after."""
     from pyarrow.fs import LocalFileSystem
 
     from train_loop.data.prepare import prepare_local
     from train_loop.data.sources import find_files
+    from train_loop.data.tokenize import ChatTokenizer
+    from train_loop.model.load import load_tokenizer
     from train_loop.spec import JobSpec
 
     job = {
         "org": ORG,
         "experiment_name": "preparation",
-        "model_details": {"base_model": "a/b"},
+        "model_details": {"base_model": TINY},
         "dataset_details": {
             "dataset_path": path,
             "dataset_type": kind.partition(".")[0],
@@ -69,10 +72,11 @@ def prepare(path: str, kind: str) -> dict[str, Any]:
         "infra_config": {"gpu_type": "cpu"},
     }
     spec, local = JobSpec.model_validate(job), LocalFileSystem()
+    chat = ChatTokenizer.of(spec, load_tokenizer(Path(mirror, TINY)))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=Path(path).parent) as run:
-        prepared = prepare_local(spec, local, find_files(spec, local), local, run, None)
+        prepared = prepare_local(spec, local, find_files(spec, local), local, run, chat)
     return {
         "rows": prepared.num_rows,
         "rejected": prepared.num_rejected,
@@ -87,7 +91,8 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=1.0, help="size of the dataset, uncompressed")
     parser.add_argument("--kinds", nargs="*", default=list(SUFFIXES), choices=list(SUFFIXES))
     parser.add_argument("--folder", help="where the files go; default a temporary folder")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--mirror", default=str(Path.home() / ".tuneyard/models"), help="of the model that has the tokenizer")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(prepare(*args.child)))
@@ -97,7 +102,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             path = Path(folder, f"rows{SUFFIXES[kind]}")
             size = write(path, kind, int(args.gib * 2**30))
-            command = [sys.executable, "-m", "benchmarks.preparation", "--child", str(path), kind]
+            command = [sys.executable, "-m", "benchmarks.preparation", "--child", str(path), kind, args.mirror]
             found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         peak, before = found["peak_bytes"] / 2**20, found["before_bytes"] / 2**20
         rate = size / 2**20 / found["seconds"]

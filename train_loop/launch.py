@@ -144,8 +144,7 @@ def launch_local(spec: JobSpec, request_id: str, files: RunFiles, monitor: Monit
     storage, run_path = files.storage()
 
     def prepare(source: FileSystem, found: list[SourceFile], run_path: str) -> PreparedDataset:
-        chat = None if spec.dataset_config.preprocessing.lazy_tokenize else _chat_tokenizer(spec, files)
-        return prepare_local(spec, source, found, storage, run_path, chat)
+        return prepare_local(spec, source, found, storage, run_path, _chat_tokenizer(spec, files))
 
     def train(prepared: PreparedDataset) -> Mapping[str, Any]:
         with (
@@ -210,9 +209,7 @@ def _attempt(
 
 
 def _cache_key(spec: JobSpec, found: list[SourceFile], files: RunFiles) -> str:
-    lazy = spec.dataset_config.preprocessing.lazy_tokenize
-    tokenizer = None if lazy else model_folder(spec.model_details, files.models(spec), weights=False)
-    return cache_key(preparation_key(spec, found), tokenizer)
+    return cache_key(preparation_key(spec, found), model_folder(spec.model_details, files.models(spec), weights=False))
 
 
 def _is_there(storage: FileSystem, run_path: str, outcome: Mapping[str, Any]) -> bool:
@@ -238,14 +235,13 @@ def _prepare_on_ray(
 ) -> PreparedDataset:
     from train_loop.data.pipeline import prepare_with_ray
 
-    eager = not spec.dataset_config.preprocessing.lazy_tokenize
     return prepare_with_ray(
         spec,
         found,
         open_source=lambda: files.source(spec),
         open_storage=lambda: files.storage()[0],
         run_path=run_path,
-        load_tokenizer=(lambda: _chat_tokenizer(spec, files)) if eager else None,
+        load_tokenizer=lambda: _chat_tokenizer(spec, files),
         num_cpus_per_task=placement.data_cpus,
     )
 

@@ -75,3 +75,47 @@ def test_plain_transformers_and_peft_take_the_same_steps(ours, mirror):
         optimizer.zero_grad()
         losses.append(total.item() / count)
     same(folder, losses, model)
+
+
+def test_trl_takes_the_same_steps(ours, mirror, tmp_path):
+    """One process and no accumulation: then TRL's loss of a step, too, is the mean over the supervised tokens of its batch."""
+    from datasets import Dataset
+    from torch.utils.data import DataLoader
+    from trl import SFTConfig, SFTTrainer
+
+    folder, spec, batches = ours
+    hp = spec.train_config.hyperparameters
+    as_lists = [[{"input_ids": s.input_ids.tolist(), "labels": s.labels.tolist()} for s in batch] for batch in batches]
+
+    class InOurOrder(SFTTrainer):
+        def get_train_dataloader(self):
+            return DataLoader(as_lists, batch_size=None, collate_fn=self.data_collator)  # an epoch's last batch is smaller
+
+    model = model_with_adapter(mirror, spec)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1.0, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: learning_rate(hp, done + 1, STEPS))
+    arguments = SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=STEPS,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        max_grad_norm=1.0,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        packing=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        seed=hp.seed,
+    )
+    trainer = InOurOrder(
+        model,
+        arguments,
+        train_dataset=Dataset.from_list([row for batch in as_lists for row in batch]),
+        processing_class=load_tokenizer(mirror / TINY),
+        optimizers=(optimizer, schedule),
+    )
+    trainer.train()
+    same(folder, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], model)

@@ -5,16 +5,23 @@ import gzip
 import io
 import json
 import random
+import subprocess
+import sys
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 from pyarrow.fs import LocalFileSystem
 
-from train_loop.data import lines, parts
-from train_loop.data.prepare import MAX_LISTED, prepare_local
+from tests.conftest import TINY
+from train_loop.data import lines, parts, prepare
+from train_loop.data.prepare import MAX_LISTED, BlockSummary, Reject, prepare_local, with_first_rejects
 from train_loop.data.sources import find_files
+from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import DatasetError
 from train_loop.spec import JobSpec
 
@@ -243,37 +250,49 @@ FILES = {
 }
 
 
-def outcome(folder, name, data, chat=None):
-    """(rows kept, [(line, reason)] of the others), or the error's code."""
-    dataset_type = name.split(".")[1]
-    (folder / name).write_bytes(data)
+def malformed_job(path, *, max_length=512, lazy=True, limit=1.0):
+    """A job on the file, of the type that its name says."""
     job = {
         "org": "0bf00b43-430a-4ca3-a8b3-b13cc8dc6d4f",
         "experiment_name": "x",
         "model_details": {"base_model": "a/b"},
         "dataset_config": {
-            "preprocessing": {"max_reject_ratio": 1.0, "lazy_tokenize": chat is None, "prompt": {"max_length": 32}},
+            "preprocessing": {"max_reject_ratio": limit, "lazy_tokenize": lazy, "prompt": {"max_length": max_length}},
             "split": {"type": "none"},
         },
         "dataset_details": {
-            "dataset_path": str(folder / name),
-            "dataset_type": dataset_type,
+            "dataset_path": str(path),
+            "dataset_type": path.name.split(".")[1],
             "source_type": "local",
             "ownership": "public",
         },
         "infra_config": {"gpu_type": "cpu"},
     }
-    spec = JobSpec.model_validate(job)
+    return JobSpec.model_validate(job)
+
+
+def outcome(folder, tokenizer, name, data, **options):
+    """(rows kept, [(line, reason)] of the others), or the error's code."""
+    (folder / name).write_bytes(data)
+    spec = malformed_job(folder / name, **options)
+    chat = ChatTokenizer.of(spec, tokenizer)
     try:
         prepared = prepare_local(spec, LOCAL, find_files(spec, LOCAL), LOCAL, str(folder / "run"), chat)
     except DatasetError as error:
         return error.code
-    rejected = [json.loads(line) for line in (folder / "run/rejected.jsonl").read_bytes().split(b"\n")[:-1]]
-    assert prepared.num_rejected == len(rejected) or len(rejected) >= MAX_LISTED
-    return prepared.num_rows, [(r["line"], r["reason"]) for r in rejected]
+    more = prepared.num_rejected - len(listed(folder / "run"))
+    last = (folder / "run/rejected.jsonl").read_text().splitlines()[-1:]
+    assert (json.loads(*last).get("more", 0) if last else 0) == more
+    return prepared.num_rows, listed(folder / "run")
 
 
-def outcome_in_any_parts(folder, monkeypatch, name, data):
+def listed(run):
+    """(line, reason) of the rejected rows that a run lists."""
+    found = [json.loads(line) for line in (run / "rejected.jsonl").read_bytes().split(b"\n")[:-1]]
+    return [(r["line"], r["reason"]) for r in found if "line" in r]
+
+
+def outcome_in_any_parts(folder, tokenizer, monkeypatch, name, data):
     """The outcome, which must be one."""
     monkeypatch.setattr(lines, "MAX_LINE_BYTES", 1_000_000)
     sizes = [(16 << 20, 1 << 20), (len(data) // 3 + 1, len(data) // 7 + 1), (max(100, len(data) // 50), 64 + len(data) // 100)]
@@ -281,7 +300,7 @@ def outcome_in_any_parts(folder, monkeypatch, name, data):
     for part, chunk in sizes:
         monkeypatch.setattr(parts, "RANGE_BYTES", part)
         monkeypatch.setattr(lines, "CHUNK_BYTES", chunk)
-        found.append(outcome(folder, name, data))
+        found.append(outcome(folder, tokenizer, name, data))
     assert found[1:] == found[:-1]
     return found[0]
 
@@ -291,18 +310,18 @@ def test_the_corpus_is_large_enough():
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_a_bad_line_between_good_ones(tmp_path, monkeypatch, line):
+def test_a_bad_line_between_good_ones(tmp_path, tokenizer, monkeypatch, line):
     data, reason = LINES[line]
-    kept, rejected = outcome_in_any_parts(tmp_path, monkeypatch, "f.jsonl", GOOD + b"\n" + data + b"\n" + GOOD)
+    kept, rejected = outcome_in_any_parts(tmp_path, tokenizer, monkeypatch, "f.jsonl", GOOD + b"\n" + data + b"\n" + GOOD)
     assert kept == 2 + (reason is None)
     assert [number for number, _ in rejected] == ([2] if reason else [])
     assert all(said.startswith(reason) for _, said in rejected), rejected
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_bad_file(tmp_path, monkeypatch, file):
+def test_a_bad_file(tmp_path, tokenizer, monkeypatch, file):
     name, data, expected = FILES[file]
-    found = outcome_in_any_parts(tmp_path, monkeypatch, name, data)
+    found = outcome_in_any_parts(tmp_path, tokenizer, monkeypatch, name, data)
     if isinstance(expected, str) or isinstance(found, str):
         assert found == expected
         return
@@ -310,17 +329,123 @@ def test_a_bad_file(tmp_path, monkeypatch, file):
     assert all(said.startswith(reason) for (_, said), (_, reason) in zip(found[1], expected[1], strict=True)), found
 
 
-def test_rows_without_a_token_to_learn_are_rejected_where_they_are(tmp_path, tokenizer):
-    from train_loop.data.tokenize import ChatTokenizer
-    from train_loop.spec import Prompt
-
-    chat = ChatTokenizer(tokenizer, Prompt(max_length=32), "right", "assistant")
+@pytest.mark.parametrize("lazy", [True, False])
+def test_rows_without_a_token_to_learn_are_rejected_where_they_are(tmp_path, tokenizer, lazy):
     long = turns(("human", "why " * 100), ("gpt", "so"))
-    found = outcome(tmp_path, "f.jsonl", b"\n".join([GOOD, long, GOOD, turns(("human", ""), ("gpt", "Yes"))]), chat)
+    data = b"\n".join([GOOD, long, GOOD, turns(("human", ""), ("gpt", "Yes"))])
+    found = outcome(tmp_path, tokenizer, "f.jsonl", data, max_length=32, lazy=lazy)
     assert found == (3, [(2, "no supervised token left after truncation to 32 tokens")])
 
 
-def test_a_file_that_is_all_wrong_is_counted_in_full_and_listed_in_part(tmp_path):
-    kept, listed = outcome(tmp_path, "f.jsonl", b"{}\n" * 30_000 + JSONL)
+def test_a_file_that_is_all_wrong_is_counted_in_full_and_listed_in_part(tmp_path, tokenizer):
+    kept, shown = outcome(tmp_path, tokenizer, "f.jsonl", b"{}\n" * 30_000 + JSONL)
     assert kept == 3
-    assert [number for number, _ in listed] == [*range(1, MAX_LISTED + 1), *range(20_001, 20_001 + MAX_LISTED)]
+    assert [number for number, _ in shown] == [*range(1, MAX_LISTED + 1), *range(20_001, 20_001 + MAX_LISTED)]
+
+
+@given(
+    st.lists(st.integers(0, 6), min_size=1, max_size=8).flatmap(lambda n: st.permutations(list(enumerate(n)))),
+    st.integers(1, 20),
+)
+def test_the_first_rejected_rows_are_listed_however_their_blocks_come(blocks, limit):
+    def summary(part, count):
+        rejects = [Reject(line, f"part {part}", "") for line in range(1, count + 1)]
+        return BlockSummary(part, 0, 0, count, 0, count, np.empty(0), np.empty(0), rejects, b"")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "MAX_LISTED_IN_ALL", limit)
+        found = with_first_rejects(summary(*block) for block in blocks)
+    everything = [(part, line) for part, count in sorted(blocks) for line in range(1, count + 1)]
+    held = [(s.part, r.line) for s in found for r in s.rejects]
+    assert held == everything[:limit]
+    assert [s.part for s in found] == sorted(part for part, _ in blocks)
+
+
+def test_what_is_not_listed_is_counted_on_the_last_line(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(prepare, "MAX_LISTED_IN_ALL", 1_500)
+    kept, shown = outcome(tmp_path, tokenizer, "f.jsonl", b"{}\n" * 30_000 + JSONL)
+    assert (kept, len(shown)) == (3, 1_500)
+    assert json.loads((tmp_path / "run/rejected.jsonl").read_text().splitlines()[-1]) == {"more": 28_500}
+
+
+def many(count):
+    """Rows of different lengths that gzip can't shorten much."""
+    drawn = random.Random(1)
+    return [turns(("human", "Hi"), ("gpt", drawn.randbytes(drawn.randrange(20, 200)).hex())) for _ in range(count)]
+
+
+def lost_half(name):
+    """A file of 1,000 rows whose second half can't be read, and the reason."""
+    made = many(1000)
+    half = b"[" + b", ".join(made[:500])
+    if name == "an open string":
+        return (
+            "f.json",
+            half + b', {"x": "' + b", ".join(m.replace(b'"', b"'") for m in made[500:]) + b"]",
+            "the file ends within",
+        )
+    if name == "two arrays":
+        return "f.json", half + b"]\n[" + b", ".join(made[500:]) + b"]", "more text after the end"
+    if name == "a brace":
+        return "f.json", half + b"}, " + b", ".join(made[500:]) + b"]", "the array is closed by }"
+    text = b"[" + b", ".join(made) + b"]" if "array" in name else b"\n".join(made)
+    suffix = "json" if "array" in name else "jsonl"
+    if "zstd" in name:
+        data = b"".join(zstandard.compress(text[i : i + 4000]) for i in range(0, len(text), 4000))
+        return f"f.{suffix}.zst", data[: len(data) // 2] + b"\0" * (len(data) // 2), "the zstd data is damaged"
+    data = gzip.compress(text, mtime=0)
+    return f"f.{suffix}.gz", data[: len(data) // 2] + b"\xff" * (len(data) // 2), "the "  # read as noise, or damaged
+
+
+@pytest.mark.parametrize("name", ["an open string", "two arrays", "a brace", "gzip", "zstd", "a gzip array"])
+def test_half_a_file_is_not_lost_for_one_row(tmp_path, tokenizer, name):
+    file, data, reason = lost_half(name)
+    for limit, passes in ((0.01, False), (0.4, False), (0.6, True)):
+        found = outcome(tmp_path, tokenizer, file, data, limit=limit)
+        assert (found != "too_many_rejects") is passes
+    assert 400 < found[0] < 600
+    assert [said.startswith(reason) for _, said in found[1]] == [True]
+
+
+@pytest.mark.parametrize("suffix", [b"", b", " + GOOD[:40]])
+def test_a_file_that_is_cut_off_at_its_end_has_lost_a_row(tmp_path, tokenizer, suffix):
+    kept, rejected = outcome(tmp_path, tokenizer, "f.json", b"[" + b", ".join(many(1000)) + suffix, limit=0.01)
+    assert (kept, [line for line, _ in rejected]) == (1000, [1001])
+
+
+GIGABYTE_LINE = """
+import json, os, resource, sys
+from pathlib import Path
+from pyarrow.fs import LocalFileSystem
+from train_loop.data.prepare import prepare_local
+from train_loop.data.sources import find_files
+from train_loop.data.tokenize import ChatTokenizer
+from train_loop.model.load import load_tokenizer
+from train_loop.spec import JobSpec
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+spec, local = JobSpec.model_validate_json(sys.argv[1]), LocalFileSystem()
+chat = ChatTokenizer.of(spec, load_tokenizer(Path(sys.argv[2])))
+before = peak()
+prepared = prepare_local(spec, local, find_files(spec, local), local, sys.argv[3], chat)
+print(json.dumps([prepared.num_rows, prepared.num_rejected, peak() - before]))
+"""
+
+
+def test_a_line_of_a_gigabyte_is_rejected_in_bounded_memory(local_job, tmp_path, mirror):
+    path = tmp_path / "long.jsonl"
+    with path.open("wb") as file:
+        file.write(JSONL)
+        file.truncate(len(JSONL) + (1 << 30) + 1)  # zeros, which take no disk
+        file.seek(0, 2)
+        file.write(b"\n" + JSONL)
+    changes = {"dataset_details.dataset_path": str(path), "dataset_config.preprocessing.max_reject_ratio": 0.5}
+    spec = JobSpec.model_validate(local_job(changes))
+    arguments = [sys.executable, "-c", GIGABYTE_LINE, spec.model_dump_json(), str(mirror / TINY), str(tmp_path / "run")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=300)
+    kept, rejected, grown_bytes = json.loads(done.stdout.splitlines()[-1])
+    assert (kept, rejected) == (6, 1)
+    assert grown_bytes < 400 << 20
+    assert listed(tmp_path / "run") == [(4, "the row is longer than 64 MiB")]

@@ -12,6 +12,7 @@ from train_loop.data.cache import cache_key, fetch, publish, trim
 from train_loop.data.prepare import prepare_local
 from train_loop.data.shards import ShardSet
 from train_loop.data.sources import Credentials, filesystem_for, find_files
+from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import Stopped
 from train_loop.launch import launch_local
 from train_loop.run_files import Keys, RunFiles
@@ -28,10 +29,16 @@ class UntilPrepared(Watcher):
             raise Stopped
 
 
-def prepared_in(spec, storage, run_path, key="key"):
-    made = prepare_local(spec, LOCAL, find_files(spec, LOCAL), storage, run_path, None)
-    publish(storage, run_path, key, made)
-    return made
+@pytest.fixture
+def prepared_in(tokenizer):
+    """Prepare a job's rows into the folder of a run, and publish them as `key`."""
+
+    def prepare(spec, storage, run_path):
+        made = prepare_local(spec, LOCAL, find_files(spec, LOCAL), storage, run_path, ChatTokenizer.of(spec, tokenizer))
+        publish(storage, run_path, "key", made)
+        return made
+
+    return prepare
 
 
 def conversations(prepared, storage, run_path, folder):
@@ -61,7 +68,7 @@ def test_a_second_job_uses_the_rows_of_the_first_and_one_on_other_rows_does_not(
 
 
 @pytest.mark.parametrize("where", ["folder", "s3"])
-def test_a_run_keeps_what_it_took_when_the_entry_goes(local_job, tmp_path, s3, where):
+def test_a_run_keeps_what_it_took_when_the_entry_goes(local_job, prepared_in, tmp_path, s3, where):
     spec = JobSpec.model_validate(local_job())
     keys = Credentials(s3.access_key_id, s3.secret_access_key, endpoint_url=s3.endpoint_url)
     uri = "s3://tuneyard/cache-test" if where == "s3" else str(tmp_path / "runs")
@@ -78,7 +85,7 @@ def test_a_run_keeps_what_it_took_when_the_entry_goes(local_job, tmp_path, s3, w
     assert len(taken[0]) == made.counts["train"]
 
 
-def test_an_entry_that_lost_a_shard_is_none(local_job, tmp_path):
+def test_an_entry_that_lost_a_shard_is_none(local_job, prepared_in, tmp_path):
     spec = JobSpec.model_validate(local_job())
     prepared_in(spec, LOCAL, f"{tmp_path}/org/one")
     next((tmp_path / "org/data-cache/key").glob("*.arrow")).unlink()
@@ -87,7 +94,7 @@ def test_an_entry_that_lost_a_shard_is_none(local_job, tmp_path):
     assert fetch(LOCAL, f"{tmp_path}/org/three", "key") is not None
 
 
-def test_many_jobs_on_the_same_rows_at_once_all_get_them_while_entries_are_removed(local_job, tmp_path):
+def test_many_jobs_on_the_same_rows_at_once_all_get_them_while_entries_are_removed(local_job, prepared_in, tmp_path):
     spec = JobSpec.model_validate(local_job())
     expected = prepared_in(spec, LOCAL, f"{tmp_path}/org/first")
     rows_of_first = conversations(expected, LOCAL, f"{tmp_path}/org/first", tmp_path)
@@ -115,10 +122,30 @@ def test_many_jobs_on_the_same_rows_at_once_all_get_them_while_entries_are_remov
     assert all(found == rows_of_first for found in got.values())
 
 
-def test_tokens_are_of_the_tokenizer_that_made_them(mirror, tmp_path):
+@pytest.mark.parametrize("changed", ["chat_template.jinja", "tokenizer.json", "merges.txt"])
+def test_rows_are_of_the_tokenizer_that_judged_them(mirror, tmp_path, changed):
     shutil.copytree(mirror / TINY, tmp_path / "model")
+    (tmp_path / "model/merges.txt").write_text("a b\n")
     before = cache_key("x", tmp_path / "model")
-    assert before == cache_key("x", mirror / TINY) != cache_key("x", None)
-    template = tmp_path / "model/chat_template.jinja"
-    template.write_text(template.read_text() + " ")
+    assert cache_key("x", tmp_path / "model") == before != cache_key("y", tmp_path / "model")
+    with (tmp_path / "model" / changed).open("a") as file:
+        file.write(" ")
     assert cache_key("x", tmp_path / "model") != before
+
+
+def test_rows_that_another_tokenizer_judged_are_prepared_anew(local_job, tmp_path, mirror):
+    """Also where the workers make the tokens: which rows are too long depends on it."""
+    folder = tmp_path / "mirror" / TINY
+    shutil.copytree(mirror / TINY, folder)
+    spec = JobSpec.model_validate(local_job())
+
+    def start(name):
+        monitor = UntilPrepared()
+        with pytest.raises(Stopped):
+            launch_local(spec, name, RunFiles(str(tmp_path / "org" / name), str(tmp_path / "mirror"), Keys), monitor)
+        return monitor.said("prepared")[0].partition("; ")[2]
+
+    assert [start("one"), start("two")] == ["", "prepared by another job"]
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# another #}")
+    assert start("three") == ""

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex
+from tokenizers import AddedToken, Regex
 from tokenizers.pre_tokenizers import Sequence as SplitsInTurn
 from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
@@ -39,6 +39,7 @@ class Family:
     last: str = ""  # of the last answer only
     has_system: bool = True
     has_tools: bool = False
+    takes_blanks: bool = False  # the tokens do, after them
 
 
 FAMILIES = [
@@ -63,7 +64,7 @@ FAMILIES = [
         has_system=False,
         has_tools=True,
     ),
-    Family("phi3", "<|end|>", ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), eos="<|endoftext|>"),
+    Family("phi3", "<|end|>", ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), eos="<|endoftext|>", takes_blanks=True),
     Family("phi4", "<|im_end|>", ("<|im_start|>", "<|im_sep|>", "<|im_end|>")),
     Family("smollm2", "<|im_end|>", bos="<|im_start|>", eos="<|im_end|>"),
 ]
@@ -115,7 +116,8 @@ def made_as(one, tokenizer):
     # Line ends are pieces of their own, as with the families' tokenizers: the text after a prompt doesn't move its tokens.
     splits = [Split(Regex("\n+"), "isolated"), made.backend_tokenizer.pre_tokenizer]
     made.backend_tokenizer.pre_tokenizer = SplitsInTurn(splits)
-    made.add_special_tokens({"additional_special_tokens": list(one.tokens)})
+    tokens = [AddedToken(token, rstrip=one.takes_blanks, normalized=False) for token in one.tokens]
+    made.add_special_tokens({"additional_special_tokens": tokens})
     if one.bos:
         made.add_special_tokens({"bos_token": one.bos})
         # As the families' own tokenizers do: plain text gets its beginning from the tokenizer, a chat from the template.
@@ -171,6 +173,20 @@ def test_the_prompt_of_every_answer_is_what_inference_renders(family):
     sample = encode(family)
     for i in (1, 3, 5):
         prompt = family.tokenizer.apply_chat_template(TALK[:i], add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert sample.input_ids[: len(prompt)].tolist() == prompt
+        assert sample.labels[len(prompt)] != -100
+        assert sample.labels[len(prompt) - 1] == -100
+
+
+@only(*(f.name for f in FAMILIES if f.has_tools))
+def test_the_prompt_is_what_inference_renders_also_with_tools_and_a_system_message(family):
+    opening = [{"role": "system", "content": "Be brief."}] if family.has_system else []
+    talk = [*opening, *TOOL_TALK["messages"]]
+    sample = encode(family, talk, tools=TOOLS)
+    for i in (i for i, m in enumerate(talk) if m["role"] == "assistant"):
+        prompt = family.tokenizer.apply_chat_template(talk[:i], tools=TOOLS, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
         assert sample.input_ids[: len(prompt)].tolist() == prompt
         assert sample.labels[len(prompt)] != -100
         assert sample.labels[len(prompt) - 1] == -100

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,12 +19,14 @@ from pyarrow.fs import LocalFileSystem
 from ray.cluster_utils import Cluster
 
 from tests.conftest import TINY, rows
+from tests.train_loop.test_bad_data import FILES, HTML, JSONL, listed, malformed_job, outcome
 from train_loop.data import parts
 from train_loop.data.pipeline import prepare_with_ray
 from train_loop.data.prepare import prepare_local
 from train_loop.data.sources import find_files
 from train_loop.data.tokenize import ChatTokenizer
-from train_loop.errors import Cause, ModelError, RunFault, Stopped
+from train_loop.errors import Cause, DatasetError, ModelError, RunFault, Stopped
+from train_loop.faults import classified
 from train_loop.launch import ActorMonitor, Placement, launch
 from train_loop.model.load import load_tokenizer
 from train_loop.run_files import Keys, RunFiles
@@ -229,6 +232,37 @@ def test_a_notice_saves_a_checkpoint_at_once_and_the_attempt_ends_as_preempted(c
     assert ray.get(monitor.seen.remote())[0] > step  # it went on
 
 
+@pytest.mark.parametrize(
+    "file",
+    ["HTML", "a bad line in gzip", "damaged zstd", "a bad element", "an array cut in a row", "Parquet with bad text", "noise"],
+)
+def test_malformed_files_end_on_ray_as_in_one_process(cluster, tmp_path, tokenizer, monkeypatch, file):
+    monkeypatch.setattr(parts, "RANGE_BYTES", 500)
+    name, data = ("f.jsonl", HTML * 3 + JSONL) if file == "HTML" else FILES[file][:2]
+    expected = outcome(tmp_path, tokenizer, name, data)
+    spec, local = malformed_job(tmp_path / name), LocalFileSystem()
+    chat = ChatTokenizer.of(spec, tokenizer)
+
+    def prepare():
+        with classified(spec):
+            return prepare_with_ray(
+                spec,
+                find_files(spec, local),
+                open_source=LocalFileSystem,
+                open_storage=LocalFileSystem,
+                run_path=str(tmp_path / "on-ray"),
+                load_tokenizer=lambda: chat,
+                num_cpus_per_task=1,
+            )
+
+    if isinstance(expected, str):
+        with pytest.raises(DatasetError) as caught:
+            prepare()
+        assert caught.value.code == expected
+    else:
+        assert (prepare().num_rows, listed(tmp_path / "on-ray")) == expected
+
+
 def test_rows_prepared_in_parallel_are_those_prepared_one_by_one(cluster, local_job, tmp_path, mirror, monkeypatch):
     monkeypatch.setattr(parts, "RANGE_BYTES", 2000)
     local = LocalFileSystem()
@@ -245,7 +279,9 @@ def test_rows_prepared_in_parallel_are_those_prepared_one_by_one(cluster, local_
         files = find_files(spec, local)
         folders = [str(tmp_path / name / dataset_type) for name in ("parallel", "alone")]
 
-        def tokenizer(spec=spec):
+        def tokenizer(spec=spec, loads=tmp_path / f"loads-{dataset_type}"):
+            with loads.open("a") as file:
+                file.write(f"{os.getpid()}\n")
             return ChatTokenizer.of(spec, load_tokenizer(mirror / TINY))
 
         found = prepare_with_ray(
@@ -254,11 +290,12 @@ def test_rows_prepared_in_parallel_are_those_prepared_one_by_one(cluster, local_
             open_source=LocalFileSystem,
             open_storage=LocalFileSystem,
             run_path=folders[0],
-            load_tokenizer=None if lazy else tokenizer,
+            load_tokenizer=tokenizer,
             num_cpus_per_task=1,
         )
-        chat = None if lazy else tokenizer()
-        assert found == prepare_local(spec, local, files, local, folders[1], chat)
+        assert found == prepare_local(spec, local, files, local, folders[1], tokenizer())
         assert len(found.shards) > 2
+        loads = (tmp_path / f"loads-{dataset_type}").read_text().split()
+        assert len(loads) == len(set(loads))  # once a process, however many parts it prepares
         written = [{p.name: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()} for folder in folders]
         assert written[0] == written[1]

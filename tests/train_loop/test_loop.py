@@ -207,7 +207,7 @@ def test_the_command_without_ray(local_job, tmp_path, mirror, capsys):
         ({"dataset_details.dataset_path": "/nowhere/rows.jsonl"}, "there is no object at"),
         ({"model_details.base_model": "nobody/nothing"}, "neither in the model mirror"),
         ({"train_config.adapter_config.targets": ["no_such_layer"]}, "the adapter doesn't fit"),
-        ({"dataset_config.preprocessing.prompt.max_length": 16}, "no row of this step"),
+        ({"dataset_config.preprocessing.prompt.max_length": 16}, "no usable row in"),
         ({"train_config.hyperparameters.learning_rate": "x"}, "train_config.hyperparameters.learning_rate"),
     ],
 )

@@ -1,6 +1,7 @@
 import gzip
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from train_loop.data import parts
 from train_loop.data.prepare import prepare_local
 from train_loop.data.shards import PreparedDataset, ShardSet, split_bounds
 from train_loop.data.sources import Credentials, filesystem_for, find_files
+from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import DatasetError
 from train_loop.model.source import ModelPlaces
 from train_loop.plan import make_plan, this_machine
@@ -23,24 +25,39 @@ from train_loop.spec import JobSpec
 LOCAL = LocalFileSystem()
 
 
-def prepare(job, tmp_path, lines):
-    spec = JobSpec.model_validate(job)
-    path = spec.dataset_details.dataset_path
-    with open(path, "w") as out:
-        out.writelines(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
-    run = str(tmp_path / "run")
-    prepared = prepare_local(spec, LOCAL, find_files(spec, LOCAL), LOCAL, run, None)
-    assert PreparedDataset.from_json((tmp_path / "run/data/index.json").read_text()) == prepared
-    return prepared, ShardSet.open(prepared, LOCAL, f"{run}/data", tmp_path / "cache")
+@pytest.fixture
+def prepared_at(tokenizer):
+    """Prepare the dataset of a job, into a folder."""
+
+    def prepare(spec, run, source=LOCAL, files=None):
+        chat = ChatTokenizer.of(spec, tokenizer)
+        return prepare_local(spec, source, files or find_files(spec, source), LOCAL, str(run), chat)
+
+    return prepare
 
 
-def test_rejected_lines_have_their_numbers_whatever_the_ranges(local_job, tmp_path, monkeypatch):
+@pytest.fixture
+def prepare(prepared_at, tmp_path):
+    """Write lines where a job has its dataset, and prepare it."""
+
+    def write_and_prepare(job, lines):
+        spec = JobSpec.model_validate(job)
+        with open(spec.dataset_details.dataset_path, "w") as out:
+            out.writelines(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+        prepared = prepared_at(spec, tmp_path / "run")
+        assert PreparedDataset.from_json((tmp_path / "run/data/index.json").read_text()) == prepared
+        return prepared, ShardSet.open(prepared, LOCAL, f"{tmp_path}/run/data", tmp_path / "cache")
+
+    return write_and_prepare
+
+
+def test_rejected_lines_have_their_numbers_whatever_the_ranges(local_job, prepare, tmp_path, monkeypatch):
     lines = [*rows(30), "{broken\n", "\n", {"conversations": []}, *rows(10)]
     job = local_job({"dataset_config.preprocessing.max_reject_ratio": 0.5})
     seen = []
     for size in (64, 1 << 20):
         monkeypatch.setattr(parts, "RANGE_BYTES", size)
-        prepared, shards = prepare(job, tmp_path, lines)
+        prepared, shards = prepare(job, lines)
         rejected = [json.loads(line) for line in (tmp_path / "run/rejected.jsonl").read_text().splitlines()]
         assert [(r["line"], r["reason"].split(":")[0]) for r in rejected] == [
             (31, "not JSON"),
@@ -53,10 +70,10 @@ def test_rejected_lines_have_their_numbers_whatever_the_ranges(local_job, tmp_pa
     assert seen[0] == seen[1]
 
 
-def test_appending_rows_moves_no_row_between_splits(local_job, tmp_path):
-    _, before = prepare(local_job(), tmp_path, rows(40))
+def test_appending_rows_moves_no_row_between_splits(local_job, prepare):
+    _, before = prepare(local_job(), rows(40))
     held_out = [before.conversation(i) for i in before.ids("eval")]
-    _, after = prepare(local_job(), tmp_path, rows(80))
+    _, after = prepare(local_job(), rows(80))
     assert held_out
     assert [after.conversation(i) for i in after.ids("eval")][: len(held_out)] == held_out
 
@@ -82,9 +99,9 @@ def test_every_split_with_a_share_gets_a_row_when_there_are_enough(places, ratio
         ([*rows(20), "broken\n"], "too_many_rejects"),
     ],
 )
-def test_a_dataset_without_enough_usable_rows_fails_with_the_reason(local_job, tmp_path, lines, code):
+def test_a_dataset_without_enough_usable_rows_fails_with_the_reason(local_job, prepare, lines, code):
     with pytest.raises(DatasetError) as caught:
-        prepare(local_job(), tmp_path, lines)
+        prepare(local_job(), lines)
     assert caught.value.code == code
 
 
@@ -123,6 +140,19 @@ def test_storage_errors_say_what_to_mend_and_no_key(bucket, path, changes, code)
     assert bucket.access_key_id not in caught.value.message + repr(keys)
 
 
+def test_a_file_replaced_by_one_of_its_size_and_time_is_another(bucket):
+    keys = Credentials(bucket.access_key_id, bucket.secret_access_key, endpoint_url=bucket.endpoint_url)
+    uri = "s3://tuneyard/replaced.jsonl"
+    filesystem, _ = filesystem_for(uri, keys)
+    spec = JobSpec.model_validate(with_fields(DOCUMENTED, {"dataset_details.dataset_path": uri}))
+    found = []
+    for body in (b'{"a": 1}', b'{"a": 2}', b'{"a": 1}'):
+        bucket.client().put_object(Bucket="tuneyard", Key="replaced.jsonl", Body=body)
+        (file,) = find_files(spec, filesystem)
+        found.append(replace(file, modified=""))
+    assert found[0] == found[2] != found[1]
+
+
 def write_types(folder, made):
     """The same rows as JSONL, as a prefix of plain and compressed JSONL, as an array and as Parquet; path and type of each."""
     text = "".join(json.dumps(row) + "\n" for row in made).encode()
@@ -142,7 +172,7 @@ def write_types(folder, made):
     return {f"{folder}/{name}": dataset_type for name, dataset_type in names.items()}
 
 
-def test_every_type_gives_the_same_rows_and_plan(local_job, tmp_path, mirror, monkeypatch):
+def test_every_type_gives_the_same_rows_and_plan(local_job, prepared_at, tmp_path, mirror, monkeypatch):
     monkeypatch.setattr(parts, "RANGE_BYTES", 1000)
     made = [{"conversations": r["conversations"]} for r in rows(80) if "conversations" in r]
     seen = {}
@@ -150,7 +180,7 @@ def test_every_type_gives_the_same_rows_and_plan(local_job, tmp_path, mirror, mo
         base = {"dataset_details.dataset_path": path, "dataset_details.dataset_type": dataset_type}
         spec = JobSpec.model_validate(local_job(base | {"dataset_config.split": {"type": "none"}}))
         run = tmp_path / f"run-{len(seen)}"
-        prepared = prepare_local(spec, LOCAL, find_files(spec, LOCAL), LOCAL, str(run), None)
+        prepared = prepared_at(spec, run)
         shards = ShardSet.open(prepared, LOCAL, f"{run}/data", tmp_path / "cache")
         assert len(prepared.shards) > 1
         plan = make_plan(spec, ModelPlaces(str(mirror)), this_machine())
@@ -184,7 +214,7 @@ def test_a_large_dataset_of_any_type_is_estimated_from_a_part_of_it(local_job, t
     assert plan["rows"]["total"] == pytest.approx(13_500, rel=0.1)
 
 
-def test_a_file_of_their_own_gives_the_rows_to_evaluate_on(local_job, tmp_path, mirror):
+def test_a_file_of_their_own_gives_the_rows_to_evaluate_on(local_job, prepared_at, tmp_path, mirror):
     folder = tmp_path / "data"
     folder.mkdir()
     write_jsonl(folder / "a.jsonl", rows(20))
@@ -193,7 +223,7 @@ def test_a_file_of_their_own_gives_the_rows_to_evaluate_on(local_job, tmp_path, 
     spec = JobSpec.model_validate(local_job(split | {"dataset_details.dataset_path": f"{folder}/"}))
     files = find_files(spec, LOCAL)
     assert [(f.name, f.is_eval) for f in files] == [("a.jsonl", False), ("", True)]
-    prepared = prepare_local(spec, LOCAL, files, LOCAL, str(tmp_path / "run"), None)
+    prepared = prepared_at(spec, tmp_path / "run", LOCAL, files)
     shards = ShardSet.open(prepared, LOCAL, f"{tmp_path}/run/data", tmp_path / "cache")
     assert prepared.counts == {"train": 20, "eval": 5}
     assert [shards.source(int(i))[1] for i in shards.ids("eval")] == [1, 2, 3, 4, 5] == prepared.eval_lines
@@ -204,13 +234,13 @@ def test_a_file_of_their_own_gives_the_rows_to_evaluate_on(local_job, tmp_path, 
 
     (folder / "eval.jsonl").write_text("{}\n")
     with pytest.raises(DatasetError, match=r"no usable row in .*eval\.jsonl"):
-        prepare_local(spec, LOCAL, find_files(spec, LOCAL), LOCAL, str(tmp_path / "run"), None)
+        prepared_at(spec, tmp_path / "run")
     (folder / "a.jsonl").unlink()
     with pytest.raises(DatasetError, match="nothing is left to train on"):
         find_files(spec, LOCAL)
 
 
-def test_a_file_added_to_a_prefix_moves_no_row_between_splits(local_job, tmp_path):
+def test_a_file_added_to_a_prefix_moves_no_row_between_splits(local_job, prepared_at, tmp_path):
     held_out = []
     for names in (["m"], ["a", "m", "z"]):
         folder = tmp_path / "data"
@@ -218,7 +248,7 @@ def test_a_file_added_to_a_prefix_moves_no_row_between_splits(local_job, tmp_pat
             folder.mkdir(exist_ok=True)
             write_jsonl(folder / f"{name}.jsonl", rows(40))
         spec = JobSpec.model_validate(local_job({"dataset_details.dataset_path": f"{folder}/"}))
-        prepared = prepare_local(spec, LOCAL, find_files(spec, LOCAL), LOCAL, str(tmp_path / "run"), None)
+        prepared = prepared_at(spec, tmp_path / "run")
         shards = ShardSet.open(prepared, LOCAL, f"{tmp_path}/run/data", tmp_path / "cache")
         sources = [shards.source(int(i)) for i in shards.ids("eval")]
         held_out.append([s for s in sources if s[0].endswith("m.jsonl")])
@@ -226,7 +256,7 @@ def test_a_file_added_to_a_prefix_moves_no_row_between_splits(local_job, tmp_pat
     assert held_out[0] == held_out[1]
 
 
-def test_a_prefix_in_s3_is_read_as_a_folder_is(bucket, local_job, tmp_path):
+def test_a_prefix_in_s3_is_read_as_a_folder_is(bucket, local_job, prepared_at, tmp_path):
     keys = Credentials(bucket.access_key_id, bucket.secret_access_key, endpoint_url=bucket.endpoint_url)
     text = "".join(json.dumps(row) + "\n" for row in rows(30)).encode()
     client = bucket.client()
@@ -237,4 +267,4 @@ def test_a_prefix_in_s3_is_read_as_a_folder_is(bucket, local_job, tmp_path):
     filesystem, _ = filesystem_for("s3://tuneyard/prefix/", keys)
     files = find_files(spec, filesystem)
     assert [(f.name, f.uri) for f in files] == [(n, f"s3://tuneyard/prefix/{n}") for n in ("a/x.jsonl.gz", "b.jsonl")]
-    assert prepare_local(spec, filesystem, files, LOCAL, str(tmp_path / "run"), None).num_rows == 60
+    assert prepared_at(spec, tmp_path / "run", filesystem, files).num_rows == 60

@@ -8,7 +8,7 @@ import urllib.parse
 
 import pytest
 
-from tests.conftest import CANARY, rows, with_fields
+from tests.conftest import CANARY, TINY, rows, with_fields
 from tests.train_loop.servers import Google, Server, google_account
 from train_loop.data.sources import GoogleKey, HubToken
 from train_loop.spec import JobSpec
@@ -54,10 +54,13 @@ class Hub(Server):
 
 READ = """
 import sys
+from pathlib import Path
 from pyarrow.fs import LocalFileSystem
 from train_loop.data.prepare import prepare_local
 from train_loop.data.sources import dataset_filesystem, dataset_keys, find_files
+from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import DatasetError
+from train_loop.model.load import load_tokenizer
 from train_loop.spec import JobSpec
 
 spec, name, secret = JobSpec.model_validate_json(sys.argv[1]), sys.argv[3], sys.stdin.read()
@@ -66,14 +69,15 @@ try:
     filesystem = dataset_filesystem(spec.dataset_details, keys)
     files = find_files(spec, filesystem)
     print([(f.uri, f.is_eval, f.modified[:4]) for f in files])
-    print(prepare_local(spec, filesystem, files, LocalFileSystem(), sys.argv[2], None).counts)
+    chat = ChatTokenizer.of(spec, load_tokenizer(Path(sys.argv[4])))
+    print(prepare_local(spec, filesystem, files, LocalFileSystem(), sys.argv[2], chat).counts)
 except DatasetError as error:
     print(error.code, error.message)
 """
 
 
 @pytest.fixture
-def read(local_job, tmp_path):
+def read(local_job, tmp_path, mirror):
     """Prepare a dataset in a process of its own; what it prints.
 
     The hub's library reads its settings when it is loaded, and Google's holds the interpreter while it waits for the server.
@@ -83,7 +87,7 @@ def read(local_job, tmp_path):
         at = {"dataset_path": path, "source_type": source_type, "ownership": "private", "secret_id": "x"}
         split = {"dataset_config.split": {"type": "file", "eval_path": eval_path}}
         spec = JobSpec.model_validate(with_fields(local_job(split), {"dataset_details": at}))
-        arguments = [sys.executable, "-c", READ, spec.model_dump_json(), str(tmp_path / "run"), name]
+        arguments = [sys.executable, "-c", READ, spec.model_dump_json(), str(tmp_path / "run"), name, str(mirror / TINY)]
         done = subprocess.run(arguments, env=os.environ | env, input=secret, capture_output=True, text=True, timeout=120)
         assert CANARY not in done.stdout + done.stderr
         return done.stdout.strip().splitlines() or done.stderr

@@ -2,16 +2,18 @@
 
 import json
 import re
+import shutil
 import threading
 
+import psutil
 import pytest
 from pyarrow.fs import LocalFileSystem
 
-from tests.conftest import rows, write_jsonl
+from tests.conftest import TINY, rows, write_jsonl
 from tests.train_loop.test_resume import STEPS, Watcher, adapter, curve, short
 from train_loop.data.sources import Credentials, SourceFile
 from train_loop.data.streaming import RowReader
-from train_loop.errors import DatasetError, Stopped
+from train_loop.errors import Cause, DatasetError, RunFault, Stopped
 from train_loop.launch import launch_local
 from train_loop.run_files import Keys, RunFiles
 from train_loop.spec import JobSpec
@@ -63,6 +65,66 @@ def test_a_streamed_run_takes_the_steps_of_any_other(local_job, tmp_path, launch
     assert adapter(tmp_path / "lazy") == adapter(tmp_path / "eager") == adapter(tmp_path / "streamed")
     kept = {name: any(QUESTION in shard.read_bytes() for shard in (tmp_path / name).glob("data/*.arrow")) for name in ways}
     assert kept == {"lazy": True, "eager": False, "streamed": False}
+
+
+def test_every_way_rejects_the_same_rows(local_job, tmp_path, launch):
+    def said(*turns):
+        return {"conversations": [{"from": role, "value": text} for role, text in turns]}
+
+    long = said(("human", "Why?"), ("gpt", "so " * 200))
+    bad = {
+        "not JSON": "{broken",
+        "no assistant turn that answers a user": said(("human", "Hi")),
+        "each has weight 0": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]},
+        "tokens, more than max_length 64": long,
+        "the chat template refuses it: no shouting": said(("human", "HELP"), ("gpt", "Yes.")),
+        "nothing to learn from": said(("human", "Hi"), ("gpt", "\x06")),  # of which this tokenizer makes no token
+    }
+    lines = [*map(json.dumps, ROWS)]
+    for i, row in enumerate(bad.values()):
+        lines.insert(3 + 5 * i, row if isinstance(row, str) else json.dumps(row))
+    path = tmp_path / "rejects.jsonl"
+    path.write_text("\n".join(lines))
+    template = (
+        "{% for m in messages %}{% if 'HELP' in m.content %}{{ raise_exception('no shouting') }}{% endif %}{{ m.role }}\n"
+        "{% generation %}{{ m.content if m.role == 'assistant' }}{% endgeneration %}{{ m.content if m.role == 'user' }}\n"
+        "{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
+    )
+    how = {"truncation": "reject", "prompt.max_length": 64, "prompt.template": template, "max_reject_ratio": 0.2}
+    base = {"dataset_details.dataset_path": str(path), "dataset_details.dataset_format": "auto"}
+    base |= {f"{PRE}.{name}": value for name, value in how.items()}
+    ways = {"lazy": {}, "eager": {f"{PRE}.lazy_tokenize": False}, "streamed": {f"{PRE}.streaming": True}}
+    counts, rejected = {}, {}
+    for name, changes in ways.items():
+        manifest = launch(short(local_job, base | changes), name)
+        counts[name] = {k: v for k, v in manifest["dataset"].items() if k != "files"}
+        rejected[name] = (tmp_path / name / "rejected.jsonl").read_text()
+    for value in (counts, rejected, *({name: f(tmp_path / name) for name in ways} for f in (curve, adapter))):
+        assert value["lazy"] == value["eager"] == value["streamed"]
+    found = {r["line"]: r["reason"] for r in map(json.loads, rejected["lazy"].splitlines())}
+    assert (counts["lazy"]["rows"], counts["lazy"]["rejected"]) == (len(ROWS), len(bad))
+    assert all(reason in found[4 + 5 * i] for i, reason in enumerate(bad)), found
+
+    for changes in ways.values():
+        with pytest.raises(DatasetError) as caught:
+            launch(short(local_job, base | changes | {f"{PRE}.max_reject_ratio": 0.1}), "too-many")
+        assert caught.value.code == "too_many_rejects"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_row_whose_tokenizer_changed_after_the_preparation_is_named(local_job, tmp_path, mirror, workers):
+    shutil.copytree(mirror / TINY, tmp_path / "mirror" / TINY)
+    template = tmp_path / "mirror" / TINY / "chat_template.jinja"
+
+    class Change(Watcher):
+        def on_phase(self, name):
+            if name == "loading_model":
+                template.write_text("{{ raise_exception('no more') }}")
+
+    spec = JobSpec.model_validate(short(local_job, {f"{HP}.dataloader_num_workers": workers, f"{HP}.eval_steps": 9}))
+    with pytest.raises(RunFault, match=r"line \d+ of .*rows\.jsonl was found usable and now isn't: .*no more") as caught:
+        launch_local(spec, "run", RunFiles(str(tmp_path / "run"), str(tmp_path / "mirror"), Keys), Change())
+    assert caught.value.cause == Cause.INTERNAL
 
 
 def test_a_streamed_run_resumes_at_every_step(local_job, tmp_path, launch):
@@ -146,3 +208,35 @@ def test_no_thread_outlives_a_streamed_run(local_job, launch):
         if thread.name.startswith("rows"):
             thread.join(30)
             assert not thread.is_alive()
+
+
+def test_rows_of_the_test_share_are_neither_trained_nor_evaluated_on(local_job, tmp_path, launch, monkeypatch):
+    """Those that a run reads are all others: a streamed row that nobody asks for may be anything by then."""
+    split = {"dataset_config.split.ratios": [0.6, 0.2, 0.2], f"{HP}.max_steps": 20, f"{PRE}.streaming": True}
+    job = short(local_job, split)
+    manifest = launch(job, "whole")
+    counts = manifest["dataset"]["split"]
+    assert sum(counts.values()) == len(ROWS)
+    assert all(counts[name] > 0 for name in ("train", "eval", "test"))
+    read = set()
+    original = RowReader.read
+    monkeypatch.setattr(
+        RowReader, "read", lambda self, file, offset, size: read.add(offset) or original(self, file, offset, size)
+    )
+    launch(job, "again")
+    assert len(read) == counts["train"] + counts["eval"]
+    assert adapter(tmp_path / "again") == adapter(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_are_tokenised_in_as_many_processes_as_asked(local_job, launch, workers):
+    class Family(Watcher):
+        most = 0
+
+        def on_progress(self, progress):
+            super().on_progress(progress)
+            self.most = max(self.most, len(psutil.Process().children()))
+
+    monitor, before = Family(), len(psutil.Process().children())
+    launch(short(local_job, {f"{HP}.dataloader_num_workers": workers}), "run", monitor)
+    assert monitor.most - before == workers

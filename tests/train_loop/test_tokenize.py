@@ -2,6 +2,7 @@ import copy
 
 import numpy as np
 import pytest
+from tokenizers import processors
 from tokenizers.processors import TemplateProcessing
 
 from train_loop.data.formats import RowRejected
@@ -101,10 +102,26 @@ def test_a_template_that_shows_only_content_in_parts_trains_on_nothing_by_mistak
 
 
 def test_a_template_that_floods_is_stopped_before_its_text_is_tokenised(tokenizer):
-    for template in ("{% for i in range(99999) %}{{ 'x' * 99 }}{% endfor %}", "{% for i in range(999999) %}x{% endfor %}"):
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}"  # more than there is memory
+    loop = "{% for i in range(99999) %}{{ 'x' * 99 }}{% endfor %}"
+    for template in (loop, "{% for i in range(999999) %}x{% endfor %}", endless, "{% generation %}{% endgeneration %}" + endless):
         with pytest.raises(DatasetError) as caught:
             encode(tokenizer, template=template)
         assert caught.value.code == "template_error"
+
+
+def test_a_long_row_is_no_flood(tokenizer):
+    long = {"messages": [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": "on and on " * 200_000}]}
+    assert len(encode(tokenizer, long).input_ids) == 512
+
+
+def test_marked_answers_that_begin_with_a_blank_are_trained_on(tokenizer):
+    blank = copy.deepcopy(tokenizer)
+    blank.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)  # as Llama 3's and GPT-2's
+    marked = "{% for m in messages %}{{ m.role }}\n{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endfor %}"
+    talk = {"messages": [{"role": role, "content": f" word {i}"} for i, role in enumerate(ROLES)]}
+    ends = [f" word {i}<|im_end|>" for i in range(6)]
+    assert trained_text(blank, encode(blank, talk, template=marked)) == "".join(ends)
 
 
 @pytest.mark.parametrize(

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 FOLDER = "data-cache"
 USED = "used"  # written again by every run that takes the entry: its time is the last use
 COPIES_AT_ONCE = 16
+TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt")
 
 
-def cache_key(preparation_key: str, tokenizer: Path | None) -> str:
-    """The entry's name. `tokenizer` is the folder of the one that made the tokens, None where the workers make them."""
+def cache_key(preparation_key: str, tokenizer: Path) -> str:
+    """The entry's name. `tokenizer` is the folder of the one that judged the rows."""
     digest = hashlib.sha256(preparation_key.encode())
-    if tokenizer is not None:
-        for file in sorted(p for p in tokenizer.iterdir() if p.suffix in (".json", ".jinja", ".model") and p.is_file()):
-            digest.update(file.name.encode() + file.read_bytes())
+    for file in sorted(p for p in tokenizer.iterdir() if p.suffix in TOKENIZER_FILES and p.is_file()):
+        digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
 
 

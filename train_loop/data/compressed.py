@@ -37,12 +37,25 @@ def read_chunks(filesystem: FileSystem, path: str, start: int = 0, limit: int | 
     with filesystem.open_input_file(path) as stream:
         stream.seek(start)
         raw = [bytes(stream.read(limit))] if limit else iter(lambda: bytes(stream.read(lines.CHUNK_BYTES)), b"")
-        if path.endswith(".gz"):
-            yield from _gunzip(raw)
-        elif path.endswith(".zst"):
-            yield from _unzstd(raw)
-        else:
-            yield from raw
+        try:
+            if path.endswith(".gz"):
+                yield from _gunzip(raw)
+            elif path.endswith(".zst"):
+                yield from _unzstd(raw)
+            else:
+                yield from raw
+        except _Broken as broken:
+            unread = stream.size() - stream.tell() + broken.unread
+            raise Damaged(broken.reason, unread / stream.size()) from None
+
+
+class _Broken(Exception):
+    """Compressed data that can't be read on; of the bytes at hand `unread` are left."""
+
+    def __init__(self, reason: str, unread: int = 0) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.unread = unread
 
 
 def _gunzip(raw: Iterable[bytes]) -> Iterator[bytes]:
@@ -58,7 +71,7 @@ def _gunzip(raw: Iterable[bytes]) -> Iterator[bytes]:
                 if not any_done and not begun and data[:1] != GZIP_MAGIC:
                     raise WrongType("it isn't gzip data") from None
                 yield from _up_to_the_damage(before, data)
-                raise Damaged("the gzip data is damaged from here on") from None
+                raise _Broken("the gzip data is damaged from here on", len(data)) from None
             begun = True
             if out:
                 yield out
@@ -69,7 +82,7 @@ def _gunzip(raw: Iterable[bytes]) -> Iterator[bytes]:
         if out := member.flush():
             yield out
         if not member.eof:
-            raise Damaged("the file ends within its gzip data")
+            raise _Broken("the file ends within its gzip data")
 
 
 def _up_to_the_damage(member: Any, data: bytes) -> Iterator[bytes]:
@@ -96,7 +109,7 @@ def _unzstd(raw: Iterable[bytes]) -> Iterator[bytes]:
                         raise WrongType(f"its zstd window is larger than {ZSTD_WINDOW_BYTES >> 20} MiB") from None
                     if not any_done and not begun:
                         raise WrongType("it isn't zstd data") from None
-                    raise Damaged("the zstd data is damaged from here on") from None
+                    raise _Broken("the zstd data is damaged from here on", len(whole) - at) from None
                 begun = True
                 if out:
                     yield out
@@ -104,4 +117,4 @@ def _unzstd(raw: Iterable[bytes]) -> Iterator[bytes]:
                 if frame.eof:
                     data, frame, begun, any_done = frame.unused_data, new_frame(), False, True
     if begun:
-        raise Damaged("the file ends within its zstd data")
+        raise _Broken("the file ends within its zstd data")

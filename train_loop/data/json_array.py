@@ -5,6 +5,7 @@ Brackets and strings are followed, nothing more; an element's own text is for th
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator
 
@@ -29,7 +30,7 @@ def split_array(chunks: Iterable[bytes]) -> Iterator[Line]:
         return
     begin, at = base + 1, 1  # the element's offset in the file; where in the buffer to look on
     depth, in_string, oversized = 1, False, False
-    fault: str | None = None
+    fault: Damaged | None = None
     while fault is None:
         found = (INSIDE if in_string else OUTSIDE).search(buffer, at)
         if found is None:
@@ -63,13 +64,23 @@ def split_array(chunks: Iterable[bytes]) -> Iterator[Line]:
                 del buffer[:at]
                 fault = _after(buffer, stream, byte)
                 if fault is not None:
-                    yield Line(begin, bytes(buffer[:EXCERPT_BYTES]), fault)
+                    excerpt, rest = bytes(buffer[:EXCERPT_BYTES]), len(buffer) + _length(stream)
+                    yield Line(begin, excerpt, fault.reason, fault.lost_from(begin, begin + rest))
                 return
-    text = bytes(buffer[max(0, begin - base) :])
+    text, end = bytes(buffer[max(0, begin - base) :]), base + len(buffer)
     if depth == 1 and not in_string and not oversized and text.rstrip().endswith(b"}"):
         yield _element(begin, text)  # whole: only what should follow is missing
         begin, text = begin + len(text), b""
-    yield Line(begin, text[:EXCERPT_BYTES], fault)
+    yield Line(begin, text[:EXCERPT_BYTES], fault.reason, fault.lost_from(begin, end))
+
+
+def _length(stream: Iterator[bytes]) -> int:
+    """Bytes that are left."""
+    length = 0
+    with contextlib.suppress(Damaged):
+        for chunk in stream:
+            length += len(chunk)
+    return length
 
 
 def _element(offset: int, text: bytes) -> Line:
@@ -84,35 +95,35 @@ def _open(stream: Iterator[bytes]) -> tuple[bytearray, int]:
         if len(buffer) > lines.MAX_LINE_BYTES:
             raise WrongType("it begins with nothing but blanks")
         fault = _more(stream, buffer)
-        if fault == END:
+        if fault is not None and fault.reason == END:
             return bytearray(), 0
         if fault is not None:
-            raise WrongType(f"its first bytes can't be read: {fault}")
+            raise WrongType(f"its first bytes can't be read: {fault.reason}")
     text = buffer.removeprefix(BOM).lstrip()
     if not text.startswith(b"["):
         raise WrongType(f"it begins with {text[:20].decode(errors='replace')!r}, not with [")
     return text, len(buffer) - len(text)
 
 
-def _more(stream: Iterator[bytes], buffer: bytearray) -> str | None:
+def _more(stream: Iterator[bytes], buffer: bytearray) -> Damaged | None:
     """Put the next chunk into the buffer; why there is none."""
     try:
         buffer += next(stream)
     except StopIteration:
-        return END
+        return Damaged(END)
     except Damaged as damage:
-        return damage.reason
+        return damage
     return None
 
 
-def _after(rest: bytearray, stream: Iterator[bytes], closing: int) -> str | None:
+def _after(rest: bytearray, stream: Iterator[bytes], closing: int) -> Damaged | None:
     """What is wrong with how the array and the file end, if anything."""
     if closing != CLOSING[0]:
-        return "the array is closed by }"
-    fault = None
+        return Damaged("the array is closed by }")
+    fault: Damaged | None = None
     while fault is None and not rest.strip():
         rest.clear()
         fault = _more(stream, rest)
     if fault is None:
-        return "more text after the end of the array"
-    return None if fault == END else fault
+        return Damaged("more text after the end of the array")
+    return None if fault.reason == END else fault

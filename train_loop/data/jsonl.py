@@ -21,7 +21,7 @@ def split_lines(chunks: Iterable[bytes], start: int = 0, end: int | None = None)
     pending = bytearray()
     skipping = start > 0  # up to the first line end at or after start - 1: that line belongs to the range before
     oversized = False
-    fault = None
+    fault: Damaged | None = None
     try:
         for chunk in chunks:
             at = 0
@@ -45,9 +45,9 @@ def split_lines(chunks: Iterable[bytes], start: int = 0, end: int | None = None)
                     pending.clear()
                     oversized = True
     except Damaged as damage:
-        fault = damage.reason
+        fault = damage
     if fault is not None:
-        yield Line(line_start, bytes(pending[:EXCERPT_BYTES]), fault)
+        yield Line(line_start, bytes(pending[:EXCERPT_BYTES]), fault.reason, fault.lost_from(line_start, position))
     elif not skipping and (end is None or line_start < end) and (pending or oversized):
         yield lines.too_long(line_start) if oversized else _line(line_start, bytes(pending))
 

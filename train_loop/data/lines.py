@@ -18,20 +18,27 @@ class Line:
 
     `offset` is where it starts in its file's bytes (of a compressed file: the decompressed ones), of Parquet the row's number
     from 0.
-    `fault` says why there is nothing to parse; `data` is then at most how it begins.
+    `fault` says why there is nothing to parse; `data` is then at most how it begins. `lost` is the share of the file's bytes that
+    aren't read for it: from here on to the end.
     """
 
     offset: int
     data: bytes
     fault: str | None = None
+    lost: float = 0.0
 
 
 class Damaged(Exception):
-    """The rest of this file can't be read; `reason` says why, in a few words."""
+    """The rest of this file can't be read; `reason` says why, in a few words, `lost` which share of its bytes that is."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, lost: float = 0.0) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.lost = lost
+
+    def lost_from(self, begin: int, end: int) -> float:
+        """The share of the file that isn't read, when of its text up to `end`, where it breaks off, rows end at `begin`."""
+        return 1 - (1 - self.lost) * begin / max(1, end)
 
 
 class WrongType(Exception):

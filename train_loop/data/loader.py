@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from train_loop.data.formats import RowRejected
 from train_loop.data.packing import MicroBatch, collate
-from train_loop.errors import UserError
+from train_loop.errors import Cause, RunFault, UserError
 
 if TYPE_CHECKING:
     from train_loop.data.sampler import BatchPlan
@@ -40,23 +40,25 @@ class Layout:
     pad_id: int
 
     def micro_batch(self, shards: ShardSet, rows: Sequence[int] | np.ndarray) -> MicroBatch | None:
-        """The rows as one micro-batch, without those that turn out unusable; None when none is left."""
-        found = {int(row): self._sample(shards, int(row)) for row in rows}
-        usable = {row: sample for row, sample in found.items() if sample is not None}
-        batch = collate(list(usable.values()), max_length=self.max_length, packing=self.packing, pad_id=self.pad_id)
-        return None if batch is None else replace(batch, rows=tuple(usable))
+        """The rows as one micro-batch; None when there are none."""
+        samples = [self._sample(shards, int(row)) for row in rows]
+        batch = collate(samples, max_length=self.max_length, packing=self.packing, pad_id=self.pad_id)
+        return None if batch is None else replace(batch, rows=tuple(int(row) for row in rows))
 
-    def _sample(self, shards: ShardSet, row: int) -> Sample | None:
+    def _sample(self, shards: ShardSet, row: int) -> Sample:
         if self.tokenizer is None:
             return shards.sample(row)
         try:
             return self.tokenizer.encode(shards.conversation(row))
-        except RowRejected:
-            return None
+        except RowRejected as error:  # the preparation has judged the rows, by this tokenizer
+            uri, line = shards.source(row)
+            raise RunFault(
+                Cause.INTERNAL, f"line {line} of {uri} was found usable and now isn't: {error.reason}. Has the tokenizer changed?"
+            ) from error
 
 
 @dataclass(frozen=True)
-class _Steps(Dataset["list[MicroBatch] | UserError"]):
+class _Steps(Dataset["list[MicroBatch] | UserError | RunFault"]):
     """Item i is this rank's part of step start_step + i, or why there is none.
 
     An error that DataLoader carries over from a process of its own arrives as a traceback's text, without its code.
@@ -73,11 +75,11 @@ class _Steps(Dataset["list[MicroBatch] | UserError"]):
     def __len__(self) -> int:
         return max(0, self.plan.total_steps - self.start_step + 1)
 
-    def __getitem__(self, i: int) -> list[MicroBatch] | UserError:
+    def __getitem__(self, i: int) -> list[MicroBatch] | UserError | RunFault:
         stripes = self.plan.micro_batches(self.start_step + i, self.rank, self.world_size)
         try:
             batches = [self.layout.micro_batch(self.shards, self.ids[stripe]) for stripe in stripes]
-        except UserError as error:
+        except (UserError, RunFault) as error:
             return error
         return [b for b in batches if b is not None]
 
@@ -102,7 +104,7 @@ def step_batches(
         return
     # batch_size=None: an item is already a step. DataLoader draws a seed for its workers; give it a generator of its own so
     # that the number of workers doesn't move the dropout masks.
-    loader: DataLoader[list[MicroBatch] | UserError] = DataLoader(
+    loader: DataLoader[list[MicroBatch] | UserError | RunFault] = DataLoader(
         steps,
         batch_size=None,
         num_workers=min(num_workers, len(steps)),
@@ -111,7 +113,7 @@ def step_batches(
         generator=torch.Generator(),
     )
     for step, item in enumerate(loader, start_step):
-        if isinstance(item, UserError):
+        if isinstance(item, UserError | RunFault):
             raise item
         yield step, item
 
@@ -124,7 +126,7 @@ def _in_threads(steps: _Steps, num_threads: int) -> Iterator[list[MicroBatch]]:
         ahead = deque(islice(read, STEPS_AHEAD * num_threads))
         while ahead:
             item = ahead.popleft().result()
-            if isinstance(item, UserError):
+            if isinstance(item, UserError | RunFault):
                 raise item
             ahead.extend(islice(read, 1))
             yield item
@@ -137,7 +139,7 @@ def eval_batches(
 ) -> Iterator[MicroBatch | None]:
     """This rank's share of an evaluation, in batches of at most `batch_size` samples.
 
-    As many on every rank; None where this one has no usable row.
+    As many on every rank; None where this one has no row left.
     """
     mine = ids[rank::world_size]
     for start in range(0, math.ceil(len(ids) / world_size), batch_size):

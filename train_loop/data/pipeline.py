@@ -63,7 +63,7 @@ def prepare_with_ray(
     open_source: Callable[[], FileSystem],
     open_storage: Callable[[], FileSystem],
     run_path: str,
-    load_tokenizer: Callable[[], ChatTokenizer] | None,
+    load_tokenizer: Callable[[], ChatTokenizer],
     num_cpus_per_task: float,
 ) -> PreparedDataset:
     """Prepare in parallel; same result as `prepare_local`. Errors inside tasks, DatasetError too, come in Ray's wrappers."""
@@ -72,12 +72,22 @@ def prepare_with_ray(
     context.print_on_execution_start = False
 
     def prepare(part: Part) -> list[BlockSummary]:
-        chat = load_tokenizer() if load_tokenizer else None
-        return prepare_part(spec, open_source(), part, chat, open_storage(), run_path)
+        return prepare_part(spec, open_source(), part, _tokenizer_of(run_path, load_tokenizer), open_storage(), run_path)
 
     parts = plan_parts(open_source(), files, spec.dataset_details.dataset_type)
     done = ray.data.read_datasource(
         PreparedParts(parts, prepare), override_num_blocks=len(parts), ray_remote_args={"num_cpus": num_cpus_per_task}
     )
-    found = [summary for row in done.iter_rows() for summary in cloudpickle.loads(row["summaries"])]
+    found = (summary for row in done.iter_rows() for summary in cloudpickle.loads(row["summaries"]))
     return finish(spec, files, found, open_storage(), run_path)
+
+
+def _tokenizer_of(run_path: str, load: Callable[[], ChatTokenizer]) -> ChatTokenizer:
+    """The run's tokenizer, loaded by the first of its parts that this process prepares."""
+    if run_path not in _tokenizers:
+        _tokenizers.clear()
+        _tokenizers[run_path] = load()
+    return _tokenizers[run_path]
+
+
+_tokenizers: dict[str, ChatTokenizer] = {}

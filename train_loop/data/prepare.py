@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from heapq import heappop, heappush
 from importlib.metadata import version
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -46,7 +48,9 @@ INDEX = "index.json"  # written last
 REJECTED = "rejected.jsonl"
 EXCERPT_CHARS = 200
 MAX_EVAL_LINES = 10_000
-MAX_LISTED = 1_000  # rejected rows of a block: a file that is all wrong mustn't fill the memory
+# Rejected rows that are listed, of a block and in all: files that are all wrong mustn't fill the memory.
+MAX_LISTED = 1_000
+MAX_LISTED_IN_ALL = 100_000
 LAYOUT = 2  # of shards and index; part of the key
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 TRAIN_PLACE, EVAL_PLACE = 0.25, 0.75  # of rows whose file says which split they are of
@@ -73,17 +77,22 @@ class BlockSummary:
     num_rejected: int
     lines: np.ndarray
     places: np.ndarray
-    rejects: list[Reject]  # the first MAX_LISTED
+    rejects: list[Reject]  # the first ones
     sha256: bytes
+    lost: float = 0.0  # share of the file from here on, where it breaks off
     shard: ShardInfo | None = None
 
 
 def parse_block(
-    lines: Sequence[Line], part: Part, block: int, spec: JobSpec, chat: ChatTokenizer | None
+    lines: Sequence[Line], part: Part, block: int, spec: JobSpec, chat: ChatTokenizer
 ) -> tuple[pa.Table, BlockSummary]:
-    """Parse a block's lines into a table of good rows and a summary without shard. `chat` tokenises now; None leaves that
-    to the workers. Of a streamed dataset the table says only where the rows are."""
-    schema = STREAMED if spec.dataset_config.preprocessing.streaming else LAZY if chat is None else EAGER
+    """Parse a block's lines into a table of good rows and a summary without shard.
+
+    `chat` judges which are good, the same ones whether it makes their tokens now or leaves that to the workers. Of a streamed
+    dataset the table says only where the rows are.
+    """
+    pre = spec.dataset_config.preprocessing
+    schema = STREAMED if pre.streaming else LAZY if pre.lazy_tokenize else EAGER
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
     rejects: list[Reject] = []
     digest = hashlib.sha256()
@@ -95,14 +104,16 @@ def parse_block(
             continue
         try:
             conversation = to_conversation(decode_row(line), spec.dataset_details.dataset_format)
-            if schema is STREAMED:
-                columns["size"].append(len(line.data))
-            elif chat is None:
-                columns["conversation"].append(json.dumps(conversation, ensure_ascii=False))
-            else:
+            if schema is EAGER:
                 sample = chat.encode(conversation)
                 columns["input_ids"].append(sample.input_ids)
                 columns["labels"].append(sample.labels)
+            else:
+                chat.check(conversation)
+                if schema is STREAMED:
+                    columns["size"].append(len(line.data))
+                else:
+                    columns["conversation"].append(json.dumps(conversation, ensure_ascii=False))
         except RowRejected as error:
             rejected += 1
             if rejected <= MAX_LISTED:
@@ -125,6 +136,7 @@ def parse_block(
         places=np.array(columns["u"], np.float64),
         rejects=rejects,
         sha256=digest.digest(),
+        lost=max((line.lost for line in lines), default=0.0),
     )
 
 
@@ -164,6 +176,27 @@ def _first_lines(ordered: Sequence[BlockSummary]) -> list[int]:
         starts.append(seen.get(s.file_index, 0))
         seen[s.file_index] = starts[-1] + s.num_lines
     return starts
+
+
+def with_first_rejects(summaries: Iterable[BlockSummary]) -> list[BlockSummary]:
+    """The summaries in order, with the first MAX_LISTED_IN_ALL rejects of all; never more of them are held, however they come."""
+    kept: dict[tuple[int, int], BlockSummary] = {}
+    last_first: list[tuple[int, int]] = []  # blocks with rejects
+    listed = 0
+    for summary in summaries:
+        kept[summary.part, summary.block] = summary
+        if summary.rejects:
+            heappush(last_first, (-summary.part, -summary.block))
+        listed += len(summary.rejects)
+        while listed > MAX_LISTED_IN_ALL:
+            part, block = last_first[0]
+            last = kept[-part, -block]
+            left = last.rejects[: max(0, len(last.rejects) - (listed - MAX_LISTED_IN_ALL))]
+            listed -= len(last.rejects) - len(left)
+            kept[-part, -block] = replace(last, rejects=left)
+            if not left:
+                heappop(last_first)
+    return [kept[key] for key in sorted(kept)]
 
 
 def rejected_lines(files: Sequence[SourceFile], ordered: Sequence[BlockSummary]) -> list[dict[str, Any]]:
@@ -229,15 +262,25 @@ def _check_rejects(
                 code="no_usable_rows",
             )
     num_rejected, num_rows = sum(s.num_rejected for s in ordered), sum(s.num_lines - s.num_blank for s in ordered)
-    limit = spec.dataset_config.preprocessing.max_reject_ratio
-    if num_rejected > limit * num_rows:
+    limit, lost = spec.dataset_config.preprocessing.max_reject_ratio, sum(_rows_lost(ordered).values())
+    if num_rejected + lost > limit * (num_rows + lost):
+        tail = f", and about {lost} more are lost" if lost else ""
         raise DatasetError(
             f"{num_rejected} of {num_rows} rows of {spec.dataset_details.dataset_path} can't be used "
-            f"({_first_reasons(rejected, kind)}), more than dataset_config.preprocessing.max_reject_ratio = {limit:g} allows: "
-            "mend the rows or raise it.",
+            f"({_first_reasons(rejected, kind)}){tail}, more than "
+            f"dataset_config.preprocessing.max_reject_ratio = {limit:g} allows: mend the rows or raise it.",
             field="dataset_config.preprocessing.max_reject_ratio",
             code="too_many_rejects",
         )
+
+
+def _rows_lost(ordered: Sequence[BlockSummary]) -> dict[int, int]:
+    """By file, about how many rows are lost where it breaks off, besides the one that is rejected for it: as many to a byte as
+    before."""
+    rows: Counter[int] = Counter()
+    for s in ordered:
+        rows[s.file_index] += s.num_lines - s.num_blank
+    return {s.file_index: max(0, round((rows[s.file_index] - 1) * s.lost / (1 - s.lost)) - 1) for s in ordered if 0 < s.lost < 1}
 
 
 def _first_reasons(rejected: list[dict[str, Any]], kind: str) -> str:
@@ -247,7 +290,7 @@ def _first_reasons(rejected: list[dict[str, Any]], kind: str) -> str:
 
 
 def prepare_part(
-    spec: JobSpec, source: FileSystem, part: Part, chat: ChatTokenizer | None, storage: FileSystem, run_path: str
+    spec: JobSpec, source: FileSystem, part: Part, chat: ChatTokenizer, storage: FileSystem, run_path: str
 ) -> list[BlockSummary]:
     """Write a part's rows as shards, one a block; the summaries name them. Again is the same.
 
@@ -277,9 +320,11 @@ def finish(
     spec: JobSpec, files: Sequence[SourceFile], summaries: Iterable[BlockSummary], storage: FileSystem, run_path: str
 ) -> PreparedDataset:
     """Write rejected.jsonl, assemble, and write data/index.json into the run's folder. Raises DatasetError."""
-    ordered = sorted(summaries, key=lambda s: (s.part, s.block))
+    ordered = with_first_rejects(summaries)
     rejected = rejected_lines(files, ordered)
     lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected)
+    if more := sum(s.num_rejected for s in ordered) - len(rejected):
+        lines += json.dumps({"more": more}) + "\n"
     write_bytes(storage, f"{run_path}/{REJECTED}", lines.encode(errors="replace"))
     prepared = assemble(spec, files, ordered, rejected)
     write_bytes(storage, f"{run_path}/data/{INDEX}", prepared.to_json().encode())
@@ -287,13 +332,13 @@ def finish(
 
 
 def preparation_key(spec: JobSpec, files: Sequence[SourceFile]) -> str:
-    """What a prepared dataset depends on: the rows, how they are read, and this code's version."""
+    """What a prepared dataset depends on: the rows, how they are read and judged, and this code's version."""
     depends_on = {
         "dataset_config": spec.dataset_config.model_dump(mode="json"),
         "layout": LAYOUT,
         "dataset_type": spec.dataset_details.dataset_type,
         "dataset_format": spec.dataset_details.dataset_format,
-        "base_model": None if spec.dataset_config.preprocessing.lazy_tokenize else spec.model_details.base_model,
+        "base_model": [spec.model_details.base_model, spec.model_details.revision],
         "seed": spec.train_config.hyperparameters.seed,
         "files": [asdict(f) for f in files],
         "version": version("tuneyard"),
@@ -318,7 +363,7 @@ def prepare_local(
     files: Sequence[SourceFile],
     storage: FileSystem,
     run_path: str,
-    chat: ChatTokenizer | None,
+    chat: ChatTokenizer,
 ) -> PreparedDataset:
     """Prepare part by part in this process. Raises DatasetError."""
     summaries: list[BlockSummary] = []

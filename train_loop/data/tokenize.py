@@ -8,7 +8,6 @@ shows a turn otherwise once later ones follow (Qwen 3 takes the thinking out) gi
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +18,15 @@ import numpy as np
 from jinja2 import TemplateError
 
 from train_loop.data.formats import Conversation, Message, RowRejected
+from train_loop.data.rendering import Flood, Rendered, render
+from train_loop.data.token_bounds import TokenBounds
 from train_loop.errors import DatasetError
 from train_loop.spec import JobSpec, Prompt
 
 IGNORE_INDEX = -100
 TEMPLATE_FIELD = "dataset_config.preprocessing.prompt.template"
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-MAX_LAYOUT_CHARS = 1 << 20  # a template's own; longer texts must be mostly what the row says
+MAX_REASON_CHARS = 200  # of a template's own words
 PROBE = {"system": "Be of help.", "user": "Ask.", "assistant": "Fine."}
 
 
@@ -65,17 +66,95 @@ class ChatTokenizer:
         if "text" in conversation:
             input_ids = self._document(conversation["text"])
             return self._truncate(Sample(input_ids, input_ids))
+        messages, tools, wanted = self._talk(conversation)
+        if self._is_marked(tools):
+            input_ids, spoken = self._by_marks(messages, tools, wanted)
+        else:
+            input_ids, spoken = self._by_prefixes(messages, tools, wanted)
+        return self._truncate(Sample(input_ids, np.where(spoken, input_ids, IGNORE_INDEX).astype(np.int32)))
+
+    def check(self, conversation: Conversation) -> None:
+        """Raise RowRejected exactly where `encode` would; tokens are made only where the text doesn't show the verdict.
+
+        Raises DatasetError, too; of a template that is at fault with some rows it may leave that to `encode`.
+        """
+        if not self._is_surely_usable(conversation):
+            self.encode(conversation)
+
+    def _is_surely_usable(self, conversation: Conversation) -> bool:
+        """Whether a text that the template renders is known to have a token to learn, without making its tokens."""
+        bounds = self._bounds
+        if bounds is None:
+            return False
+        if "text" in conversation:
+            text = conversation["text"]
+            return self._fits(text, self.tokenizer.num_special_tokens_to_add() + 1) and self._is_of_two(text)
+        messages, tools, wanted = self._talk(conversation)
+        everything, marked = self.train_on == "all", self._is_marked(tools)
+        rendered = self._render(messages, tools)
+        text = rendered.text
+        if not self._fits(text) or ((everything or marked) and not all(wanted)):
+            return False
+        if everything:
+            return self._is_of_two(text)
+        if marked:
+            return any(self._keeps_a_token(text, *span, self.tokenizer.eos_token or "") for span in rendered.generated)
+        turns = [i for i, w in zip(_of_assistant(messages), wanted, strict=True) if w]
+        # The last one, as `encode` does; it may be cut off, and the first one not.
+        for i in dict.fromkeys([turns[-1], turns[0]]):
+            if (span := self._span(text, messages, i, tools)) and self._keeps_a_token(text, *span, self._frame[1]):
+                return True
+        return False
+
+    @cached_property
+    def _bounds(self) -> TokenBounds | None:
+        return TokenBounds.of(self.tokenizer)
+
+    def _fits(self, text: str, more: int = 0) -> bool:
+        """Whether the text's length is surely no reason to reject it."""
+        assert self._bounds is not None
+        most = self._bounds.most(text)
+        return most is not None and (self.truncation != "reject" or most + more <= self.prompt.max_length)
+
+    def _is_of_two(self, text: str) -> bool:
+        """Whether the text surely makes two tokens: one that is predicted."""
+        assert self._bounds is not None
+        longest = self._bounds.longest
+        return longest is not None and len(text) > longest and self._bounds.covers(text[: longest + 1])
+
+    def _keeps_a_token(self, text: str, start: int, end: int, mark: str) -> bool:
+        """Whether a whole token of text[start:end], and not the text's first one, is surely left after truncation.
+
+        `mark` is what ends a turn.
+        """
+        bounds, left = self._bounds, self.truncation == "left"
+        assert bounds is not None
+
+        def is_kept(start: int, end: int) -> bool:
+            most = bounds.most(text[start:] if left else text[:end])
+            return most is not None and most <= self.prompt.max_length
+
+        if bounds.stands_alone(mark) and text.endswith(mark, start, end) and bounds.covers(text[:1]):
+            begins = end - len(mark)
+            if begins > 0 and is_kept(begins, end):
+                return True
+        if bounds.longest is None or end - start < 3 * bounds.longest:
+            return False
+        # In so many characters there are two whole tokens, of which the second isn't the text's first.
+        start, end = (end - 3 * bounds.longest, end) if left else (start, start + 3 * bounds.longest)
+        return bounds.covers(text[start:end]) and is_kept(start, end)
+
+    def _talk(self, conversation: Conversation) -> tuple[list[Message], Sequence[Any] | None, list[bool]]:
+        """The messages as the template gets them, the tools, and of each assistant turn whether it carries loss."""
         messages, tools = self._with_system(conversation["messages"]), conversation.get("tools")
         self._check_tools(messages, tools)
         wanted = [messages[i].get("loss", True) for i in _of_assistant(messages)]
         if self.train_on == "last_assistant":
             wanted[:-1] = [False] * (len(wanted) - 1)
-        messages = [{k: v for k, v in m.items() if k != "loss"} for m in messages]
-        if self.train_on != "all" and GENERATION_MARK.search(self._template(tools)):
-            input_ids, spoken = self._by_marks(messages, tools, wanted)
-        else:
-            input_ids, spoken = self._by_prefixes(messages, tools, wanted)
-        return self._truncate(Sample(input_ids, np.where(spoken, input_ids, IGNORE_INDEX).astype(np.int32)))
+        return [{k: v for k, v in m.items() if k != "loss"} for m in messages], tools, wanted
+
+    def _is_marked(self, tools: Sequence[Any] | None) -> bool:
+        return self.train_on != "all" and bool(GENERATION_MARK.search(self._template(tools)))
 
     def _document(self, text: str) -> np.ndarray:
         """Plain text as the model was pre-trained on: its own beginning, its end-of-sequence token."""
@@ -102,35 +181,27 @@ class ChatTokenizer:
             ) from None
         return template
 
-    def _apply(self, messages: Sequence[Message], tools: Sequence[Any] | None, **options: Any) -> Any:
-        """What the tokenizer's apply_chat_template gives. Raises RowRejected where the template refuses these messages."""
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        return dict(self.tokenizer.special_tokens_map)
+
+    def _render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False) -> Rendered:
+        """What the tokenizer's apply_chat_template renders. Raises RowRejected where the template refuses these messages."""
         template = self._template(tools)
         try:
-            return self.tokenizer.apply_chat_template(list(messages), tools=tools, chat_template=template, **options)
+            return render(template, messages, tools, self._names, prompt=prompt)
+        except Flood:
+            raise _at_fault("the chat template makes too much text of a short row") from None
         except Exception as error:  # a template is a program of someone else's: whatever goes wrong in it is its fault
             if type(error) is TemplateError:  # its own raise_exception
-                raise RowRejected(f"the chat template refuses it: {error}") from error
+                raise RowRejected(f"the chat template refuses it: {str(error)[:MAX_REASON_CHARS]}") from error
             what = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
-            raise DatasetError(
-                f"the chat template can't render a row: {what}. Correct prompt.template, or leave it null.",
-                field=TEMPLATE_FIELD,
-                code="template_error",
-            ) from error
-
-    def _render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False) -> str:
-        text: str = self._apply(messages, tools, tokenize=False, add_generation_prompt=prompt)
-        if len(text) > MAX_LAYOUT_CHARS and len(text) > 4 * len(json.dumps([messages, tools], ensure_ascii=False)):
-            raise DatasetError(
-                f"the chat template makes {len(text):,} characters of a short row. Correct prompt.template, or leave it null.",
-                field=TEMPLATE_FIELD,
-                code="template_error",
-            )
-        return text
+            raise _at_fault(f"the chat template can't render a row: {what}") from error
 
     def _probe(self, *roles: str, prompt: bool = False) -> str:
         """A rendered conversation of known words; empty where the template refuses it."""
         try:
-            return self._render([{"role": role, "content": PROBE[role]} for role in roles], prompt=prompt)
+            return self._render([{"role": role, "content": PROBE[role]} for role in roles], prompt=prompt).text
         except RowRejected:
             return ""
 
@@ -139,15 +210,13 @@ class ChatTokenizer:
         return PROBE["system"] in self._probe("system", "user", "assistant")
 
     @cached_property
-    def _frame(self) -> tuple[str, str]:
-        """What a template puts around the last answer only: before it, in its turn (Qwen 3's empty thinking), and after the
-        end-of-turn token (a line end, Phi 3's end of sequence)."""
+    def _frame(self) -> tuple[str, str, str]:
+        """What a template puts around answers: before the last one only, in its turn (Qwen 3's empty thinking); the end-of-turn
+        token; after that one, of the last only (a line end, Phi 3's end of sequence)."""
         opening, prompt = self._probe("user", "assistant"), self._probe("user", prompt=True)
         if opening and PROBE["assistant"] not in opening:  # such as a vision model's, which looks for parts
-            raise DatasetError(
-                "the chat template leaves out what the assistant says in plain text: give prompt.template one that shows it.",
-                field=TEMPLATE_FIELD,
-                code="template_error",
+            raise _at_fault(
+                "the chat template leaves out what the assistant says in plain text", "give prompt.template one that shows it"
             )
         head = opening.removeprefix(prompt).partition(PROBE["assistant"])[0] if opening.startswith(prompt) else ""
         last = opening.partition(PROBE["assistant"])[2]
@@ -157,7 +226,7 @@ class ChatTokenizer:
         # In whole tokens: `<|end|>\n` is common to `<|end|>\n<|endoftext|>` and `<|end|>\n<|user|>`.
         edges = self.tokenizer(last, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         end = last[: max((end for _, end in edges if end <= common), default=0)].rstrip() or last.rstrip()
-        return head, last[len(end) :]
+        return head, end, last[len(end) :]
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
         """With prompt.system where there is none; where the template takes none, it opens the first user turn."""
@@ -181,11 +250,28 @@ class ChatTokenizer:
 
     # --- which tokens are trained on ---
 
+    def _tokens(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The text's tokens, and where in it each starts and ends."""
+        out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        input_ids = np.array(out["input_ids"], dtype=np.int32)
+        starts, ends = np.array(out["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        for i in np.flatnonzero(np.isin(input_ids, self._taking_blanks)):
+            ends[i] = starts[i] + len(text[starts[i] : ends[i]].rstrip())
+        return input_ids, starts, ends
+
+    @cached_property
+    def _taking_blanks(self) -> list[int]:
+        """Tokens that take the blanks after them, such as Phi 3's <|end|>: the next line's beginning isn't part of the turn."""
+        return [i for i, token in self.tokenizer.added_tokens_decoder.items() if token.rstrip]
+
     def _by_marks(
         self, messages: list[Message], tools: Sequence[Any] | None, wanted: list[bool]
     ) -> tuple[np.ndarray, np.ndarray]:
-        out = self._apply(messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        input_ids, spoken = np.array(out["input_ids"], dtype=np.int32), np.array(out["assistant_masks"], dtype=bool)
+        rendered = self._render(messages, tools)
+        input_ids, starts, ends = self._tokens(rendered.text)
+        spoken = np.zeros(len(input_ids), dtype=bool)
+        for start, end in rendered.generated:
+            spoken[np.searchsorted(ends, start, side="right") : np.searchsorted(starts, end)] = True
         if not all(wanted):
             edges = np.flatnonzero(np.diff(spoken.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
             if len(edges) != len(wanted):
@@ -200,19 +286,19 @@ class ChatTokenizer:
     def _by_prefixes(
         self, messages: list[Message], tools: Sequence[Any] | None, wanted: list[bool]
     ) -> tuple[np.ndarray, np.ndarray]:
-        text = self._render(messages, tools)
-        out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        input_ids = np.array(out["input_ids"], dtype=np.int32)
-        starts, ends = np.array(out["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        text = self._render(messages, tools).text
+        input_ids, starts, ends = self._tokens(text)
         everything = self.train_on == "all"  # then turns of weight 0 are taken out
         spoken = np.full(len(input_ids), everything)
         kept = self._kept(len(input_ids))
         low, high = starts[kept].min(initial=len(text)), ends[kept].max(initial=0)
         turns = [(i, w) for i, w in zip(_of_assistant(messages), wanted, strict=True) if w is not everything]
-        for i, is_wanted in turns if self.truncation == "right" else reversed(turns):
+        in_order = turns if self.truncation == "right" else turns[::-1]
+        # The last one first, whether it is cut off or not: there a template shows that it can't be used.
+        for i, is_wanted in sorted(in_order, key=lambda turn: turn != turns[-1]):
             if (span := self._span(text, messages, i, tools)) is not None:
                 spoken[np.searchsorted(starts, span[0]) : np.searchsorted(ends, span[1], side="right")] = is_wanted
-                if span[1] >= high if self.truncation == "right" else span[0] <= low:
+                if i != turns[-1][0] and (span[1] >= high if self.truncation == "right" else span[0] <= low):
                     break  # the turns from here on are cut off
         return input_ids, spoken
 
@@ -221,21 +307,25 @@ class ChatTokenizer:
 
         None where the template shows it otherwise than it was said. Raises DatasetError if it does so with the last one.
         """
-        head, layout = self._frame
+        head, _, layout = self._frame
         is_last = i == len(messages) - 1
-        before = self._render(messages[:i], tools, prompt=True)
-        turn = text if is_last else self._render(messages[: i + 1], tools)
+        try:
+            before = self._render(messages[:i], tools, prompt=True).text
+            turn = text if is_last else self._render(messages[: i + 1], tools).text
+        except RowRejected:  # of a conversation that isn't over yet, as this template sees it
+            if is_last:
+                raise
+            return None
         if text.startswith(before) and turn.startswith(before):
             said = turn.removesuffix(layout).rstrip()[len(before) :]
             for shown in (said, said.removeprefix(head)):
                 if shown and text.startswith(shown, len(before)):
                     return len(before), len(before) + len(shown)
         if is_last:
-            raise DatasetError(
+            raise _at_fault(
                 "the chat template rewrites earlier turns, or shows an answer otherwise than after its own prompt, so the "
-                "assistant's tokens can't be told apart: give prompt.template one with {% generation %} marks.",
-                field=TEMPLATE_FIELD,
-                code="template_error",
+                "assistant's tokens can't be told apart",
+                "give prompt.template one with {% generation %} marks",
             )
         return None
 
@@ -255,6 +345,10 @@ class ChatTokenizer:
                 f"no supervised token left after truncation to {limit} tokens" if length > limit else "nothing to learn from"
             )
         return sample
+
+
+def _at_fault(what: str, mend: str = "correct prompt.template, or leave it null") -> DatasetError:
+    return DatasetError(f"{what}: {mend}.", field=TEMPLATE_FIELD, code="template_error")
 
 
 def _of_assistant(messages: Sequence[Message]) -> list[int]:
