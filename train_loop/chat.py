@@ -54,7 +54,7 @@ class Comparison:
 
     def asked(self, prompt: str) -> Any:
         """The tokens that a question is to the model, as in training: behind the job's system message, if it has one."""
-        messages = self.chat._with_system([{"role": "user", "content": prompt}])
+        messages = self.chat.with_system([{"role": "user", "content": prompt}])
         return self.chat.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(self.base.device)

@@ -22,7 +22,6 @@ IDLE = MicroBatch(
     labels=torch.full((1, 1), IGNORE_INDEX),
     position_ids=torch.zeros((1, 1), dtype=torch.int64),
     attention_mask=None,
-    num_samples=0,
     num_tokens=0,
 )
 

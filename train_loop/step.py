@@ -11,7 +11,7 @@ import torch
 from train_loop.context import RunContext
 from train_loop.data.packing import MicroBatch
 from train_loop.data.shards import ShardSet
-from train_loop.errors import DatasetError, TrainingError
+from train_loop.errors import TrainingError
 
 MAX_ROWS_TOLD = 5
 
@@ -28,25 +28,15 @@ class Agreed:
 
 def agree(micro_batches: list[MicroBatch], ctx: RunContext) -> Agreed:
     """Supervised tokens and tokens of the global batch, whether any rank was asked to stop, and the notice that a machine will
-    be taken back, as rank 0 has it (all are told the same, if not at the same step): one all-reduce.
-
-    Raises DatasetError when no rank has anything to learn from in this step.
-    """
+    be taken back, as rank 0 has it (all are told the same, if not at the same step): one all-reduce."""
     mine = [
         sum(m.num_supervised for m in micro_batches),
         sum(m.num_tokens for m in micro_batches),
-        sum(m.num_samples for m in micro_batches),
         int(ctx.stop_requested()),
         crc32((ctx.preemption() or "").encode()) if ctx.rank == 0 else 0,
     ]
     agreed = ctx.all_reduce_sum(torch.tensor(mine, dtype=torch.int64, device=ctx.device)).tolist()
-    supervised, tokens, samples, stop, notice = agreed
-    if samples == 0 and not stop:
-        raise DatasetError(
-            "no row of this step has a token to learn from: is max_length too short for the answers to fit?",
-            field="dataset_config.preprocessing.prompt.max_length",
-            code="no_supervised_tokens",
-        )
+    supervised, tokens, stop, notice = agreed
     return Agreed(supervised, tokens, bool(stop), notice)
 
 

@@ -89,7 +89,7 @@ def test_evaluation_takes_as_many_rows_at_a_time_as_is_said(local_job, tmp_path,
     shapes = []
 
     def watched(model, micro):
-        shapes.append(micro.num_samples)
+        shapes.append(len(micro.rows))
         return supervised_loss(model, micro)
 
     monkeypatch.setattr(evaluate, "supervised_loss", watched)
@@ -116,7 +116,7 @@ def test_packed_rows_share_a_line_and_an_architecture_that_can_not_keep_them_apa
     seen = []
 
     def watched(model, micro):
-        seen.append((micro.num_samples, len(micro.input_ids)))
+        seen.append((len(micro.rows), len(micro.input_ids)))
         return supervised_loss(model, micro)
 
     monkeypatch.setattr(loop, "supervised_loss", watched)

@@ -55,7 +55,6 @@ class MicroBatch:
     labels: torch.Tensor
     position_ids: torch.Tensor
     attention_mask: torch.Tensor | None
-    num_samples: int
     num_tokens: int
     rows: tuple[int, ...] = ()  # of the ShardSet it was made from
 
@@ -103,6 +102,5 @@ def collate(samples: Sequence[Sample], *, max_length: int, packing: bool, pad_id
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(position_ids),
         attention_mask=None if packing else torch.from_numpy(filled),
-        num_samples=len(samples),
         num_tokens=sum(lengths),
     )

@@ -146,7 +146,7 @@ class ChatTokenizer:
 
     def _talk(self, conversation: Conversation) -> tuple[list[Message], Sequence[Any] | None, list[bool]]:
         """The messages as the template gets them, the tools, and of each assistant turn whether it carries loss."""
-        messages, tools = self._with_system(conversation["messages"]), conversation.get("tools")
+        messages, tools = self.with_system(conversation["messages"]), conversation.get("tools")
         self._check_tools(messages, tools)
         wanted = [messages[i].get("loss", True) for i in _of_assistant(messages)]
         if self.train_on == "last_assistant":
@@ -228,7 +228,7 @@ class ChatTokenizer:
         end = last[: max((end for _, end in edges if end <= common), default=0)].rstrip() or last.rstrip()
         return head, end, last[len(end) :]
 
-    def _with_system(self, messages: list[Message]) -> list[Message]:
+    def with_system(self, messages: list[Message]) -> list[Message]:
         """With prompt.system where there is none; where the template takes none, it opens the first user turn."""
         if self.prompt.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.prompt.system}, *messages]
