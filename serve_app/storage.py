@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pyarrow.fs import FileSelector, FileSystem, FileType
+from pyarrow.fs import FileSelector, FileType
 
 from serve_app.settings import Settings
 from train_loop.data.sources import Credentials, filesystem_for
-from train_loop.layout import ADAPTER_FOLDER, MERGED_FOLDER
-from train_loop.tensorboard import FILE
+from train_loop.layout import ADAPTER_FOLDER, MANIFEST, MERGED_FOLDER, RECORDS
 
 LINK_S = 900
-RUN_FILES = ("manifest.json", "metrics.jsonl", f"tensorboard/{FILE}", "rejected.jsonl", "job.json")
 
 
 def run_uri(settings: Settings, org_id: str, request_id: str) -> str:
@@ -37,18 +36,26 @@ def storage_credentials(settings: Settings) -> Credentials | None:
 
 
 def artifacts(settings: Settings, org_id: str, request_id: str) -> list[dict[str, Any]]:
-    """The run's files that are meant for users: name, uri, size_bytes, sha256 (of what the manifest lists), url.
+    """The run's files that are meant for users: name, uri, size_bytes, sha256 (None while the run goes on), url.
 
     A url works for LINK_S seconds; None where the storage is a plain folder. Raises OSError when the storage is away.
     """
     uri = run_uri(settings, org_id, request_id)
     storage, path = filesystem_for(uri, storage_credentials(settings))
     found = {
-        i.path.removeprefix(f"{path}/"): i.size for i in storage.get_file_info([f"{path}/{n}" for n in RUN_FILES]) if _is_file(i)
+        i.path.removeprefix(f"{path}/"): i.size
+        for i in storage.get_file_info([f"{path}/{n}" for n in (MANIFEST, *RECORDS)])
+        if _is_file(i)
     }
-    manifest = _manifest(storage, path) if "manifest.json" in found else {}
+    manifest: dict[str, Any] = {}
+    hashes: dict[str, str] = {}
+    if MANIFEST in found:
+        with storage.open_input_stream(f"{path}/{MANIFEST}") as stream:
+            text = stream.read()
+        manifest = json.loads(text)
+        hashes = {f["name"]: f["sha256"] for f in manifest.get("records", [])} | {MANIFEST: hashlib.sha256(text).hexdigest()}
     outputs = {ADAPTER_FOLDER: manifest.get("adapter_files", []), MERGED_FOLDER: manifest.get("merged_files", [])}
-    hashes = {f"{folder}/{f['name']}": f["sha256"] for folder, files in outputs.items() for f in files}
+    hashes |= {f"{folder}/{f['name']}": f["sha256"] for folder, files in outputs.items() for f in files}
     for folder in (name for name, files in outputs.items() if files):
         listing = storage.get_file_info(FileSelector(f"{path}/{folder}", recursive=True, allow_not_found=True))
         found |= {i.path.removeprefix(f"{path}/"): i.size for i in listing if _is_file(i)}
@@ -61,12 +68,6 @@ def artifacts(settings: Settings, org_id: str, request_id: str) -> list[dict[str
 
 def _is_file(info: Any) -> bool:
     return bool(info.type == FileType.File)
-
-
-def _manifest(storage: FileSystem, path: str) -> dict[str, Any]:
-    with storage.open_input_stream(f"{path}/manifest.json") as stream:
-        manifest: dict[str, Any] = json.loads(stream.read())
-    return manifest
 
 
 def _s3(settings: Settings) -> tuple[Any, str, str]:

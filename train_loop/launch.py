@@ -25,12 +25,12 @@ from train_loop.data.sources import FIRST_CONTACT_S, SourceFile, find_files
 from train_loop.errors import Cause, RunFault, Stopped, UserError
 from train_loop.faults import classified, machines_lost
 from train_loop.hang import FACTOR, FLOOR_S, StepClock, Watchdog
-from train_loop.layout import ADAPTER_FOLDER, MERGED_FOLDER
+from train_loop.layout import ADAPTER_FOLDER, JOB, MANIFEST, MERGED_FOLDER, RECORDS
 from train_loop.model.source import model_folder
 from train_loop.run_files import Keys, RunFiles, fetch_start
 from train_loop.scratch import scratch_folder
 from train_loop.spec import JobSpec
-from train_loop.storage import list_files, outages_told, read_json, verify, write_json
+from train_loop.storage import described, list_files, outages_told, read_json, verify, write_json
 from train_loop.trackers.curves import RunCard
 from train_loop.trackers.reporter import reporting
 from train_loop.trackers.tracker import TrackerKeys
@@ -184,7 +184,7 @@ def _attempt(
     storage, run_path = files.storage()
     if (manifest := _finished(storage, run_path, request_id)) is not None:
         return manifest
-    write_json(storage, f"{run_path}/job.json", spec.model_dump(mode="json"))
+    write_json(storage, f"{run_path}/{JOB}", spec.model_dump(mode="json"))
 
     on_phase("preparing_data")
     # Rows that an earlier attempt prepared were reachable: their storage is waited for like the run's own.
@@ -220,7 +220,7 @@ def _is_there(storage: FileSystem, run_path: str, outcome: Mapping[str, Any]) ->
 
 def _finished(storage: FileSystem, run_path: str, request_id: str) -> dict[str, Any] | None:
     """The manifest, when an earlier attempt wrote it: it comes last, so everything else is there."""
-    manifest: dict[str, Any] | None = read_json(storage, f"{run_path}/manifest.json")
+    manifest: dict[str, Any] | None = read_json(storage, f"{run_path}/{MANIFEST}")
     return manifest if manifest is not None and manifest["request_id"] == request_id else None
 
 
@@ -401,6 +401,7 @@ def _finish(
             "split": prepared.counts,
             "eval_lines": prepared.eval_lines,
         },
+        "records": described(storage, run_path, RECORDS),
         "seed": spec.train_config.hyperparameters.seed,
         "world_size": spec.infra_config.num_workers,
         "worlds": outcome["worlds"],
@@ -411,5 +412,5 @@ def _finish(
         | {name: version(name) for name in ("tuneyard", "ray", "torch", "transformers", "peft", "bitsandbytes")},
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    write_json(storage, f"{run_path}/manifest.json", manifest)
+    write_json(storage, f"{run_path}/{MANIFEST}", manifest)
     return manifest

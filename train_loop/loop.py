@@ -27,7 +27,7 @@ from train_loop.data.streaming import RowReader
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import Stopped
 from train_loop.evaluate import evaluate
-from train_loop.layout import MERGED_FOLDER
+from train_loop.layout import MERGED_FOLDER, METRICS, TENSORBOARD
 from train_loop.loss import supervised_loss
 from train_loop.metrics import MetricLog
 from train_loop.model.adapters import parameter_groups
@@ -40,7 +40,7 @@ from train_loop.sharding import IDLE
 from train_loop.spec import JobSpec
 from train_loop.step import agree, not_finite
 from train_loop.storage import upload_folder, write_bytes
-from train_loop.tensorboard import FILE, event_file
+from train_loop.tensorboard import event_file
 from train_loop.trainee import load_trainee
 
 logger = logging.getLogger(__name__)
@@ -155,8 +155,8 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
 
     def publish_metrics() -> None:
         if ctx.rank == 0:
-            write_bytes(ctx.storage, f"{ctx.run_path}/metrics.jsonl", log.lines().encode())
-            write_bytes(ctx.storage, f"{ctx.run_path}/tensorboard/{FILE}", event_file(log.points))
+            write_bytes(ctx.storage, f"{ctx.run_path}/{METRICS}", log.lines().encode())
+            write_bytes(ctx.storage, f"{ctx.run_path}/{TENSORBOARD}", event_file(log.points))
 
     def save(*, wait: bool = False) -> None:
         ctx.phase("saving")

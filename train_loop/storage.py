@@ -187,6 +187,16 @@ def upload_folder(folder: Path, storage: FileSystem, path: str) -> list[dict[str
     return files
 
 
+def described(storage: FileSystem, path: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Name, size_bytes and sha256 of those of these objects that are under `path`."""
+    files = []
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            data = read_bytes(storage, f"{path}/{name}")
+            files.append({"name": name, "size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
+    return files
+
+
 def verify(storage: FileSystem, path: str, files: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the `files` (name, size_bytes, sha256) are under `path`, read back from storage: what is really there."""
     sizes = list_files(storage, path) if files else {}

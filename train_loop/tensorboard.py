@@ -11,8 +11,6 @@ from typing import Any
 
 from train_loop.trackers.curves import values
 
-FILE = "events.out.tfevents.0000000000.tuneyard"
-
 
 def event_file(points: Iterable[Mapping[str, Any]]) -> bytes:
     """The points of metrics.jsonl as an event file."""

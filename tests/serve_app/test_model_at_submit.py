@@ -1,5 +1,6 @@
 """What a submission says of a base model in a bucket or on the hub, and of the job that it goes on from."""
 
+import hashlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -231,7 +232,7 @@ def test_training_goes_on_only_from_a_finished_job_of_the_same_org_and_base(http
     assert submit(insert("first")).status_code == 200
 
 
-def test_merged_weights_are_among_the_artifacts(settings, store, job, tmp_path):
+def test_all_that_a_run_leaves_is_among_the_artifacts_with_its_hash(settings, store, job, tmp_path):
     from serve_app.storage import artifacts
 
     folder = tmp_path / "runs" / ORG / "r"
@@ -239,6 +240,10 @@ def test_merged_weights_are_among_the_artifacts(settings, store, job, tmp_path):
         (folder / name).mkdir(parents=True)
         (folder / name / "x.safetensors").write_text(name)
     listed = {f"{n}_files": [{"name": "x.safetensors", "sha256": n, "size_bytes": 1}] for n in ("adapter", "merged")}
-    (folder / "manifest.json").write_text(json.dumps(listed))
+    (folder / "metrics.jsonl").write_text("{}")
+    text = json.dumps(listed | {"records": [{"name": "metrics.jsonl", "sha256": "m"}]})
+    assert {a["sha256"] for a in artifacts(settings, ORG, "r")} == {None}  # it isn't over
+    (folder / "manifest.json").write_text(text)
     found = {a["name"]: a["sha256"] for a in artifacts(settings, ORG, "r")}
-    assert found == {"adapter/x.safetensors": "adapter", "merged/x.safetensors": "merged", "manifest.json": None}
+    records = {"metrics.jsonl": "m", "manifest.json": hashlib.sha256(text.encode()).hexdigest()}
+    assert found == {"adapter/x.safetensors": "adapter", "merged/x.safetensors": "merged"} | records

@@ -69,8 +69,8 @@ def test_the_documented_job_on_four_workers(service):
     assert {f"adapter/{f['name']}": f["sha256"] for f in manifest["adapter_files"]} == {
         n: f["sha256"] for n, f in files.items() if n.startswith("adapter/")
     }
-    linked = httpx.get(files["adapter/adapter_model.safetensors"]["url"]).content
-    assert hashlib.sha256(linked).hexdigest() == files["adapter/adapter_model.safetensors"]["sha256"]
+    for file in files.values():
+        assert hashlib.sha256(httpx.get(file["url"]).content).hexdigest() == file["sha256"], file
     points = service.client.metrics(**query)["points"]
     assert points == [json.loads(line) for line in read["metrics.jsonl"].splitlines()]
     logged = service.client.logs(**query)["logs"]

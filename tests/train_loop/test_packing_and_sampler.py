@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from train_loop.data.packing import collate, pack
 from train_loop.data.sampler import BatchPlan
 from train_loop.data.tokenize import Sample
-from train_loop.loss import supervised_loss
+from train_loop.loss import CHUNK_TOKENS, Head, head_loss, supervised_loss
 
 
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 120))
@@ -107,10 +107,8 @@ def test_the_chunked_loss_and_its_gradient_equal_plain_cross_entropy(model):
     _, padded = layouts(samples(30, seed=2))
     hidden = torch.randn(int((padded.labels != -100).sum()), model.config.hidden_size, requires_grad=True)
     targets = padded.labels[padded.labels != -100]
-    from train_loop.loss import CHUNK_TOKENS, _HeadLoss
-
     assert len(targets) > CHUNK_TOKENS
-    ours = _HeadLoss.apply(hidden, model.lm_head, targets, None)
+    ours = head_loss(hidden, Head.of(model), targets)
     (grad,) = torch.autograd.grad(ours * 3, hidden)
     plain = torch.nn.functional.cross_entropy(model.lm_head(hidden), targets, reduction="sum")
     (expected,) = torch.autograd.grad(plain * 3, hidden)

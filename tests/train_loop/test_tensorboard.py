@@ -1,4 +1,5 @@
-from train_loop.tensorboard import FILE, event_file
+from train_loop.layout import TENSORBOARD
+from train_loop.tensorboard import event_file
 
 
 def test_other_readers_find_every_point_once(tmp_path):
@@ -10,7 +11,7 @@ def test_other_readers_find_every_point_once(tmp_path):
         {"step": 5, "loss": 2.5, "learning_rate": 0.1, "grad_norm": 1.0, "epoch": 0.5, "tokens_per_second": 9.0, "time": 2.5},
     ]
     data = event_file(points)
-    assert "tfevents" in FILE  # by which TensorBoard knows the file
+    assert "tfevents" in TENSORBOARD  # by which TensorBoard knows the file
     events, at = [], 0
     while at < len(data):
         length = int.from_bytes(data[at : at + 8], "little")

@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train_loop.data.prepare import INDEX, REJECTED
+from train_loop.data.prepare import INDEX
 from train_loop.data.shards import PreparedDataset
+from train_loop.layout import REJECTED
 from train_loop.storage import copy_object, delete_file, delete_folder, patiently, read_bytes, write_bytes
 
 if TYPE_CHECKING:

@@ -36,6 +36,7 @@ from train_loop.data.shards import (
 )
 from train_loop.data.sources import SourceFile
 from train_loop.errors import DatasetError
+from train_loop.layout import REJECTED
 from train_loop.spec import FileSplit, JobSpec, RandomSplit
 from train_loop.storage import list_files, patiently, read_bytes, write_bytes
 
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from train_loop.data.tokenize import ChatTokenizer
 
 INDEX = "index.json"  # written last
-REJECTED = "rejected.jsonl"
 EXCERPT_CHARS = 200
 MAX_EVAL_LINES = 10_000
 # Rejected rows that are listed, of a block and in all: files that are all wrong mustn't fill the memory.
