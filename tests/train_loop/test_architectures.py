@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from tests.train_loop.models import ARCHITECTURES, make_base, run, samples
@@ -80,3 +81,30 @@ def test_an_architecture_trains_in_isolation_and_plain_peft_has_the_same_loss(na
     assert metrics["eval_loss_after"] != pytest.approx(metrics["eval_loss_before"], abs=1e-3)
     theirs = eval_loss(plain(mirror / base_model, adapter), load_tokenizer(adapter), job, manifest)
     assert theirs == pytest.approx(metrics["eval_loss_after"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+        (
+            "Jamba",
+            {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "attn_layer_period": 2,
+                "attn_layer_offset": 1,
+                "num_experts": 2,
+                "mamba_d_state": 8,
+            },
+        ),
+    ],
+)
+def test_what_leaks_a_little_between_documents_is_found_out_too(kind, sizes):
+    """Small random weights leak little: attention that doesn't go by positions, and a state that goes on over them."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(vocab_size=64, pad_token_id=0, **sizes)
+    assert not keeps_documents_apart(transformers.AutoModelForCausalLM.from_config(config).eval())
