@@ -153,16 +153,14 @@ def make_plan(spec: JobSpec, places: ModelPlaces, hardware: Hardware, source: Fi
 
 def _described(spec: JobSpec, folder: Path) -> tuple[ModelShape, Any]:
     """The base model's shape and tokenizer, which anyone may have written. Raises ModelError."""
-    base, field = spec.model_details.base_model, "model_details.base_model"
     try:
-        what = "config.json"
         shape = model_shape(spec, folder)
-        what = "tokenizer"
-        return shape, load_tokenizer(folder)
     except ModelError:
         raise
     except Exception as error:  # transformers has no kind of its own for what it can't read
-        raise ModelError(f"transformers can't use the {what} of {base} ({type(error).__name__}).", field=field) from error
+        said = f"transformers can't use the config.json of {spec.model_details.base_model} ({type(error).__name__})."
+        raise ModelError(said, field="model_details.base_model") from error
+    return shape, load_tokenizer(folder)
 
 
 def model_shape(spec: JobSpec, folder: Path) -> ModelShape:
