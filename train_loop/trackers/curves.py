@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from train_loop.spec import JobSpec
+if TYPE_CHECKING:
+    from train_loop.spec import JobSpec
+
 
 Point = Mapping[str, Any]  # one line of metrics.jsonl
 
