@@ -310,6 +310,7 @@ class Service(RuleBasedStateMachine):
                 break
         assert set(self.final) == set(self.jobs), [self.store.get(r) for r in self.jobs if r not in self.final]
         assert self.world.actors == {}
+        self.world.later(LEASE_S + 1)  # whoever led before may have asked for machines
         SteppedPass("last", self.store, self.world, self.config).finish()
         assert self.world.asked == []
         at_most_retries = [self.store.get(r) for r in self.jobs]
