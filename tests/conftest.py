@@ -19,6 +19,10 @@ from train_loop.errors import UserError
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+MODELS = Path(os.environ.get("TUNEYARD_HOME") or Path.home() / ".tuneyard") / "models"
+# Whoever runs the tests may have a service of their own here, whose settings are none of theirs.
+_home = tempfile.TemporaryDirectory(prefix="tuneyard-tests-")
+os.environ["TUNEYARD_HOME"] = _home.name
 ORG = "0bf00b43-430a-4ca3-a8b3-b13cc8dc6d4f"
 OTHER_ORG = "11111111-2222-4333-8444-555555555555"
 TINY = "tuneyard/tiny-random-llama"
@@ -120,9 +124,8 @@ def mirror() -> Path:
     """The embedded model mirror, as `make setup` leaves it."""
     from train_loop.model.mirror import materialise
 
-    folder = Path(os.environ.get("TUNEYARD_HOME", Path.home() / ".tuneyard")) / "models"
-    assert TINY in materialise(folder)
-    return folder
+    assert TINY in materialise(MODELS)
+    return MODELS
 
 
 @pytest.fixture(scope="session")
