@@ -14,11 +14,10 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
-from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
-from serve_app.store.jobs import Conflict, QueueFull
+from serve_app.store.jobs import STORE_AWAY, Conflict, QueueFull
 from train_loop.errors import Cause, RunFault, UserError
 from train_loop.section import models_in, section_of
 from train_loop.spec import JobSpec
@@ -153,7 +152,7 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(409, str(error))
         case QueueFull():
             return ApiError(429, str(error), headers={"Retry-After": QUEUE_RETRY_AFTER_S})
-        case OperationalError() | InterfaceError() | PoolTimeout():
+        case _ if isinstance(error, STORE_AWAY):
             log.warning("the job store is away", error=type(error).__name__)
             return ApiError(503, "the job store can't be reached; try again shortly", headers={"Retry-After": RETRY_AFTER_S})
     error_id = uuid.uuid4().hex
