@@ -211,11 +211,9 @@ class Passes:
         told = {job.request_id: job.queue_position for job in waiting}
         self.store.set_queue_positions({k: place for k, place in decision.positions.items() if told[k] != place})
         self._ask_for_room(running, decision)
-        if self._looks_again(now):
-            self._growth = self.cluster.growth()
+        self._look_at_capacity(taking, now)
         started = {gang.request_id for gang, _ in decision.starts}
         self._refuse_what_never_fits([job for job in waiting if job.request_id not in started], taking, now)
-        self._publish_capacity(taking, now)
 
     def _taking(self, nodes: list[Node], due: dict[str, Job]) -> list[Mapping[str, float]]:
         """What the machines have that take new work. One that a job has just lost may seem alive to Ray for half a minute."""
@@ -314,13 +312,11 @@ class Passes:
             return there
         return None if self._growth is None else max(there, self._growth.count(bundle_of(profile)))
 
-    def _looks_again(self, now: dt.datetime) -> bool:
-        return self._capacity is None or (now - self._capacity_at).total_seconds() >= CAPACITY_S
-
-    def _publish_capacity(self, taking: list[Mapping[str, float]], now: dt.datetime) -> None:
-        """Let the ingress know, without asking Ray, what can be accepted."""
-        if not self._looks_again(now):
+    def _look_at_capacity(self, taking: list[Mapping[str, float]], now: dt.datetime) -> None:
+        """See now and then how large the cluster may be, and let the ingress know what can be accepted without asking Ray."""
+        if self._capacity is not None and (now - self._capacity_at).total_seconds() < CAPACITY_S:
             return
+        self._growth = self.cluster.growth()
         room = Room.of(taking)
         before = self._capacity or {}
         most = {kind: self._most(kind, room) for kind in self.settings.profiles}
