@@ -296,9 +296,7 @@ class JobActor:
         if self.live["phase"] != Phase.TRAINING or silent_s < limit_s:
             return False
         text = f"no step for {silent_s:.0f} s, and the workers don't see to it themselves."
-        with contextlib.suppress(StaleAttempt):
-            self._patiently(lambda: self.store.record_fault(self.job.request_id, self.attempt, Cause.HANG, text))
-        self._exit()
+        self._close(lambda: self.store.record_fault(self.job.request_id, self.attempt, Cause.HANG, text))
         return True
 
     def _is_over(self) -> bool:
@@ -308,10 +306,14 @@ class JobActor:
         waits_s = 0.0 if self.live["phase"] in NOTHING_TO_SAVE else self.settings.cancel_grace_s
         if time.monotonic() - self.overtime_at < waits_s:
             return False
-        with contextlib.suppress(StaleAttempt):
-            self._patiently(self._stopped)
-        self._exit()
+        self._close(self._stopped)
         return True
+
+    def _close(self, ending: Ending) -> None:
+        """Write down how the attempt ended, and end this process with all that it has started."""
+        with contextlib.suppress(StaleAttempt):
+            self._patiently(ending)
+        self._exit()
 
     def _patiently(self, ask: Callable[[], Answer]) -> Answer:
         """Ask the store, for as long as it takes it to come back."""
