@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from http import HTTPStatus
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
@@ -33,6 +32,7 @@ from train_loop.model.source import (
 )
 from train_loop.run_files import model_places
 from train_loop.spec import AWS_REGION, DatasetDetails, JobSpec, ModelDetails
+from train_loop.storage import answers_later
 from train_loop.trackers import weights_and_biases
 
 PLAIN = ("org", "experiment_name")
@@ -208,7 +208,7 @@ def _hub_config(details: ModelDetails, token: str | None, where: str, offline: b
             raise ModelError(f"{where}, and the hub has {seen}", field=BASE_MODEL)
         case "EntryNotFound":
             raise ModelError(f"{where}, and what the hub has of that name holds no {COMPLETE}", field=BASE_MODEL)
-    if answer.is_server_error or answer.status_code == HTTPStatus.TOO_MANY_REQUESTS:
+    if answers_later(answer.status_code):
         raise _hub_away(where, f"answered {answer.status_code}")
     raise ModelError(f"{where}, and the hub answered {answer.status_code}", field=BASE_MODEL)
 

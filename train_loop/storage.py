@@ -72,6 +72,11 @@ def is_away(error: BaseException) -> bool:
     )
 
 
+def answers_later(status: int) -> bool:
+    """Whether an HTTP status is no answer yet: the same request is worth another try."""
+    return status in (408, 425, 429) or status >= 500
+
+
 def patiently(action: Callable[[], T], what: str, patience_s: float | None = None) -> T:
     """Do `action`, again and again while the storage is away. Raises RunFault(storage_away) when that takes too long."""
     limit = float(os.environ.get(PATIENCE_S, DEFAULT_PATIENCE_S)) if patience_s is None else patience_s

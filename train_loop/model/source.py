@@ -20,7 +20,7 @@ from train_loop.errors import Cause, ModelError, RunFault
 from train_loop.model import cache
 from train_loop.model.mirror import COMPLETE, mirrored
 from train_loop.spec import SCHEMES, ModelDetails
-from train_loop.storage import DENIED, download_file, is_away, patiently
+from train_loop.storage import DENIED, answers_later, download_file, is_away, patiently
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -212,7 +212,7 @@ def hub_is_away(error: Exception) -> bool:
     # Its client says that there is no copy here either, and why that mattered as the cause.
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
     if isinstance(cause, HfHubHTTPError):
-        return cause.response is not None and (cause.response.status_code in (408, 429) or cause.response.status_code >= 500)
+        return cause.response is not None and answers_later(cause.response.status_code)
     return isinstance(cause, httpx2.TransportError | ConnectionError | TimeoutError) and not isinstance(
         cause, OfflineModeIsEnabled
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from train_loop.storage import answers_later
 from train_loop.trackers.curves import Point, RunCard, values
 from train_loop.trackers.tracker import Ending, TrackerAway, TrackerRefused
 
@@ -109,7 +110,7 @@ class Mlflow:
             answer = self._client.request(method, path, **given)
         except httpx.HTTPError as error:
             raise TrackerAway(f"doesn't answer ({type(error).__name__})") from None
-        if answer.status_code in (408, 425, 429) or answer.status_code >= 500:
+        if answers_later(answer.status_code):
             raise TrackerAway(f"answers with {answer.status_code}")
         try:
             said = answer.json()
