@@ -194,12 +194,14 @@ def upload_folder(folder: Path, storage: FileSystem, path: str) -> list[dict[str
 
 def described(storage: FileSystem, path: str, names: Sequence[str]) -> list[dict[str, Any]]:
     """Name, size_bytes and sha256 of those of these objects that are under `path`."""
-    files = []
-    for name in names:
-        with contextlib.suppress(FileNotFoundError):
-            data = read_bytes(storage, f"{path}/{name}")
-            files.append({"name": name, "size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
-    return files
+    from pyarrow.fs import FileType
+
+    infos = patiently(lambda: storage.get_file_info([f"{path}/{name}" for name in names]), f"looking into {path}")
+    return [
+        {"name": name, "size_bytes": info.size, "sha256": hash_of(storage, info.path)}
+        for name, info in zip(names, infos, strict=True)
+        if info.type == FileType.File
+    ]
 
 
 def verify(storage: FileSystem, path: str, files: Sequence[Mapping[str, Any]]) -> bool:
