@@ -167,17 +167,23 @@ def told(tmp_path):
     return report
 
 
-def test_points_wait_for_a_tracker_that_comes_back(told, serve, monkeypatch):
-    monkeypatch.setattr(reporter, "PAUSE_S", 0.01)
-    server = Mlflow.new(down=503)
-    url = serve(server)
+def comes_back(server):
+    """The server answers again once it has been said that it doesn't."""
 
     def back(events):
         while not events:
             time.sleep(0.01)
         server.down = None
 
-    assert told(mlflow(url), back) == ["MLflow at 127.0.0.1 answers with 503: the job goes on, and its points wait"]
+    return back
+
+
+def test_points_wait_for_a_tracker_that_comes_back(told, serve, monkeypatch):
+    monkeypatch.setattr(reporter, "PAUSE_S", 0.01)
+    server = Mlflow.new(down=503)
+    assert told(mlflow(serve(server)), comes_back(server)) == [
+        "MLflow at 127.0.0.1 answers with 503: the job goes on, and its points wait"
+    ]
     assert in_mlflow(server.runs[0]) == {(step, "train/loss"): 1 / step for step in range(1, 5)}
     assert server.runs[0]["params"] == {"a.b": '[1, "x"]', "long": "x" * 500}
 
@@ -186,14 +192,9 @@ def test_what_waits_for_a_tracker_is_bounded_and_what_is_given_up_is_told(told, 
     monkeypatch.setattr(reporter, "MAX_WAITING", 3)
     monkeypatch.setattr(reporter, "PAUSE_S", 60)
     server = Mlflow.new(down=503)
-    url = serve(server)
-
-    def back(events):
-        while not events:
-            time.sleep(0.01)
-        server.down = None
-
-    assert told(mlflow(url), back)[1:] == ["MLflow at 127.0.0.1 lacks 1 points of this attempt; metrics.jsonl has them all"]
+    assert told(mlflow(serve(server)), comes_back(server))[1:] == [
+        "MLflow at 127.0.0.1 lacks 1 points of this attempt; metrics.jsonl has them all"
+    ]
     assert in_mlflow(server.runs[0]).keys() == {(step, "train/loss") for step in (2, 3, 4)}
 
 
