@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import httpx
-from tenacity import RetryCallState, retry_if_exception, stop_after_attempt, wait_exponential
+from tenacity import RetryCallState, retry_if_exception, wait_exponential
 
 TRANSIENT = frozenset({429, 502, 503, 504})
 MAX_TRIES = 5
+PATIENCE_S = 60.0  # an ingress replica that was killed is back in some seconds, on a busy machine in half a minute
 LONGEST_WAIT_S = 30.0
 _backoff_s = wait_exponential(multiplier=0.5, max=8)
+_log = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
@@ -48,10 +51,34 @@ def wait_s(state: RetryCallState) -> float:
     return _backoff_s(state) if asked is None else min(max(0.0, asked), LONGEST_WAIT_S)
 
 
+def gives_up(error: BaseException, tries: int, for_s: float) -> bool:
+    """Whether a call that has failed so often, for so many seconds, is tried no more.
+
+    Where nothing listens, a URL may be wrong, and its user shouldn't wait a minute to hear of it.
+    """
+    return tries >= MAX_TRIES and (for_s >= PATIENCE_S or isinstance(error, httpx.ConnectError))
+
+
 def retrying(retry: bool) -> dict[str, Any]:
     """The policy of every call, for tenacity."""
-    stop = stop_after_attempt(MAX_TRIES if retry else 1)
-    return {"stop": stop, "wait": wait_s, "retry": retry_if_exception(is_transient), "reraise": True}
+
+    def stop(state: RetryCallState) -> bool:
+        error = state.outcome.exception() if state.outcome else None
+        return not retry or error is None or gives_up(error, state.attempt_number, state.seconds_since_start or 0.0)
+
+    return {
+        "stop": stop,
+        "wait": wait_s,
+        "retry": retry_if_exception(is_transient),
+        "before_sleep": _say_so,
+        "reraise": True,
+    }
+
+
+def _say_so(state: RetryCallState) -> None:
+    """Nobody should wonder why a command stands still."""
+    if state.attempt_number >= MAX_TRIES and state.outcome and (error := state.outcome.exception()):
+        _log.warning("%s; still trying", str(error).partition("\n")[0] or type(error).__name__)
 
 
 def parse(response: httpx.Response) -> dict[str, Any]:

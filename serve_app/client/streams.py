@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 
-from serve_app.client.answers import LONGEST_WAIT_S, MAX_TRIES, ApiError, is_transient, parse
+from serve_app.client.answers import LONGEST_WAIT_S, ApiError, gives_up, is_transient, parse
 
 SSE = "text/event-stream"
 RECONNECT_S = 1.0
@@ -26,7 +27,7 @@ class EventStream:
         self.ended = False
         self._last_id: str | None = None
         self._retry_s = RECONNECT_S
-        self._failures = 0
+        self._failures, self._failing_since = 0, 0.0
         self._forget()
 
     def _forget(self) -> None:
@@ -94,8 +95,10 @@ class EventStream:
         """How long to wait before connecting again. Raises the error where that is no use, or was tried often enough."""
         if error is None:
             return self._retry_s
+        if not self._failures:
+            self._failing_since = time.monotonic()
         self._failures += 1
-        if not is_transient(error) or self._failures >= MAX_TRIES:
+        if not is_transient(error) or gives_up(error, self._failures, time.monotonic() - self._failing_since):
             raise error
         asked = error.retry_after_s if isinstance(error, ApiError) else None
         # Exponential; the first time as the stream itself has asked.

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import httpx
 import psutil
 import pytest
 import typer
@@ -31,6 +32,7 @@ from rich.console import Console
 from serve_app import cli
 from serve_app.cli import read_spec
 from serve_app.client import ApiError, AsyncClient, Client
+from serve_app.client.answers import MAX_TRIES, PATIENCE_S, gives_up
 from serve_app.embedded.lifetime import _since_boot_s
 from serve_app.progress import describe, follow
 from tests.conftest import DOCUMENTED, ORG
@@ -141,6 +143,19 @@ def test_a_replica_that_died_over_a_request_is_asked_again_and_a_fault_of_the_se
     with pytest.raises(ApiError) as caught:
         Client(server.url, TOKEN).submit({"org": ORG})
     assert caught.value.status == 500
+
+
+def test_a_service_that_restarts_again_and_again_is_asked_longer_than_one_that_is_not_there(server: Server) -> None:
+    server.answers = [
+        *[Answer(500, "Internal Server Error", {"Retry-After": "0"})] * 3 * MAX_TRIES,
+        Answer(200, {"request_id": JOB}),
+    ]
+    assert Client(server.url, TOKEN).submit({"org": ORG})["request_id"] == JOB
+    busy, absent = ApiError(503, "away", []), httpx.ConnectError("refused")
+    assert not gives_up(busy, MAX_TRIES, PATIENCE_S - 1)
+    assert gives_up(busy, MAX_TRIES, PATIENCE_S)
+    assert gives_up(absent, MAX_TRIES, 0)
+    assert not any(gives_up(error, MAX_TRIES - 1, PATIENCE_S) for error in (busy, absent))
 
 
 def test_the_client_waits_as_long_as_it_is_told(server: Server) -> None:
