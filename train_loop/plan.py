@@ -316,8 +316,9 @@ def memory_of_a_worker(spec: JobSpec, shape: ModelShape, batch_tokens: int, hard
     widened = linear * (1 if quantization else 4 / width) + (shape.other_params + shape.vision_params) * 4
     widens = on_cpu and not full and not sharded
     evaluating = sum(parts.values()) - parts["weights"] - parts["activations"] + widened if widens else 0.0
-    # A sharded base is whole on each device until it is cut up.
-    loading = parts["runtime"] + held * (parts["weights"] + parts["adapter"]) if sharded else 0.0
+    # A sharded base is whole while it is dealt out: in the first worker's CPU memory or, quantised, on each device.
+    loading = parts["runtime"] + (held + (not quantization)) * (parts["weights"] + parts["adapter"])
+    loading = loading if sharded and (on_cpu or quantization) else 0.0
     total = max(sum(parts.values()), evaluating, loading)
     return {f"{name}_bytes": round(size) for name, size in parts.items()} | {
         "total_bytes": round(total),

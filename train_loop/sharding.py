@@ -7,6 +7,7 @@ backward, so every rank must run as many forward and backward passes as the othe
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -44,6 +45,36 @@ def shard(causal_lm: Any, ctx: RunContext) -> None:
     # Backbone and head are called one by one, and a head may share its weight with the embeddings: gather around both.
     causal_lm.gathered = types.MethodType(lambda self, f, *arguments: f(self, *arguments), causal_lm)
     register_fsdp_forward_method(causal_lm, "gathered")
+
+
+@torch.no_grad()
+def deal_out(source: torch.nn.Module | None, empty: torch.nn.Module, ctx: RunContext) -> None:
+    """Fill a sharded model without weights with those of `source`, which rank 0 has, tensor by tensor. Collective."""
+    theirs = {} if source is None else dict(_tensors(source))
+    dtypes = [{name: t.dtype for name, t in theirs.items()}]  # some architectures keep a few buffers in float32
+    torch.distributed.broadcast_object_list(dtypes, src=0, device=ctx.device)
+    filled = dict[torch.Tensor, torch.Tensor]()
+    for name, tensor in _tensors(empty):
+        if tensor in filled:  # a tied one
+            continue
+        whole = torch.empty(tensor.shape, dtype=dtypes[0][name], device=ctx.device)
+        if name in theirs:
+            whole.copy_(theirs[name])
+        # As bytes, for not every backend sends every dtype.
+        torch.distributed.broadcast(whole.view(-1).view(torch.uint8), src=0)
+        mine = torch.empty_like(tensor, dtype=whole.dtype, device=ctx.device)
+        mine.copy_(placed_like(whole, mine))
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        filled[tensor] = torch.nn.Parameter(mine, tensor.requires_grad) if is_parameter else mine
+    for module in empty.modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for kept in tables:
+            kept.update({name: filled[t] for name, t in kept.items() if t is not None})
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def _store_as_floats(layer: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from train_loop.errors import ModelError
 from train_loop.evaluate import full_precision
 from train_loop.loss import computes_its_logits, keeps_documents_apart
 from train_loop.model.adapters import add_adapter, trainable
-from train_loop.model.load import load_base
+from train_loop.model.load import META, BaseModel, is_quantised, load_base
 from train_loop.noise import add_noise
 from train_loop.parallel import sync_parameters
-from train_loop.sharding import shard
+from train_loop.sharding import deal_out, shard
 from train_loop.spec import JobSpec
 
 
@@ -54,22 +55,52 @@ class Trainee:
 
 def load_trainee(spec: JobSpec, ctx: RunContext) -> Trainee:
     """Load the base and make it trainable. Collective. Raises ModelError."""
-    hp = spec.train_config.hyperparameters
+    sharded = spec.train_config.distributed.type == "fsdp" and ctx.world_size > 1
+    if sharded and not is_quantised(spec, ctx.model_folder):
+        return _load_sharded(spec, ctx)
     base = load_base(spec, ctx.model_folder, ctx.device)
+    packs = _packs(spec, base)
+    model = _made_trainable(base, spec, ctx.start)
+    sync_parameters(trainable(model), ctx)
+    if sharded:
+        shard(base.model, ctx)
+    return Trainee(model, base.compute_dtype, base.note, ctx.device, sharded, packs)
+
+
+def _load_sharded(spec: JobSpec, ctx: RunContext) -> Trainee:
+    """Rank 0 alone loads the whole base, into CPU memory, and deals it out: no device ever holds more than its slice and one
+    tensor. bitsandbytes quantises while it loads, so a quantised base can't be had this way."""
+    empty = load_base(spec, ctx.model_folder, ctx.device, at=META)
+    with META:
+        model = _made_trainable(empty, spec)
+    source, packs = None, False
+    if ctx.rank == 0:
+        base = load_base(spec, ctx.model_folder, ctx.device, at=torch.device("cpu"))
+        packs = _packs(spec, base)
+        source = _made_trainable(base, spec, ctx.start)
+    told = ctx.all_reduce_sum(torch.tensor([int(packs)], device=ctx.device))
+    shard(empty.model, ctx)
+    deal_out(source, model, ctx)
+    return Trainee(model, empty.compute_dtype, empty.note, ctx.device, True, bool(told))
+
+
+def _packs(spec: JobSpec, base: BaseModel) -> bool:
+    """Whether samples are packed. Raises ModelError where the model couldn't be trained right at all."""
     if not computes_its_logits(base.model):
         raise ModelError(
             f"base model {spec.model_details.base_model} ({base.model.config.model_type}) makes its logits in a way that isn't "
             "known here: it would be trained on a wrong loss.",
             field="model_details.base_model",
         )
-    packs = spec.dataset_config.preprocessing.packing and keeps_documents_apart(base.model)
-    model = add_adapter(base.model, spec, ctx.start) if spec.train_config.train_type == "lora" else base.model
+    return spec.dataset_config.preprocessing.packing and keeps_documents_apart(base.model)
+
+
+def _made_trainable(base: BaseModel, spec: JobSpec, start: Path | None = None) -> Any:
+    """The base, or an adapter around it, with all that is done to it in training."""
+    hp = spec.train_config.hyperparameters
+    model = add_adapter(base.model, spec, start) if spec.train_config.train_type == "lora" else base.model
     if hp.gradient_checkpointing:
         base.model.activation_checkpointing_enable({"use_reentrant": False})
     if hp.neftune_noise_alpha:
         add_noise(base.model, hp.neftune_noise_alpha)
-    sync_parameters(trainable(model), ctx)
-    sharded = spec.train_config.distributed.type == "fsdp" and ctx.world_size > 1
-    if sharded:
-        shard(base.model, ctx)
-    return Trainee(model, base.compute_dtype, base.note, ctx.device, sharded, packs)
+    return model

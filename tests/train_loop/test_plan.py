@@ -231,7 +231,7 @@ def test_full_training_takes_more_memory_and_sharding_less(local_job, mirror):
     assert not any("targets" in w for w in whole["warnings"])
 
 
-def test_a_sharded_base_needs_room_for_all_of_it_while_it_is_loaded(local_job):
+def test_a_sharded_base_needs_room_for_all_of_it_where_it_is_loaded(local_job):
     """Eight billion parameters over sixteen workers, with little else in memory."""
     shape = ModelShape(
         linear_params=7 * 10**9,
@@ -247,10 +247,16 @@ def test_a_sharded_base_needs_room_for_all_of_it_while_it_is_loaded(local_job):
         leaves_experts=False,
     )
 
-    def memory(workers, kind):
-        changes = {"infra_config.gpu_count": workers, "train_config.distributed.type": kind, "model_details.quantization": None}
-        return memory_of_a_worker(JobSpec.model_validate(local_job(changes)), shape, 64, Hardware("cuda", None, 1e14))
+    def memory(workers, kind, device, bits=None):
+        quantization = bits and {"quant_bits": bits}
+        infra = {"infra_config.gpu_count": workers, "train_config.distributed.type": kind}
+        spec = JobSpec.model_validate(local_job(infra | {"model_details.quantization": quantization}))
+        return memory_of_a_worker(spec, shape, 64, Hardware(device, None, 1e14))
 
-    alone, sharded = memory(1, "ddp"), memory(16, "fsdp")
-    assert sharded["weights_bytes"] == alone["weights_bytes"] / 16
-    assert alone["weights_bytes"] < sharded["total_bytes"] < alone["total_bytes"]
+    whole = memory(1, "ddp", "cuda")["weights_bytes"]
+    on_gpus = memory(16, "fsdp", "cuda")
+    assert on_gpus["weights_bytes"] == whole / 16
+    assert on_gpus["total_bytes"] < whole / 2
+    assert memory(16, "fsdp", "cpu")["total_bytes"] > memory(1, "ddp", "cpu")["weights_bytes"]
+    quantised = memory(1, "ddp", "cuda", 4)
+    assert quantised["weights_bytes"] < memory(16, "fsdp", "cuda", 4)["total_bytes"] < quantised["total_bytes"]

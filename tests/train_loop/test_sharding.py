@@ -1,9 +1,18 @@
 """What a sharded model is on each of its workers."""
 
+import dataclasses
+import resource
+
 import pytest
+import torch
 
 from tests.conftest import TINY
 from tests.train_loop.group import on_workers
+from tests.train_loop.models import ARCHITECTURES, VISION, make_base, samples
+from train_loop.data.packing import collate
+from train_loop.loss import supervised_loss
+from train_loop.model.load import META, load_base, load_tokenizer
+from train_loop.model.mirror import SMOLLM2
 from train_loop.sharding import is_sharded
 from train_loop.spec import JobSpec
 from train_loop.trainee import load_trainee
@@ -29,3 +38,45 @@ def look(ctx, job):
     trained = gathered(model, keep=ctx.rank == 0)
     sizes = {p.numel() for p in trained.values()}
     assert sum(t.numel() for t in trained.values()) > 0 if ctx.rank == 0 else sizes == {0}
+
+
+def test_only_the_first_worker_ever_holds_the_whole_base(local_job, tmp_path, mirror):
+    changes = {"train_config.distributed.type": "fsdp", "infra_config": {"gpu_type": "cpu", "gpu_count": 2}}
+    job = local_job(changes | WHAT["full"] | {"model_details.base_model": SMOLLM2})
+    on_workers("tests.train_loop.test_sharding:load_and_weigh", tmp_path, 2, mirror / SMOLLM2, job)
+
+
+def load_and_weigh(ctx, job):
+    spec = JobSpec.model_validate(job)
+    load_base(spec, ctx.model_folder, ctx.device, at=META)  # what is imported for it is no weight
+    before = peak_bytes()
+    model = load_trainee(spec, ctx).model
+    grown, whole = peak_bytes() - before, sum(p.numel() for p in model.parameters()) * 4
+    assert (grown > whole) == (ctx.rank == 0), (grown, whole)
+    # And each has its part of the same weights as anyone who loads them.
+    loaded = gathered(model, keep=True)
+    for name, weight in load_base(spec, ctx.model_folder, ctx.device).model.named_parameters():
+        assert torch.equal(loaded[name], weight), name
+
+
+def test_a_model_of_every_architecture_is_itself_after_it_was_dealt_out(local_job, tmp_path, tokenizer):
+    changes = {"train_config.distributed.type": "fsdp", "infra_config": {"gpu_type": "cpu", "gpu_count": 2}}
+    job = local_job(changes | WHAT["lora"] | {"train_config.torch_dtype": "float32"})
+    jobs = [job | {"model_details": {"base_model": make_base(name, tmp_path, tokenizer)}} for name in (*ARCHITECTURES, *VISION)]
+    on_workers("tests.train_loop.test_sharding:compare", tmp_path, 2, tmp_path, jobs)
+
+
+def compare(ctx, jobs):
+    for job in jobs:
+        spec = JobSpec.model_validate(job)
+        folder = ctx.model_folder / spec.model_details.base_model
+        plain = load_base(spec, folder, ctx.device).model
+        sharded = load_trainee(spec, dataclasses.replace(ctx, model_folder=folder)).model
+        batch = collate(samples(load_tokenizer(folder)), max_length=64, packing=False, pad_id=0)
+        with torch.no_grad():
+            mine, reference = (float(supervised_loss(model.eval(), batch)) for model in (sharded, plain))
+        assert mine == pytest.approx(reference, rel=1e-5), folder.name
+
+
+def peak_bytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

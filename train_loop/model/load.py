@@ -16,6 +16,7 @@ from train_loop.spec import JobSpec, Quantization
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BASE_MODEL = "model_details.base_model"
+META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -141,36 +142,61 @@ def language_part(model: Any) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if module in text}
 
 
-def load_base(spec: JobSpec, folder: Path, device: torch.device) -> BaseModel:
-    """Load the base model onto `device`, quantised when asked. Raises ModelError.
+def is_quantised(spec: JobSpec, folder: Path) -> bool:
+    """Whether the base will have quantised weights: asked for, or in its files. Raises ModelError."""
+    return spec.model_details.quantization is not None or _config(spec, folder)[1]
+
+
+def _config(spec: JobSpec, folder: Path) -> tuple[Any, bool]:
+    """The base's configuration, and whether its files are quantised."""
+    from transformers import AutoConfig
+
+    name = spec.model_details.base_model
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"base model {name} can't be loaded: {_first_line(error)}", field=BASE_MODEL) from error
+    quantised = getattr(config, "quantization_config", None) is not None
+    full = spec.train_config.train_type == "full"
+    if quantised and (full or spec.model_details.quantization):
+        remedy = "train an adapter" if full else "leave quantization out"
+        raise ModelError(f"base model {name} is quantised already: {remedy}, or name the unquantised one.", field=BASE_MODEL)
+    return config, quantised
+
+
+def load_base(spec: JobSpec, folder: Path, device: torch.device, at: torch.device | None = None) -> BaseModel:
+    """Load the base model, quantised when asked, to compute on `device`. Raises ModelError.
+
+    Its weights are `at` another device, or nowhere (`META`: the model without them, which takes no memory).
 
     Every parameter is frozen; for full training those of the language model learn, in float32: in bf16 most updates would round
     to nothing.
     """
     from bitsandbytes.nn import Linear8bitLt
     from safetensors import SafetensorError
-    from transformers import AutoConfig
 
     quieten()
     dtype, note = compute_dtype(spec.train_config.torch_dtype, device)
     quantization = spec.model_details.quantization
     full = spec.train_config.train_type == "full"
-    name = spec.model_details.base_model
+    config, _ = _config(spec, folder)
+    # Quantised from float32, so that the 4-bit codes are the same whatever this machine computes in.
+    kept_in = torch.float32 if quantization or full else dtype
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if getattr(config, "quantization_config", None) is not None and (full or quantization):
-            remedy = "train an adapter" if full else "leave quantization out"
-            raise ModelError(f"base model {name} is quantised already: {remedy}, or name the unquantised one.", field=BASE_MODEL)
-        model = auto_class(config).from_pretrained(
-            folder,
-            # Quantised from float32, so that the 4-bit codes are the same whatever this machine computes in.
-            dtype=torch.float32 if quantization or full else dtype,
-            device_map={"": device},
-            use_safetensors=True,
-            trust_remote_code=False,
-            **quantised_by(quantization, dtype),
-        )
+        if at == META:
+            with META:
+                model = auto_class(config).from_config(config, dtype=kept_in, trust_remote_code=False)
+        else:
+            model = auto_class(config).from_pretrained(
+                folder,
+                dtype=kept_in,
+                device_map={"": at or device},
+                use_safetensors=True,
+                trust_remote_code=False,
+                **quantised_by(quantization, dtype),
+            )
     except (OSError, ValueError, ImportError, SafetensorError) as error:  # the third: a kind of quantisation without its library
+        name = spec.model_details.base_model
         raise ModelError(f"base model {name} can't be loaded: {_first_line(error)}", field=BASE_MODEL) from error
     for parameter in model.parameters():
         parameter.requires_grad_(False)
