@@ -3,7 +3,7 @@
 import pytest
 
 from tests.train_loop.models import make_base, run
-from tests.train_loop.test_resume import Watcher
+from tests.train_loop.runs import Watcher
 
 
 @pytest.fixture

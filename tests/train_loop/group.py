@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.train_loop.test_resume import Watcher
+from tests.train_loop.runs import Watcher
 
 GROUP_S = 300
 
@@ -72,6 +72,7 @@ def _work(function, folder, world_size, model, store, rank):
         monitor=Watcher(),
         rank=rank,
         world_size=world_size,
+        local_rank=rank,
         local_world_size=world_size,
     )
     module, _, name = function.partition(":")

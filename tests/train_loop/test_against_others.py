@@ -6,9 +6,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import TINY
+from tests.train_loop.runs import HP, curve
 from tests.train_loop.test_parallel import STEPS, folder, launch, weights
 from tests.train_loop.test_parallel import job as plain_job
-from tests.train_loop.test_resume import HP, curve
 from train_loop.data.packing import IGNORE_INDEX
 from train_loop.data.sampler import BatchPlan
 from train_loop.data.shards import PreparedDataset, ShardSet

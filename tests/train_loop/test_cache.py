@@ -7,7 +7,7 @@ import pytest
 from pyarrow.fs import LocalFileSystem
 
 from tests.conftest import TINY
-from tests.train_loop.test_resume import Watcher
+from tests.train_loop.runs import Watcher
 from train_loop.data.cache import cache_key, fetch, publish, trim
 from train_loop.data.prepare import prepare_local
 from train_loop.data.shards import ShardSet

@@ -6,7 +6,7 @@ from pyarrow.fs import LocalFileSystem
 
 from tests.conftest import TINY
 from tests.train_loop.models import make_base, run, samples
-from tests.train_loop.test_resume import Watcher, adapter, curve
+from tests.train_loop.runs import Watcher, adapter, curve
 from train_loop import evaluate, loop
 from train_loop.context import LocalContext
 from train_loop.data.packing import collate

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import TINY, write_jsonl
 from tests.train_loop.models import make_base, run
+from tests.train_loop.runs import HP, Watcher, curve
 from tests.train_loop.test_architectures import eval_loss
-from tests.train_loop.test_resume import HP, Watcher, curve
 from train_loop.chat import Comparison
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import Stopped

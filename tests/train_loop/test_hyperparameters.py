@@ -4,9 +4,9 @@ import math
 
 import pytest
 
+from tests.train_loop.runs import HP, curve
 from tests.train_loop.test_parallel import folder, launch
 from tests.train_loop.test_parallel import job as plain_job
-from tests.train_loop.test_resume import HP, curve
 
 __all__ = ["folder"]
 LORA = "train_config.adapter_config"

@@ -6,7 +6,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import HyperCLOVAXConfig
 
 from tests.train_loop.models import SIZES, run, save_base
-from tests.train_loop.test_resume import curve
+from tests.train_loop.runs import curve
 from train_loop import loss
 from train_loop.errors import ModelError
 from train_loop.loss import Head, head_loss

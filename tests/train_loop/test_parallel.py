@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from tests.conftest import DOCUMENTED, TINY, rows, with_fields, write_jsonl
 from tests.train_loop.group import run_group
 from tests.train_loop.models import run
-from tests.train_loop.test_resume import Watcher, curve
+from tests.train_loop.runs import Watcher, curve
 from train_loop.errors import Stopped
 
 HP = "train_config.hyperparameters"

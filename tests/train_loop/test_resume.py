@@ -1,17 +1,14 @@
 """A run that ends at any point goes on as if it hadn't, and only from a checkpoint that is whole."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from pyarrow.fs import LocalFileSystem
 
 from tests.conftest import TINY
-from train_loop.__main__ import Console
+from tests.train_loop.group import run_group
+from tests.train_loop.runs import HP, STEPS, Watcher, adapter, curve, short
 from train_loop.checkpoint import Checkpoints
 from train_loop.context import LocalContext
 from train_loop.data.shards import PreparedDataset
@@ -19,54 +16,6 @@ from train_loop.errors import Cause, RunFault, Stopped
 from train_loop.loop import run
 from train_loop.spec import JobSpec
 from train_loop.storage import write_json
-
-HP = "train_config.hyperparameters"
-STEPS = 5
-
-
-class Watcher(Console):
-    """A monitor that remembers, asks to stop once a step has been reported, or breaks there."""
-
-    def __init__(self, stop_at=None, break_at=None, superseded_at=10**9):
-        super().__init__()
-        self.stop_at, self.break_at, self.superseded_at, self.seen = stop_at, break_at, superseded_at, -1
-        self.events, self.phases, self.points = [], [], {}
-
-    def on_phase(self, name):
-        self.phases.append(name)
-
-    def on_event(self, kind, message):
-        self.events.append((kind, message))
-
-    def on_progress(self, progress):
-        self.seen = progress["step"]
-        self.points |= {point["step"]: point for point in progress["points"]}
-        if self.seen == self.break_at:
-            raise KeyError("this process dies here")
-
-    def stop_requested(self):
-        return self.stop_at is not None and self.seen >= self.stop_at
-
-    def is_current(self):
-        return self.seen < self.superseded_at
-
-    def said(self, kind):
-        return [message for k, message in self.events if k == kind]
-
-
-def adapter(folder):
-    return (folder / "adapter/adapter_model.safetensors").read_bytes()
-
-
-def curve(folder):
-    """metrics.jsonl without what a clock says."""
-    lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k not in ("time", "tokens_per_second")} for line in lines]
-
-
-def short(local_job, changes=None):
-    base = {f"{HP}.max_steps": STEPS, f"{HP}.save_steps": 2, f"{HP}.eval_steps": 3, f"{HP}.logging_steps": 3}
-    return local_job(base | {"train_config.adapter_config.dropout": 0.2} | (changes or {}))
 
 
 @pytest.mark.parametrize(("lazy", "workers", "steps"), [(True, 0, 12), (True, 1, STEPS), (False, 1, STEPS)])
@@ -264,50 +213,14 @@ def test_a_run_that_ended_just_before_its_manifest_or_after_it_ends_the_same(loc
     assert again["metrics"] == first["metrics"]
 
 
-TWO = """
-import dataclasses, json, sys, tempfile
-from pathlib import Path
-
-import torch.distributed as dist
-from pyarrow.fs import LocalFileSystem
-
-from tests.train_loop.test_resume import Watcher
-from train_loop.context import LocalContext
-from train_loop.data.shards import PreparedDataset
-from train_loop.loop import run
-from train_loop.spec import JobSpec
-
-rank, world, job, prepared, folder, model, store = sys.argv[1:]
-rank, world = int(rank), int(world)
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-for name, stop_at in [("whole", None), ("cut", 3), ("cut", None), ("smaller", 3)]:
-    scratch = Path(tempfile.mkdtemp(dir=folder))
-    ctx = LocalContext(Path(model), LocalFileSystem(), f"{folder}/{name}", scratch, Watcher(stop_at if rank == 0 else None))
-    ctx.rank, ctx.world_size, ctx.local_world_size = rank, world, world
-    outcome = run(JobSpec.model_validate_json(job), PreparedDataset.from_json(Path(prepared).read_text()), ctx)
-    assert outcome.stopped == (stop_at is not None), outcome
-"""
-
-
 def test_two_workers_resume_exactly_and_one_alone_goes_on_in_the_same_order(local_job, tmp_path, mirror, launch):
     quiet = {"model_details.quantization": None, "train_config.torch_dtype": "float32"}
     job = short(local_job, quiet | {"infra_config": {"gpu_type": "cpu", "gpu_count": 2}, f"{HP}.logging_steps": 1})
     with pytest.raises(Stopped):
         launch(job, "alone", Watcher(stop_at=0))  # for its prepared rows
-    for name in ("whole", "cut", "smaller"):
-        shutil.copytree(tmp_path / "alone/data", tmp_path / name / "data")
     model = mirror / job["model_details"]["base_model"]
-    store, prepared = tmp_path / "store", tmp_path / "alone/data/index.json"
-    arguments = [json.dumps(job), str(prepared), str(tmp_path), str(model), str(store)]
-    both = [
-        subprocess.Popen([sys.executable, "-c", TWO, str(rank), "2", *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"})
-        for rank in range(2)
-    ]
-    try:
-        assert [process.wait(300) for process in both] == [0, 0]
-    finally:
-        for process in both:
-            process.kill()
+    on_two = [("whole", job, None), ("cut", job, 3), ("cut", job, None), ("smaller", job, 3)]
+    run_group(tmp_path, 2, on_two, tmp_path / "alone/data", model)
     assert adapter(tmp_path / "cut") == adapter(tmp_path / "whole")
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
 

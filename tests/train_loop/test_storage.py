@@ -9,7 +9,7 @@ import pytest
 from pyarrow.fs import LocalFileSystem
 
 from serve_app.embedded.s3 import start_s3
-from tests.train_loop.test_resume import HP, Watcher, adapter, curve
+from tests.train_loop.runs import HP, Watcher, adapter, curve
 from train_loop.data.sources import Credentials, filesystem_for
 from train_loop.errors import Cause, RunFault
 from train_loop.launch import launch_local

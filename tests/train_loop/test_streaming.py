@@ -10,7 +10,7 @@ import pytest
 from pyarrow.fs import LocalFileSystem
 
 from tests.conftest import TINY, rows, write_jsonl
-from tests.train_loop.test_resume import STEPS, Watcher, adapter, curve, short
+from tests.train_loop.runs import STEPS, Watcher, adapter, curve, short
 from train_loop.data.sources import Credentials, SourceFile
 from train_loop.data.streaming import RowReader
 from train_loop.errors import Cause, DatasetError, RunFault, Stopped

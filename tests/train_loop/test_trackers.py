@@ -7,8 +7,8 @@ import time
 import pytest
 
 from tests.conftest import CANARY, ORG
+from tests.train_loop.runs import Watcher
 from tests.train_loop.servers import Mlflow, Wandb
-from tests.train_loop.test_resume import Watcher
 from train_loop.errors import RunFault, Stopped
 from train_loop.launch import launch_local
 from train_loop.run_files import Keys, RunFiles
