@@ -26,6 +26,7 @@ from train_loop import weights
 from train_loop.context import RunContext
 from train_loop.errors import Cause, RunFault
 from train_loop.metrics import MetricLog
+from train_loop.node import barrier, scratch_of_node
 from train_loop.sharding import placed_like, whole
 from train_loop.storage import delete_file, delete_folder, download_file, list_files, read_bytes, upload_folder, write_json
 
@@ -84,28 +85,30 @@ class Checkpoints:
 
         On another world size each rank goes on with fresh dropout; samples and their order stay the same.
         """
-        ctx, folder = self._ctx, self._ctx.scratch / f"resume-{self._ctx.rank}"
+        ctx, folder = self._ctx, scratch_of_node(self._ctx) / "resume"
         mine = self._choose(folder) if ctx.rank == 0 else None
         # Rank 0 decides. Counted from 1, so that 0 is none.
         chosen = int(ctx.all_reduce_sum(torch.tensor([0 if mine is None else mine + 1], device=ctx.device)).item()) - 1
         if chosen < 0:
             return None
-        if ctx.rank != 0 and (wrong := self._fetch(chosen, folder)) is not None:
+        if ctx.local_rank == 0 and ctx.rank != 0 and (wrong := self._fetch(chosen, folder)) is not None:
             raise RunFault(Cause.INTERNAL, f"The checkpoint of step {chosen} was whole for rank 0, not for {ctx.rank}: {wrong}.")
+        barrier(ctx)
         metrics = _read(folder, model, optimizer, ctx)
-        shutil.rmtree(folder)
+        self._remove(folder)
         self._newest = chosen
         return chosen, metrics
 
     def go_back(self, step: int, model: Any) -> None:
         """Put the weights of the checkpoint of `step` into the model. Collective. Raises RunFault where it isn't whole."""
         self.wait()
-        self._ctx.all_reduce_sum(torch.zeros(1, device=self._ctx.device))  # rank 0 has it in storage
-        folder = self._ctx.scratch / f"best-{self._ctx.rank}"
-        if (wrong := self._fetch(step, folder)) is not None:
+        barrier(self._ctx)  # rank 0 has it in storage
+        folder = scratch_of_node(self._ctx) / "best"
+        if self._ctx.local_rank == 0 and (wrong := self._fetch(step, folder)) is not None:
             raise RunFault(Cause.INTERNAL, f"The best checkpoint, of step {step}, can't be used: {wrong}.")
+        barrier(self._ctx)
         weights.read(folder, model)
-        shutil.rmtree(folder)
+        self._remove(folder)
 
     # --- on rank 0 ---
 
@@ -156,6 +159,12 @@ class Checkpoints:
         return found
 
     # --- on every rank ---
+
+    def _remove(self, folder: Path) -> None:
+        """Remove what the workers of a machine share, once all have read it."""
+        barrier(self._ctx)
+        if self._ctx.local_rank == 0:
+            shutil.rmtree(folder)
 
     def _path(self, step: int) -> str:
         return f"{self._root}/step-{step:08d}"
@@ -218,8 +227,8 @@ def _load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
 def _read(folder: Path, model: Any, optimizer: torch.optim.Optimizer, ctx: RunContext) -> MetricLog:
     state = json.loads((folder / STATE).read_text())
     weights.read(folder, model)
-    # To the host: each rank's device then takes its part of one tensor after the other.
-    _load(optimizer, torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
+    # Mapped, not read: each rank's device takes its part of one tensor after the other, and a machine's ranks share the pages.
+    _load(optimizer, torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True, mmap=True))
     if state["world_size"] == ctx.world_size:
         row = torch.load(folder / RANDOM, weights_only=True)[ctx.rank]
         num_cpu = len(torch.get_rng_state())

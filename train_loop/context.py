@@ -26,7 +26,9 @@ class RunContext(Protocol):
 
     rank: int
     world_size: int
+    local_rank: int  # among the workers of this machine
     local_world_size: int
+    node_rank: int  # this machine, among the run's
     device: torch.device
     model_folder: Path
     storage: FileSystem
@@ -110,7 +112,9 @@ class LocalContext:
     report: Report = _nobody
     rank: int = 0
     world_size: int = 1
+    local_rank: int = 0
     local_world_size: int = 1
+    node_rank: int = 0
     device: torch.device = field(default_factory=_local_device)
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -174,7 +178,9 @@ class RayContext:
         train = ray.train.get_context()
         self.rank = train.get_world_rank()
         self.world_size = train.get_world_size()
+        self.local_rank = train.get_local_rank()
         self.local_world_size = train.get_local_world_size()
+        self.node_rank = train.get_node_rank()
         self.device = ray.train.torch.get_device()
         self.model_folder = model_folder
         self.storage = storage

@@ -34,6 +34,7 @@ from train_loop.model.adapters import parameter_groups
 from train_loop.model.load import load_tokenizer
 from train_loop.model.merge import write_merged
 from train_loop.model.source import revision_of, weights_hash
+from train_loop.node import first_of_node, scratch_of_node
 from train_loop.optim import build_optimizer, learning_rate, set_learning_rate
 from train_loop.parallel import clip_gradients, set_threads, sync_gradients
 from train_loop.sharding import IDLE
@@ -94,7 +95,8 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
         tokenizer.chat_template = pre.prompt.template  # exported with the adapter: inference must render as training did
     chat = None if prepared.eager else ChatTokenizer.of(spec, tokenizer)
     rows = RowReader(ctx.open_source, spec.dataset_details.dataset_format) if pre.streaming else None
-    shards = ShardSet.open(prepared, ctx.storage, f"{ctx.run_path}/data", ctx.scratch / f"data-{ctx.rank}", rows)
+    data, here = f"{ctx.run_path}/data", scratch_of_node(ctx) / "data"
+    shards = first_of_node(ctx, lambda first: ShardSet.open(prepared, ctx.storage, data, here, rows, fetch=first))
     train_ids, eval_ids = shards.ids("train"), shards.ids("eval")
     plan = batch_plan(spec, len(train_ids))
 

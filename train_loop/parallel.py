@@ -5,6 +5,7 @@ A rank without samples in a step joins with zeros, which torch's DDP wrapper can
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -64,7 +65,5 @@ def sync_parameters(parameters: Sequence[torch.nn.Parameter], ctx: RunContext) -
 
 def set_threads(ctx: RunContext) -> None:
     """Share the node's cores between its workers instead of letting each take them all."""
-    import os
-
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, cores // ctx.local_world_size))

@@ -56,12 +56,14 @@ def write(folder: Path, model: Any, tensors: Mapping[str, torch.Tensor]) -> None
 def read(folder: Path, model: Any) -> None:
     """Put what `write` wrote into the model's parameters. Raises KeyError where they are others."""
     from peft import get_peft_model_state_dict
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
     into: Mapping[str, torch.Tensor] = trained(model)
     if is_adapter(model):
         # The same tensors by the names they have in the file.
         into = get_peft_model_state_dict(model, state_dict=dict(into), save_embedding_layers=False)
-    file = load_file(folder / (ADAPTER_WEIGHTS if is_adapter(model) else MODEL))
-    for name, tensor in into.items():
-        tensor.copy_(placed_like(file[name], tensor))
+    with safe_open(folder / (ADAPTER_WEIGHTS if is_adapter(model) else MODEL), "pt") as file:
+        if missing := into.keys() - file.keys():
+            raise KeyError(min(missing))
+        for name, tensor in into.items():
+            tensor.copy_(placed_like(file.get_tensor(name), tensor))

@@ -121,9 +121,16 @@ class ShardSet:
 
     @classmethod
     def open(
-        cls, prepared: PreparedDataset, storage: FileSystem, data_path: str, cache: Path, rows: RowReader | None = None
+        cls,
+        prepared: PreparedDataset,
+        storage: FileSystem,
+        data_path: str,
+        cache: Path,
+        rows: RowReader | None = None,
+        *,
+        fetch: bool = True,
     ) -> ShardSet:
-        """Open the shards under `data_path`; those that aren't on this machine's disk are copied to `cache` first.
+        """Open the shards under `data_path`; those that aren't on this machine's disk are copied to `cache` first, or have been.
 
         `rows` reads what a streamed dataset's shards only point to.
         """
@@ -132,7 +139,7 @@ class ShardSet:
         if isinstance(storage, LocalFileSystem):
             return cls(prepared, Path(data_path), rows)
         cache.mkdir(parents=True, exist_ok=True)
-        for shard in prepared.shards:
+        for shard in prepared.shards if fetch else ():
             download_file(storage, f"{data_path}/{shard.path}", cache / shard.path)
         return cls(prepared, cache, rows)
 
