@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -125,6 +125,6 @@ def plain(text: object) -> str:
     return CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(text))
 
 
-def show(value: dict[str, Any]) -> None:
+def show(value: Mapping[str, Any]) -> None:
     """Print JSON alone."""
     typer.echo(json.dumps(value))

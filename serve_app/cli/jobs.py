@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -118,7 +118,7 @@ def watch(request_id: RequestId, org: Org = None, url: Url = None, token: Token 
     states = client_for(url, token, org).watch(request_id, org)
     with while_it_goes_on(request_id):
         if as_json:
-            job: dict[str, Any] = {}
+            job = None
             for state in states:
                 if state != job:
                     show(job := state)
@@ -126,4 +126,4 @@ def watch(request_id: RequestId, org: Org = None, url: Url = None, token: Token 
             from serve_app.progress import follow
 
             job = follow(states)
-    raise typer.Exit(0 if job["status"] == "COMPLETED" else 1)
+    raise typer.Exit(0 if job and job["status"] == "COMPLETED" else 1)

@@ -521,11 +521,11 @@ def sse(*entries: dict[str, Any], end: bool) -> Answer:
 
 def test_a_followed_stream_that_breaks_is_taken_up_where_it_was(server: Server) -> None:
     server.answers = [sse({"id": 4}, {"id": 7}, end=False), sse({"id": 9}, end=True)]
-    assert [e["id"] for e in Client(server.url, TOKEN).follow("events", JOB, ORG)] == [4, 7, 9]
+    assert [e["id"] for e in Client(server.url, TOKEN).follow_events(JOB, ORG)] == [4, 7, 9]
     assert [headers.get("Last-Event-ID") for _, headers, _ in server.requests] == [None, "7"]
     server.answers = [Answer(404, {"detail": "no job"})]
     with pytest.raises(ApiError, match="no job"):
-        list(Client(server.url, TOKEN).follow("events", JOB, ORG))
+        list(Client(server.url, TOKEN).follow_events(JOB, ORG))
 
 
 def test_downloads_are_checked_and_stay_in_their_folder(server: Server, tmp_path: Path) -> None:
