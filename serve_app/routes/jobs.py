@@ -24,8 +24,9 @@ router = APIRouter(tags=["jobs"])
 FORM = {
     "type": "object",
     "required": ["org", "experiment_name", "model_details", "dataset_details", "infra_config"],
-    "properties": {"org": {"type": "string", "format": "uuid"}, "experiment_name": {"type": "string"}}
+    "properties": {"org": UUID_SCHEMA, "experiment_name": {"type": "string", "pattern": EXPERIMENT_NAME}}
     | {name: {"type": "string", "contentMediaType": "application/json"} for name in SECTIONS},
+    "additionalProperties": False,
 }
 BODY = {
     "requestBody": {
