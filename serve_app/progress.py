@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from serve_app.cli.common import plain
+
 if TYPE_CHECKING:
     from serve_app.client import JobAnswer, JobMetrics, MetricPoint
 
@@ -35,7 +37,7 @@ def describe(job: JobAnswer) -> str:
 
 
 def summary(job: JobAnswer) -> str:
-    """How a job ended, or what it says now."""
+    """How a job ended, or what it says now, for a terminal."""
     metrics = job.get("metrics") or {}
     said, error = job.get("message") or "", job.get("error_message") or ""
     lines = [said, *([error] if error and error not in said else [])]
@@ -43,7 +45,7 @@ def summary(job: JobAnswer) -> str:
         lines.append(f"eval loss {metrics['eval_loss_before']:.4f} -> {metrics['eval_loss_after']:.4f}")
     if job.get("output_model_path"):
         lines.append(f"adapter: {job['output_model_path']}")
-    return "\n".join(lines)
+    return "\n".join(map(plain, "\n".join(lines).splitlines()))
 
 
 def follow(jobs: Iterator[JobAnswer], console: Console | None = None) -> JobAnswer | None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def chat(
     request_id: RequestId,
     prompt: Annotated[str | None, typer.Option(help="Ask this once; without it, ask as long as you like.")] = None,
-    max_new_tokens: Annotated[int, typer.Option()] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     org: Org = None,
     url: Url = None,
     token: Token = None,

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from urllib.parse import quote, urlsplit
 
+import httpx
+
 if TYPE_CHECKING:  # what the service builds its answers with is no need of a client
     from serve_app.routes import answers
 
@@ -28,11 +30,21 @@ def is_loopback(url: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
+def _is_web(url: str) -> bool:
+    try:
+        parts, _ = urlsplit(url), httpx.URL(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except (ValueError, httpx.InvalidURL):  # a port that is no number, a bad IPv6 address, a host that DNS can't have
+        return False
+
+
 def options(url: str, token: str, timeout_s: float) -> dict[str, Any]:
     """What both HTTP clients are made with. Raises ValueError for what can be no service's URL, or no token."""
     url, token = url.strip().rstrip("/"), token.strip()
-    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname or not url.isprintable():
+    if not _is_web(url) or not url.isprintable():
         raise ValueError(f"{url!r} isn't the URL of a service: write it as https://host")
+    if not token:
+        raise ValueError("the token is empty")
     # The HTTP library would refuse such a header too, in an error that quotes the token.
     if not token.isascii() or not token.isprintable() or " " in token:
         raise ValueError("the token isn't a JWT: it holds blanks or other characters that no token has")

@@ -261,7 +261,7 @@ class SecretAnswer(TypedDict):
 
     secret_id: Annotated[str, _id("What jobs name it by.")]
     name: Annotated[str, _is("Its name, for people.")]
-    type: Annotated[str, _is("aws, s3, gcs or hf.")]
+    type: Annotated[str, _is("aws, s3, gcs, hf, mlflow or wandb.")]
     created_at: Annotated[str, _time("When it was stored.")]
 
 

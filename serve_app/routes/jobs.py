@@ -46,7 +46,10 @@ NAMED = json_body(examples.NAMED, org_id=UUID_SCHEMA, request_id=UUID_SCHEMA)
 @router.post("/job/", openapi_extra=BODY, responses=documented(Submitted, "The job is durable.", examples.SUBMITTED))
 @router.post("/job", include_in_schema=False)
 async def submit(
-    request: Request, asking: Asking, here: Here, idempotency_key: Annotated[str | None, Header(max_length=255)] = None
+    request: Request,
+    asking: Asking,
+    here: Here,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> Response:
     """Submit a job. 200 means that it is durable."""
     asking.require_scope("jobs:write")
