@@ -17,6 +17,7 @@ from serve_app.errors import ApiError, field_error, invalid, unknown
 MAX_DEPTH = 64
 MAX_PARTS = 64
 NAME_CHARS = 100
+SURROGATE = re.compile(r"[\ud800-\udfff]")
 NULL_CHARACTER = re.compile(r"(?<!\\)(\\\\)*\\u0000")  # as json.dumps writes it
 
 
@@ -47,7 +48,7 @@ async def read_fields(
 async def _read(request: Request, limit_bytes: int) -> bytes:
     too_long = ApiError(413, f"the body must be at most {limit_bytes} bytes")
     declared = request.headers.get("content-length", "0")
-    if not declared.isdigit() or len(declared) > 18 or int(declared) > limit_bytes:
+    if not declared.isdecimal() or len(declared) > 18 or int(declared) > limit_bytes:
         raise too_long  # before it is read
     body = bytearray()
     async for chunk in request.stream():
@@ -95,6 +96,8 @@ def _decode_parts(pairs: list[tuple[str, str]], plain: Collection[str], json_par
             fields[name] = value
             if "\0" in value:
                 errors.append(field_error(name, "holds a null character"))
+            elif SURROGATE.search(value):  # by a charset of the form's own
+                errors.append(field_error(name, "not valid UTF-8: a lone surrogate"))
         elif name in json_parts:
             fields[name] = None
             try:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from serve_app.cli.common import AsJson, Org, RequestId, Token, Url, app, client_for, die, org_of
+
+if TYPE_CHECKING:
+    from serve_app.client import JobAnswer
 
 
 @app.command()
 def chat(
     request_id: RequestId,
     prompt: Annotated[str | None, typer.Option(help="Ask this once; without it, ask as long as you like.")] = None,
-    max_new_tokens: Annotated[int, typer.Option()] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     org: Org = None,
     url: Url = None,
     token: Token = None,
@@ -25,10 +28,10 @@ def chat(
     """Compare the base model's answers with those of what a job trained."""
     org = org_of(org)
     job = client_for(url, token, org).get(request_id, org)
-    if job["status"] != "COMPLETED":
+    if job["status"] != "COMPLETED" or job["output_model_path"] is None:
         die(f"job {request_id} is {job['status']}: there is nothing to talk to")
     with tempfile.TemporaryDirectory(prefix="tuneyard-") as folder:
-        answers = _chat_model(job, Path(folder))
+        answers = _chat_model(job, job["output_model_path"], Path(folder))
         if prompt is not None:
             _show(prompt, answers(prompt, max_new_tokens), as_json)
             return
@@ -39,7 +42,7 @@ def chat(
                 return
 
 
-def _chat_model(job: dict[str, Any], folder: Path) -> Any:
+def _chat_model(job: JobAnswer, uri: str, folder: Path) -> Any:
     from pyarrow.fs import LocalFileSystem, copy_files
 
     from serve_app.settings import Settings
@@ -51,11 +54,11 @@ def _chat_model(job: dict[str, Any], folder: Path) -> Any:
 
     settings = Settings.load()
     keys = storage_credentials(settings)
-    source, path = filesystem_for(job["output_model_path"], keys)
+    source, path = filesystem_for(uri, keys)
     try:
         copy_files(path, str(folder), source_filesystem=source, destination_filesystem=LocalFileSystem())
     except OSError as error:
-        die(f"the files at {job['output_model_path']} can't be read: {str(error).splitlines()[0]}")
+        die(f"the files at {uri} can't be read: {str(error).splitlines()[0]}")
     details = ModelDetails.model_validate(job["model_details"])
     places = ModelPlaces(settings.model_mirror, open_mirror=lambda uri: filesystem_for(uri, keys))
     prompt = DatasetConfig.model_validate(job["dataset_config"]).preprocessing.prompt

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -47,17 +47,17 @@ def _memory() -> Path:
     return Settings.load().home / "cli.json"
 
 
-def _uuid(text: str) -> str:
+def _uuid(given: Any) -> str:
     import uuid
 
     try:
-        return str(uuid.UUID(text))
+        return str(uuid.UUID(str(given)))
     except ValueError:
-        die(f"{text!r} isn't an organisation: it must be a UUID", 2)
+        die(f"{given!r} isn't an organisation: it must be a UUID", 2)
 
 
-def org_of(given: str | None) -> str:
-    """The org to act for; remembers one that was given."""
+def org_of(given: Any) -> str:
+    """The org to act for, from a flag or a file; remembers one that was given."""
     path = _memory()
     org = given or os.environ.get("TUNEYARD_ORG")
     if org:
@@ -67,7 +67,7 @@ def org_of(given: str | None) -> str:
         return org
     try:
         return str(json.loads(path.read_text())["org"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         die("which organisation? Give --org UUID, or set TUNEYARD_ORG.", 2)
 
 
@@ -125,6 +125,6 @@ def plain(text: object) -> str:
     return CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(text))
 
 
-def show(value: dict[str, Any]) -> None:
+def show(value: Mapping[str, Any]) -> None:
     """Print JSON alone."""
     typer.echo(json.dumps(value))

@@ -14,7 +14,7 @@ from serve_app.cli.common import AsJson, Org, Token, Url, app, credentials, die,
 def token(
     org: Annotated[str, typer.Option(help="Organisation (UUID) the token speaks for.")],
     subject: Annotated[str, typer.Option(help="Who it is for.")] = "dev",
-    ttl_s: Annotated[int, typer.Option(help="Seconds until it expires.")] = 86_400,
+    ttl_s: Annotated[int, typer.Option(min=1, help="Seconds until it expires.")] = 86_400,
     scope: Annotated[str | None, typer.Option(help="Scopes, separated by blanks; default jobs and secrets.")] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -24,6 +24,8 @@ def _yaml_loader() -> Any:
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen = set()
             for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise yaml.YAMLError(f"line {key.start_mark.line + 1}: a name must be a text")
                 if key.value in seen:
                     raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {key.value} is given twice")
                 seen.add(key.value)
@@ -44,13 +46,16 @@ def read_spec(file: Path, overrides: dict[str, Any], assignments: list[str]) -> 
     import yaml
 
     try:
-        spec = yaml.load(file.read_text(encoding="utf-8"), _yaml_loader())
+        # Through JSON, for YAML's dates, sets and references to what they are in have no word in a request.
+        spec = json.loads(json.dumps(yaml.load(file.read_text(encoding="utf-8"), _yaml_loader())))
     except OSError as error:
         die(f"{file} can't be read: {error.strerror}", 2)
     except UnicodeDecodeError:
         die(f"{file} isn't UTF-8 text", 2)
     except yaml.YAMLError as error:
         die(f"{file} is neither YAML nor JSON: {' '.join(str(error).split())}", 2)
+    except (TypeError, ValueError, RecursionError) as error:
+        die(f"{file} holds what JSON can't: {error}", 2)
     if not isinstance(spec, dict):
         die(f"{file} must hold an object with org, experiment_name and the five sections", 2)
     changes = {k: v for k, v in overrides.items() if v is not None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -52,7 +52,8 @@ def submit(
         show(answer)
     else:
         typer.echo(
-            f"{answer['request_id']}  {answer['status']}\n{answer['message']}\nFollow it: tuneyard watch {answer['request_id']}"
+            f"{answer['request_id']}  {answer['status']}\n{plain(answer['message'])}\n"
+            f"Follow it: tuneyard watch {answer['request_id']}"
         )
 
 
@@ -67,7 +68,7 @@ def status(request_id: RequestId, org: Org = None, url: Url = None, token: Token
         from serve_app.progress import describe, summary
 
         typer.echo(f"{job['experiment_name']}  {describe(job)}")
-        typer.echo("\n".join(map(plain, summary(job).splitlines())))
+        typer.echo(summary(job))
 
 
 @app.command("list")
@@ -99,7 +100,7 @@ def cancel(request_id: RequestId, org: Org = None, url: Url = None, token: Token
     org = org_of(org)
     job = client_for(url, token, org).cancel(request_id, org)
     show(job) if as_json else typer.echo(
-        f"{job['status']}: {job['message'] if job['status'] == 'CANCELED' else 'it stops at its next step'}"
+        f"{job['status']}: {plain(job['message']) if job['status'] == 'CANCELED' else 'it stops at its next step'}"
     )
 
 
@@ -108,7 +109,7 @@ def resume(request_id: RequestId, org: Org = None, url: Url = None, token: Token
     """Queue a FAILED or CANCELED job again; it goes on from its last checkpoint."""
     org = org_of(org)
     job = client_for(url, token, org).resume(request_id, org)
-    show(job) if as_json else typer.echo(f"{job['status']}: {job['message']}")
+    show(job) if as_json else typer.echo(f"{job['status']}: {plain(job['message'])}")
 
 
 @app.command()
@@ -118,7 +119,7 @@ def watch(request_id: RequestId, org: Org = None, url: Url = None, token: Token 
     states = client_for(url, token, org).watch(request_id, org)
     with while_it_goes_on(request_id):
         if as_json:
-            job: dict[str, Any] = {}
+            job = None
             for state in states:
                 if state != job:
                     show(job := state)
@@ -126,4 +127,4 @@ def watch(request_id: RequestId, org: Org = None, url: Url = None, token: Token 
             from serve_app.progress import follow
 
             job = follow(states)
-    raise typer.Exit(0 if job["status"] == "COMPLETED" else 1)
+    raise typer.Exit(0 if job and job["status"] == "COMPLETED" else 1)

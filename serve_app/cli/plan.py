@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,7 +37,7 @@ def plan(
     show(made) if as_json else show_plan(made)
 
 
-def show_plan(plan: dict[str, Any], console: Console | None = None) -> None:
+def show_plan(plan: Mapping[str, Any], console: Console | None = None) -> None:
     """Print a plan, also one with more or less in it than today's: names say their units."""
     from rich.console import Console
     from rich.table import Table

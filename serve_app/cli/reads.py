@@ -5,23 +5,24 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from serve_app.cli.common import AsJson, Org, RequestId, Token, Url, app, client_for, org_of, plain, show, while_it_goes_on
 
 if TYPE_CHECKING:
-    from serve_app.client import Client
+    from serve_app.client import Client, EventEntry, LogEntry
 
+Entry = TypeVar("Entry", bound=Mapping[str, Any])
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")]
 
 
-def _pages(fetch: Callable[[int | None], list[dict[str, Any]]], key: str) -> list[dict[str, Any]]:
+def _pages(fetch: Callable[[int | None], list[Entry]], key: str) -> list[Entry]:
     """All entries of what the service gives in pages, each asked for after the last one's `key`."""
-    found: list[dict[str, Any]] = []
+    found: list[Entry] = []
     while page := [e for e in fetch(found[-1][key] if found else None) if not found or e[key] > found[-1][key]]:
         found += page
     return found
@@ -43,7 +44,7 @@ def metrics(
     show({"points": points}) if as_json else typer.echo(plot(points))
 
 
-def plot(points: Sequence[dict[str, Any]]) -> str:
+def plot(points: Sequence[Mapping[str, Any]]) -> str:
     """Training and evaluation loss over steps as a picture in characters, and the last point's numbers."""
     curves = {name: [(p["step"], p[name]) for p in points if _is_number(p.get(name))] for name in ("loss", "eval_loss")}
     if not any(curves.values()):
@@ -67,7 +68,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _tell(entries: Iterable[dict[str, Any]], as_json: bool, text: Callable[[dict[str, Any]], str], request_id: str) -> None:
+def _tell(entries: Iterable[Entry], as_json: bool, text: Callable[[Entry], str], request_id: str) -> None:
     with while_it_goes_on(request_id):
         for entry in entries:
             typer.echo(json.dumps(entry) if as_json else plain(text(entry)))
@@ -80,11 +81,11 @@ def events(
     """Show what happened to a job; JSON is one object a line."""
     org = org_of(org)
     client = client_for(url, token, org)
-    entries = client.follow_events(request_id, org) if follow else _events(client, request_id, org)
+    entries: Iterable[EventEntry] = client.follow_events(request_id, org) if follow else _events(client, request_id, org)
     _tell(entries, as_json, lambda e: f"{e['time'][:19]}  {e['kind']:<18} {e['message']}", request_id)
 
 
-def _events(client: Client, request_id: str, org: str) -> list[dict[str, Any]]:
+def _events(client: Client, request_id: str, org: str) -> list[EventEntry]:
     return _pages(lambda last: client.events(request_id, org, last)["events"], "id")
 
 
@@ -103,7 +104,7 @@ def logs(
     org = org_of(org)
     client = client_for(url, token, org)
     if follow:
-        entries: Iterable[dict[str, Any]] = client.follow_logs(request_id, org, rank=rank, tail=tail)
+        entries: Iterable[LogEntry] = client.follow_logs(request_id, org, rank=rank, tail=tail)
     else:
         entries = client.logs(request_id, org, rank, tail)["logs"]
     _tell(entries, as_json, lambda e: f"{e['time'][:19]}  [{e['rank']}] {e['line']}", request_id)

@@ -4,25 +4,43 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 from tenacity import AsyncRetrying
 
+from serve_app.client import api
 from serve_app.client.answers import ApiError, parse, retrying
-from serve_app.client.api import Api, given, options
+from serve_app.client.api import Answer, Call, Entry, Stream
 from serve_app.client.blocking import FINAL
 from serve_app.client.downloads import LinkExpired, fetch, wanted
 from serve_app.client.streams import TIMEOUT, EventStream
 
+if TYPE_CHECKING:
+    from serve_app.routes.answers import (
+        Artifacts,
+        Deleted,
+        EventEntry,
+        Events,
+        JobAnswer,
+        JobList,
+        LogEntry,
+        Logs,
+        Plan,
+        Points,
+        SecretAnswer,
+        Secrets,
+        Submitted,
+    )
 
-class AsyncClient(Api[Awaitable[dict[str, Any]], AsyncIterator[dict[str, Any]]]):
+
+class AsyncClient:
     """Client's calls, awaited. An async context manager."""
 
     def __init__(self, url: str, token: str, *, timeout_s: float = 30) -> None:
-        self._http = httpx.AsyncClient(**options(url, token, timeout_s))
+        self._http = httpx.AsyncClient(**api.options(url, token, timeout_s))
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -34,9 +52,84 @@ class AsyncClient(Api[Awaitable[dict[str, Any]], AsyncIterator[dict[str, Any]]])
         """Close the connections."""
         await self._http.aclose()
 
+    async def submit(self, spec: Mapping[str, Any], *, idempotency_key: str | None = None) -> Submitted:
+        """POST /job/ as the documented form. Returns request_id, status, message. Raises ApiError.
+
+        The same `idempotency_key` gives the same job again, also from another process; default a new one for each call.
+        """
+        return await self._answer(api.submit(spec, idempotency_key=idempotency_key))
+
+    async def plan(self, spec: Mapping[str, Any]) -> Plan:
+        """What the job would take; creates nothing."""
+        return await self._answer(api.plan(spec))
+
+    async def get(self, request_id: str, org: str) -> JobAnswer:
+        """One job."""
+        return await self._answer(api.get(request_id, org))
+
+    async def list_jobs(
+        self,
+        org: str,
+        *,
+        status: str | None = None,
+        experiment_name: str | None = None,
+        limit: int | None = None,
+        cursor: str | None = None,
+    ) -> JobList:
+        """One page of jobs, newest first: `{"jobs": [...], "next_cursor"}`."""
+        return await self._answer(api.list_jobs(org, status=status, experiment_name=experiment_name, limit=limit, cursor=cursor))
+
+    async def cancel(self, request_id: str, org: str) -> JobAnswer:
+        """Stop a job."""
+        return await self._answer(api.cancel(request_id, org))
+
+    async def resume(self, request_id: str, org: str) -> JobAnswer:
+        """Queue a FAILED or CANCELED job again; it goes on from its last checkpoint."""
+        return await self._answer(api.resume(request_id, org))
+
+    async def metrics(self, request_id: str, org: str, after_step: int | None = None) -> Points:
+        """Metric points: `{"points": [...]}`."""
+        return await self._answer(api.metrics(request_id, org, after_step))
+
+    async def events(self, request_id: str, org: str, after: int | None = None) -> Events:
+        """The event log, a page of it: `{"events": [...]}` with ids above `after`."""
+        return await self._answer(api.events(request_id, org, after))
+
+    async def logs(
+        self, request_id: str, org: str, rank: int | None = None, tail: int | None = None, after: int | None = None
+    ) -> Logs:
+        """The workers' log lines, the newest unless `after` is given: `{"logs": [...]}`."""
+        return await self._answer(api.logs(request_id, org, rank=rank, tail=tail, after=after))
+
+    def follow_events(self, request_id: str, org: str, *, after: int | None = None) -> AsyncIterator[EventEntry]:
+        """Each event as it comes, until the job has ended; a broken connection is taken up again."""
+        return self._follow(api.follow_events(request_id, org, after=after))
+
+    def follow_logs(
+        self, request_id: str, org: str, *, rank: int | None = None, tail: int | None = None, after: int | None = None
+    ) -> AsyncIterator[LogEntry]:
+        """Each log line as it comes, until the job has ended; a broken connection is taken up again."""
+        return self._follow(api.follow_logs(request_id, org, rank=rank, tail=tail, after=after))
+
+    async def artifacts(self, request_id: str, org: str) -> Artifacts:
+        """The job's files with links: `{"files": [...]}`."""
+        return await self._answer(api.artifacts(request_id, org))
+
+    async def create_secret(self, org: str, name: str, type_: str, data: Mapping[str, str]) -> SecretAnswer:
+        """Store a secret; returns its secret_id."""
+        return await self._answer(api.create_secret(org, name, type_, data))
+
+    async def list_secrets(self, org: str) -> Secrets:
+        """The org's secrets, without values."""
+        return await self._answer(api.list_secrets(org))
+
+    async def delete_secret(self, secret_id: str, org: str) -> Deleted:
+        """Delete a secret."""
+        return await self._answer(api.delete_secret(secret_id, org))
+
     async def iter_jobs(
         self, org: str, *, status: str | None = None, experiment_name: str | None = None, page_size: int = 100
-    ) -> AsyncIterator[dict[str, Any]]:
+    ) -> AsyncIterator[JobAnswer]:
         """Every job, newest first, asked for page by page."""
         cursor = None
         while True:
@@ -46,7 +139,7 @@ class AsyncClient(Api[Awaitable[dict[str, Any]], AsyncIterator[dict[str, Any]]])
             if not (cursor := page["next_cursor"]):
                 return
 
-    async def watch(self, request_id: str, org: str, poll_s: float = 1.0) -> AsyncIterator[dict[str, Any]]:
+    async def watch(self, request_id: str, org: str, poll_s: float = 1.0) -> AsyncIterator[JobAnswer]:
         """The job, again and again, until it is in a final state."""
         while True:
             job = await self.get(request_id, org)
@@ -54,28 +147,6 @@ class AsyncClient(Api[Awaitable[dict[str, Any]], AsyncIterator[dict[str, Any]]])
             if job["status"] in FINAL:
                 return
             await asyncio.sleep(poll_s)
-
-    async def follow(self, what: str, request_id: str, org: str, **filters: Any) -> AsyncIterator[dict[str, Any]]:
-        """Each entry of `events` or `logs` as it comes, until the job has ended; a broken connection is taken up again."""
-        stream, params = EventStream(), given(org_id=org, request_id=request_id, **filters)
-        while True:
-            broken: Exception | None = None
-            try:
-                request: dict[str, Any] = {"params": params, "headers": stream.headers(), "timeout": TIMEOUT}
-                async with self._http.stream("GET", f"/job/{what}/", **request) as answer:
-                    if not answer.is_success:
-                        await answer.aread()
-                    stream.opened(answer)
-                    async for block in answer.aiter_bytes():
-                        for entry in stream.feed(block):
-                            yield entry
-                        if stream.ended:
-                            break
-            except (httpx.TransportError, ApiError) as error:
-                broken = error
-            if stream.ended:
-                return
-            await asyncio.sleep(stream.wait_s(broken))
 
     async def download(self, request_id: str, org: str, folder: str | os.PathLike[str]) -> list[Path]:
         """Fetch the job's files into `folder`, as Client.download does; each in a thread, for the disk would block the loop."""
@@ -91,8 +162,29 @@ class AsyncClient(Api[Awaitable[dict[str, Any]], AsyncIterator[dict[str, Any]]])
                 await asyncio.to_thread(fetch, again[name])
         return [file.target for file in files.values()]
 
-    async def _call(self, method: str, path: str, *, retry: bool = True, **request: Any) -> dict[str, Any]:  # type: ignore[override]
-        async for attempt in AsyncRetrying(**retrying(retry)):
+    async def _answer(self, call: Call[Answer]) -> Answer:
+        async for attempt in AsyncRetrying(**retrying(call.retry)):
             with attempt:
-                return parse(await self._http.request(method, path, **request))
+                return cast(Answer, parse(await self._http.request(call.method, call.path, **call.parts)))
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    async def _follow(self, what: Stream[Entry]) -> AsyncIterator[Entry]:
+        stream, params = EventStream(), dict(what.params)
+        while True:
+            broken: Exception | None = None
+            try:
+                request: dict[str, Any] = {"params": params, "headers": stream.headers(), "timeout": TIMEOUT}
+                async with self._http.stream("GET", what.path, **request) as answer:
+                    if not answer.is_success:
+                        await answer.aread()
+                    stream.opened(answer)
+                    async for block in answer.aiter_bytes():
+                        for entry in cast(Iterator[Entry], stream.feed(block)):
+                            yield entry
+                        if stream.ended:
+                            break
+            except (httpx.TransportError, ApiError) as error:
+                broken = error
+            if stream.ended:
+                return
+            await asyncio.sleep(stream.wait_s(broken))

@@ -5,6 +5,7 @@ Typed dictionaries, not models: an answer is built once, rendered as it is, and 
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated, Any, NotRequired
 
 from fastapi import Response
@@ -29,13 +30,13 @@ def documented(model: Any, said: str, example: Any = None, **more: Any) -> dict[
 
 
 class Like:
-    """In an annotation: a dictionary with the fields of this section of a job."""
+    """In an annotation: this text is one of that enumeration's, or this dictionary has that section's fields."""
 
-    def __init__(self, section: type[Section]) -> None:
-        self.section = section
+    def __init__(self, said: type[Section | StrEnum]) -> None:
+        self.said = said
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return handler.generate_schema(self.section)
+        return handler.generate_schema(self.said)
 
 
 def _is(description: str, **more: Any) -> Any:
@@ -60,7 +61,7 @@ class Submitted(TypedDict):
     """A job that was accepted, and is durable."""
 
     request_id: Annotated[str, _id("The job's id.")]
-    status: Annotated[Status, _is("QUEUED; of a repeated Idempotency-Key, what the job is now.")]
+    status: Annotated[str, Like(Status), _is("QUEUED; of a repeated Idempotency-Key, what the job is now.")]
     message: Annotated[str, _is("What was accepted: base, length, workers, data, warnings; for a person.")]
     experiment_name: Annotated[str, _is("The job's name.")]
 
@@ -101,8 +102,8 @@ class JobAnswer(TypedDict):
     request_id: Annotated[str, _id("The job's id.")]
     org: Annotated[str, _id("Organisation that owns it.")]
     experiment_name: Annotated[str, _is("Its name.")]
-    status: Annotated[Status, _is("Where it stands; COMPLETED, FAILED and CANCELED are final.")]
-    phase: Annotated[Phase, _is("What it does at the moment.")]
+    status: Annotated[str, Like(Status), _is("Where it stands; COMPLETED, FAILED and CANCELED are final.")]
+    phase: Annotated[str, Like(Phase), _is("What it does at the moment.")]
     message: Annotated[str | None, _is("The same for a person.")]
     progress: Annotated[float, _is("Share of the steps done, 0 to 1.")]
     step: Annotated[int, _is("Optimizer steps done.")]
@@ -260,7 +261,7 @@ class SecretAnswer(TypedDict):
 
     secret_id: Annotated[str, _id("What jobs name it by.")]
     name: Annotated[str, _is("Its name, for people.")]
-    type: Annotated[str, _is("aws, s3, gcs or hf.")]
+    type: Annotated[str, _is("aws, s3, gcs, hf, mlflow or wandb.")]
     created_at: Annotated[str, _time("When it was stored.")]
 
 

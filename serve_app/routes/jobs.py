@@ -24,8 +24,9 @@ router = APIRouter(tags=["jobs"])
 FORM = {
     "type": "object",
     "required": ["org", "experiment_name", "model_details", "dataset_details", "infra_config"],
-    "properties": {"org": {"type": "string", "format": "uuid"}, "experiment_name": {"type": "string"}}
+    "properties": {"org": UUID_SCHEMA, "experiment_name": {"type": "string", "pattern": EXPERIMENT_NAME}}
     | {name: {"type": "string", "contentMediaType": "application/json"} for name in SECTIONS},
+    "additionalProperties": False,
 }
 BODY = {
     "requestBody": {
@@ -45,7 +46,10 @@ NAMED = json_body(examples.NAMED, org_id=UUID_SCHEMA, request_id=UUID_SCHEMA)
 @router.post("/job/", openapi_extra=BODY, responses=documented(Submitted, "The job is durable.", examples.SUBMITTED))
 @router.post("/job", include_in_schema=False)
 async def submit(
-    request: Request, asking: Asking, here: Here, idempotency_key: Annotated[str | None, Header(max_length=255)] = None
+    request: Request,
+    asking: Asking,
+    here: Here,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> Response:
     """Submit a job. 200 means that it is durable."""
     asking.require_scope("jobs:write")

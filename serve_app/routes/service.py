@@ -110,8 +110,8 @@ def find_job(here: Service, asking: Principal, request_id: str, org_id: str | No
 
 
 def json_body(example: dict[str, Any], **properties: dict[str, Any]) -> dict[str, Any]:
-    """OpenAPI's description of a JSON object that a route reads by itself; every property is required."""
-    schema = {"type": "object", "required": list(properties), "properties": properties}
+    """OpenAPI's description of a JSON object that a route reads by itself; every property is required, no other is taken."""
+    schema = {"type": "object", "required": list(properties), "properties": properties, "additionalProperties": False}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema, "example": example}}}}
 
 

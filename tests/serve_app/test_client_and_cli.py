@@ -246,6 +246,11 @@ def test_flags_and_assignments_reach_their_field_even_in_an_empty_section(tmp_pa
         (b"- a list\n", "x=1", "must hold an object"),
         (b"infra_config: {gpu_type: cpu}\n", "infra_config.gpu_type.x=1", "infra_config.gpu_type isn't an object"),
         (b"a: 1\n", "no-equals", "write it as name=value"),
+        (b"? [a]\n: b\n", "x=1", "line 1: a name must be a text"),
+        (b"a: &a {x: *a}\n", "x=1", "holds what JSON can't: Circular reference"),
+        (b"a: !!timestamp 2026-01-01\n", "x=1", "holds what JSON can't: Object of type date"),
+        (b"a: !!int x\n", "x=1", "holds what JSON can't: invalid literal"),
+        (b"[" * 5000, "x=1", "holds what JSON can't: maximum recursion depth"),
     ],
 )
 def test_a_bad_file_or_assignment_is_one_sentence(
@@ -257,6 +262,22 @@ def test_a_bad_file_or_assignment_is_one_sentence(
         read_spec(path, {}, [assignment])
     assert caught.value.exit_code == 2
     assert says in capsys.readouterr().err
+
+
+def test_an_org_that_is_no_text_is_one_sentence(tmp_path: Path) -> None:
+    for org in ("5", "[a]", "{a: 1}", "nonsense"):
+        (tmp_path / "job.yaml").write_text(f"org: {org}\n")
+        done = tuneyard(tmp_path, "submit", str(tmp_path / "job.yaml"), "--url", "http://127.0.0.1:9", "--token", TOKEN)
+        assert done.returncode == 2
+        assert done.stderr.endswith("isn't an organisation: it must be a UUID\n")
+
+
+def test_a_token_that_is_none_or_would_have_expired_is_wrong_usage(tmp_path: Path) -> None:
+    done = tuneyard(tmp_path, "status", JOB, "--org", ORG, "--url", "http://127.0.0.1:9", "--token", "")
+    assert (done.returncode, done.stderr) == (2, "the token is empty\n")
+    done = tuneyard(tmp_path, "token", "--org", ORG, "--ttl-s", "0")
+    assert done.returncode == 2
+    assert "--ttl-s" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -536,11 +557,11 @@ def sse(*entries: dict[str, Any], end: bool) -> Answer:
 
 def test_a_followed_stream_that_breaks_is_taken_up_where_it_was(server: Server) -> None:
     server.answers = [sse({"id": 4}, {"id": 7}, end=False), sse({"id": 9}, end=True)]
-    assert [e["id"] for e in Client(server.url, TOKEN).follow("events", JOB, ORG)] == [4, 7, 9]
+    assert [e["id"] for e in Client(server.url, TOKEN).follow_events(JOB, ORG)] == [4, 7, 9]
     assert [headers.get("Last-Event-ID") for _, headers, _ in server.requests] == [None, "7"]
     server.answers = [Answer(404, {"detail": "no job"})]
     with pytest.raises(ApiError, match="no job"):
-        list(Client(server.url, TOKEN).follow("events", JOB, ORG))
+        list(Client(server.url, TOKEN).follow_events(JOB, ORG))
 
 
 def test_downloads_are_checked_and_stay_in_their_folder(server: Server, tmp_path: Path) -> None:

@@ -176,6 +176,18 @@ def test_a_declared_body_that_is_too_long_is_refused_before_it_is_read(http, set
         assert (sent[0]["status"] == 413) is refused
 
 
+def test_an_empty_idempotency_key_is_refused_as_it_would_be_everybodys(http, job):
+    refused = fields(http.post("/job/", json=job, headers={"Idempotency-Key": ""}))
+    assert refused.keys() == {"idempotency-key"}
+
+
+def test_a_form_in_a_charset_of_its_own_is_no_server_error(http):
+    parts = {"org": ORG, "name": r"\ud800", "type": "s3", "data": r'{"access_key_id": "x", "secret_access_key": "y"}'}
+    body = "".join(f'--b\r\nContent-Disposition: form-data; name="{k}"\r\n\r\n{v}\r\n' for k, v in parts.items()) + "--b--\r\n"
+    kind = "multipart/form-data; boundary=b; charset=unicode_escape"
+    assert "surrogate" in fields(http.post("/secret/", content=body, headers={"content-type": kind}))["name"]["message"]
+
+
 def test_idempotency_and_names(http, job):
     first = http.post("/job/", json=job, headers={"Idempotency-Key": "k"}).json()
     assert http.post("/job/", files=form(job), headers={"Idempotency-Key": "k"}).json() == first

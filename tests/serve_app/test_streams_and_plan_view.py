@@ -114,7 +114,10 @@ def test_proxies_of_the_environment_count_everywhere_but_here(url: str, here: bo
         assert client._http.trust_env is not here
 
 
-@pytest.mark.parametrize("url", ["", "example.com", "localhost:8000", "ftp://example.com", "https://", "http://a\nb"])
+NO_URLS = ["", "example.com", "localhost:8000", "ftp://example.com", "https://", "http://a\nb", "http://a:b", "http://a:99999"]
+
+
+@pytest.mark.parametrize("url", [*NO_URLS, "http://[::1", "http://[x]", "http://\u00df-.com"])
 def test_what_is_no_url_is_said_at_once(url: str) -> None:
     with pytest.raises(ValueError, match="isn't the URL of a service"):
         Client(url, "a.b.c")
@@ -170,6 +173,10 @@ def test_whatever_plan_comes_is_shown(plan: dict[str, Any]) -> None:
 
 def test_what_is_logged_can_not_steer_the_terminal() -> None:
     assert "\x1b" not in shown({"warnings": ["\x1b[2J"], "samples": [{"segments": [{"text": "\x1b]0;x\x07", "trained": True}]}]})
+    screen = io.StringIO()
+    follow(iter([{"status": "FAILED", "message": "m", "error_message": "line 3: \x1b[2J isn't\na role"}]), Console(file=screen))
+    assert "\x1b" not in screen.getvalue()
+    assert "isn't\na role" in screen.getvalue()
 
 
 def test_brackets_in_what_a_job_says_are_not_markup() -> None:
