@@ -30,6 +30,7 @@ from serve_app.store.journal import Notes
 from train_loop.errors import Cause, RunFault, Stopped, UserError
 from train_loop.hang import StepClock
 from train_loop.launch import ActorMonitor, Placement, launch
+from train_loop.memory_kills import Place
 from train_loop.run_files import Keys, RunFiles
 from train_loop.spec import JobSpec
 from train_loop.trackers.tracker import TrackerKeys
@@ -70,7 +71,7 @@ class JobActor:
         self.overtime_at: float | None = None
         self.started = time.monotonic()
         self.why: UserError | RunFault | None = None  # told by a worker that ends itself
-        self.workers_on = set[str]()
+        self.workers_at = dict[int, Place]()
         self.placement = self._placement()
         self.clock = StepClock(self.placement.hang_floor_s, self.placement.hang_factor)
         self.step_at = self.started
@@ -126,12 +127,12 @@ class JobActor:
         job = await asyncio.to_thread(self._patiently, lambda: self.store.get(self.job.request_id))
         return job is not None and job.open and job.attempt == self.attempt
 
-    async def on_place(self, node_id: str) -> None:
-        """A worker runs on that machine."""
-        self.workers_on.add(node_id)
+    async def on_place(self, rank: int, place: Place) -> None:
+        """A worker runs there."""
+        self.workers_at[rank] = place
 
-    async def places(self) -> set[str]:
-        return self.workers_on
+    async def places(self) -> list[Place]:
+        return list(self.workers_at.values())
 
     async def on_failure(self, why: UserError | RunFault) -> None:
         self.why = self.why or why

@@ -24,7 +24,9 @@ class Verdict:
     sentence: str
 
 
-def judge(cause: Cause, *, faults: int, losses: int, progressed: bool, max_retries: int) -> Verdict:
+def judge(
+    cause: Cause, *, faults: int, losses: int, progressed: bool, max_retries: int, last_cause: str | None = None
+) -> Verdict:
     """Judge a fault of a job that had `faults` that count and `losses` in a row that don't; `progressed` since the last one.
 
     The first retry comes at once, later ones after waits that double.
@@ -36,6 +38,9 @@ def judge(cause: Cause, *, faults: int, losses: int, progressed: bool, max_retri
             return Verdict(False, 0.0, faults, losses, f"Giving up: {MAX_LOSSES} attempts in a row were lost without a step.")
         return Verdict(True, _wait_s(losses), faults, losses, "That doesn't count as a retry.")
     faults += 1
+    # Once it may have been another process that took the memory; at the same step again it is the job.
+    if cause is Cause.OUT_OF_MEMORY and cause == last_cause and not progressed:
+        return Verdict(False, 0.0, faults, losses, "Giving up: that was the second time in a row without a step between.")
     if faults > max_retries:
         return Verdict(False, 0.0, faults, losses, f"Giving up after {faults} faults (infra_config.max_retries = {max_retries}).")
     return Verdict(True, _wait_s(faults), faults, losses, f"Retry {faults} of {max_retries}.")

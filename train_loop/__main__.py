@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from train_loop.errors import RunFault, Stopped, UserError
+from train_loop.memory_kills import Place
 from train_loop.spec import JobSpec
 
 
@@ -76,7 +77,7 @@ class Console:
     def __init__(self, keys: Any = None) -> None:
         self._keys = keys
         self._failure: UserError | RunFault | None = None
-        self._places = set[str]()
+        self._places = dict[int, Place]()
         self._step = -1
 
     def keys(self) -> Any:
@@ -108,12 +109,12 @@ class Console:
     def is_current(self) -> bool:
         return True
 
-    def on_place(self, node_id: str) -> None:
-        self._places.add(node_id)
+    def on_place(self, rank: int, place: Place) -> None:
+        self._places[rank] = place
 
-    def places(self) -> set[str]:
-        places, self._places = self._places, set()
-        return places
+    def places(self) -> list[Place]:
+        places, self._places = self._places, {}
+        return list(places.values())
 
     def on_failure(self, error: UserError | RunFault) -> None:
         self._failure = self._failure or error

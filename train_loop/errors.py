@@ -54,6 +54,7 @@ class Cause(StrEnum):
 
     PREEMPTED = "preempted"  # a machine was taken back, with or without notice
     NODE_LOST = "node_lost"  # a machine is gone
+    OUT_OF_MEMORY = "out_of_memory"  # the kernel ended a process of the run as memory ran out
     WORKER_DIED = "worker_died"  # a process of the run was ended, or crashed
     HANG = "hang"  # no step for many times what a step takes
     STORAGE_AWAY = "storage_away"  # the run's storage couldn't be read or written for minutes

@@ -21,6 +21,7 @@ TELLING = (
     Cause.HANG,
     Cause.STORAGE_AWAY,
     Cause.CLUSTER_AWAY,
+    Cause.OUT_OF_MEMORY,
     Cause.WORKER_DIED,
     Cause.INTERNAL,
 )
@@ -171,6 +172,19 @@ def _says(error: BaseException, signs: tuple[str, ...]) -> bool:
 
 def out_of_memory(spec: JobSpec) -> UserError:
     """An out-of-memory as advice: which settings of this job would lower what a worker needs."""
+    field, advice = _what_lowers_memory(spec)
+    return TrainingError(f"A worker ran out of memory. {advice}", field=field, code=str(Cause.OUT_OF_MEMORY))
+
+
+def killed_for_memory(spec: JobSpec) -> RunFault:
+    """The same where the kernel ended a process: what took the memory may not have been this job, so it is no UserError."""
+    _, advice = _what_lowers_memory(spec)
+    text = "The kernel ended a process of the run, as its machine or container ran out of memory."
+    return RunFault(Cause.OUT_OF_MEMORY, f"{text} {advice}")
+
+
+def _what_lowers_memory(spec: JobSpec) -> tuple[str, str]:
+    """The first setting that would, and a sentence with all of them."""
     hp, prompt = spec.train_config.hyperparameters, spec.dataset_config.preprocessing.prompt
     advice: list[tuple[str, str]] = []
     if (batch := hp.per_device_train_batch_size) > 1:
@@ -195,11 +209,7 @@ def out_of_memory(spec: JobSpec) -> UserError:
         )
     if not advice:
         advice.append(("infra_config.gpu_type", f"a gpu_type with more memory (now {spec.infra_config.gpu_type})"))
-    return TrainingError(
-        f"A worker ran out of memory. What would lower its need: {'; '.join(text for _, text in advice)}.",
-        field=advice[0][0],
-        code="out_of_memory",
-    )
+    return advice[0][0], f"What would lower its need: {'; '.join(text for _, text in advice)}."
 
 
 def _internal(error: BaseException) -> RunFault:

@@ -23,9 +23,10 @@ from train_loop.data.prepare import preparation_key, prepare_local, prepared_bef
 from train_loop.data.shards import PreparedDataset
 from train_loop.data.sources import FIRST_CONTACT_S, SourceFile, find_files
 from train_loop.errors import Cause, RunFault, Stopped, UserError
-from train_loop.faults import classified, machines_lost
+from train_loop.faults import classified, killed_for_memory, machines_lost
 from train_loop.hang import FACTOR, FLOOR_S, StepClock, Watchdog
 from train_loop.layout import ADAPTER_FOLDER, JOB, MANIFEST, MERGED_FOLDER, RECORDS
+from train_loop.memory_kills import Place, any_killed, noted
 from train_loop.model.source import model_folder
 from train_loop.run_files import Keys, RunFiles, fetch_start
 from train_loop.scratch import scratch_folder
@@ -131,9 +132,14 @@ def launch(spec: JobSpec, request_id: str, files: RunFiles, placement: Placement
         with classified(spec), outages_told(lambda text: tell.on_event.remote("storage_away", text)):
             return _attempt(spec, request_id, files, tell.on_phase.remote, tell.on_event.remote, prepare, train)
     except RunFault as fault:
+        if fault.cause not in (Cause.WORKER_DIED, Cause.HANG):
+            raise
+        places: list[Place] = ray.get(tell.places.remote())
         # Whoever trained with a machine that went without a word only sees a connection closed, or nothing at all.
-        if fault.cause in (Cause.WORKER_DIED, Cause.HANG) and machines_lost(ray.get(tell.places.remote())):
+        if machines_lost({place.node_id for place in places}):
             raise RunFault(Cause.NODE_LOST, f"The machine of a worker is gone. {fault.message}") from fault
+        if fault.cause is Cause.WORKER_DIED and any_killed(places):
+            raise killed_for_memory(spec) from fault
         raise
 
 
@@ -330,7 +336,6 @@ def _worker(config: dict[str, Any]) -> None:
     storage, run_path = files.storage()
     rank = ray.train.get_context().get_world_rank()
     tell: Any = monitor.handle
-    tell.on_place.remote(ray.get_runtime_context().get_node_id())
     trackers = spec.train_config.report_to if rank == 0 else []
 
     def send(lines: list[tuple[float, str]]) -> None:
@@ -346,9 +351,13 @@ def _worker(config: dict[str, Any]) -> None:
     def on_event(kind: str, text: str) -> None:
         tell.on_event.remote(kind, text)
 
+    def on_place(place: Place) -> None:
+        tell.on_place.remote(rank, place)
+
     with (
         scratch_folder() as scratch,
         shipped(send) as flush,
+        noted(ray.get_runtime_context().get_node_id(), on_place),
         classified(spec),
         outages_told(partial(on_event, "storage_away")),
         Watchdog(config["clock"], on_hang) as watchdog,

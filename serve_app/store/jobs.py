@@ -87,6 +87,7 @@ class Job:
     faults: int  # since submit or resume, those that count against max_retries
     losses: int  # faults of the machines in a row without a step between them; they don't count
     fault_step: int  # the step of the last fault
+    fault_cause: str | None  # of the last fault since submit or resume
     ran_s: float  # seconds that attempts ran since submit or resume
     cancel_requested_at: dt.datetime | None
     spec: dict[str, Any]  # the JobSpec as resolved
@@ -445,11 +446,13 @@ class JobStore:
                 losses=job.losses,
                 progressed=job.step > job.fault_step,
                 max_retries=job.spec["infra_config"]["max_retries"],
+                last_cause=job.fault_cause,
             )
             values: dict[str, Any] = {
                 "faults": verdict.faults,
                 "losses": verdict.losses,
                 "fault_step": max(job.step, job.fault_step),  # an attempt that got less far than one before is no progress
+                "fault_cause": str(cause),
                 "updated_at": now,
             }
             if verdict.retry or job.cancel_requested:
@@ -523,7 +526,7 @@ class JobStore:
             "error_code": None,
             "error_message": None,
             "updated_at": now,
-            **{"faults": 0, "losses": 0, "fault_step": jobs.c.step, "ran_s": 0.0},
+            **{"faults": 0, "losses": 0, "fault_step": jobs.c.step, "fault_cause": None, "ran_s": 0.0},
         }
         for _ in range(NAME_TRIES):
             try:

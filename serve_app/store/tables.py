@@ -56,6 +56,7 @@ jobs = sa.Table(
     sa.Column("faults", sa.Integer, nullable=False, server_default="0"),
     sa.Column("losses", sa.Integer, nullable=False, server_default="0"),
     sa.Column("fault_step", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("fault_cause", sa.String(64)),
     sa.Column("ran_s", sa.Float, nullable=False, server_default="0"),
     sa.Column("cancel_requested_at", UtcTime),
     sa.Column("spec", sa.JSON, nullable=False),

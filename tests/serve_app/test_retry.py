@@ -26,6 +26,16 @@ def test_a_lost_machine_counts_for_nothing_while_the_job_gets_on(cause, faults):
         assert (verdict.retry, verdict.faults, verdict.wait_s) == (True, faults, 0.0)
 
 
+def test_a_job_that_the_kernel_ends_for_memory_has_one_more_try_at_the_same_step():
+    def verdict(progressed, last_cause):
+        return judge(Cause.OUT_OF_MEMORY, faults=1, losses=0, progressed=progressed, max_retries=50, last_cause=last_cause)
+
+    assert verdict(False, None).retry
+    assert verdict(False, "node_lost").retry
+    assert verdict(True, "out_of_memory").retry
+    assert not verdict(False, "out_of_memory").retry
+
+
 def test_a_job_that_only_loses_machines_ends():
     losses, tries = 0, 0
     while (verdict := judge(Cause.NODE_LOST, faults=0, losses=losses, progressed=False, max_retries=3)).retry:

@@ -126,6 +126,20 @@ def test_a_fault_closes_the_attempt_and_says_what_comes(store):
     assert store.waiting(10) == []
 
 
+def test_out_of_memory_at_the_same_step_again_fails_the_job_with_the_advice(store):
+    job = submit(store)
+    for attempt, step, retried in [(1, 4, True), (2, 6, True), (3, 6, False)]:
+        store.start_attempt(job.request_id, attempt - 1, 1)
+        store.report(job.request_id, attempt, step=step)
+        ended = store.record_fault(job.request_id, attempt, Cause.OUT_OF_MEMORY, "Memory ran out. Lower something.")
+        assert (ended.status is Status.RUNNING) == retried
+    assert ended.error_code == "out_of_memory"
+    assert ended.error_message.startswith("Memory ran out. Lower something. Giving up: ")
+    store.resume(job.request_id)
+    store.start_attempt(job.request_id, 3, 1)
+    assert store.record_fault(job.request_id, 4, Cause.OUT_OF_MEMORY, "Memory ran out.").status is Status.RUNNING
+
+
 def test_too_many_faults_fail_the_job_with_the_cause_and_lost_machines_do_not(store):
     job = submit(store)
     for attempt in range(1, 7):

@@ -14,7 +14,7 @@ from ray.train.v2.api.exceptions import PreemptionError
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from train_loop.errors import Cause, DatasetError, RunFault, Stopped, UserError
-from train_loop.faults import TELLING, classified, classify
+from train_loop.faults import TELLING, classified, classify, killed_for_memory
 from train_loop.spec import JobSpec
 
 
@@ -117,6 +117,12 @@ def test_advice_names_only_what_is_left_to_lower(local_job):
     job = local_job({"train_config.hyperparameters.per_device_train_batch_size": 1, "infra_config.gpu_type": "l4"})
     end = classify(MemoryError(), JobSpec.model_validate(job))
     assert end.message == "A worker ran out of memory. What would lower its need: a gpu_type with more memory (now l4)."
+
+
+def test_a_process_that_the_kernel_ended_for_memory_is_worth_another_try_and_comes_with_the_same_advice(spec):
+    end = killed_for_memory(spec)
+    assert end.cause == Cause.OUT_OF_MEMORY == classify(MemoryError(), spec).code
+    assert end.message.endswith(classify(MemoryError(), spec).message.removeprefix("A worker ran out of memory."))
 
 
 def test_only_three_ends_leave_a_run(spec):

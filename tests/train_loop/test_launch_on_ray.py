@@ -19,6 +19,7 @@ from pyarrow.fs import LocalFileSystem
 from ray.cluster_utils import Cluster
 
 from tests.conftest import TINY, rows
+from tests.train_loop.groups import memory_group
 from tests.train_loop.test_bad_data import FILES, HTML, JSONL, listed, malformed_job, outcome
 from train_loop.data import parts
 from train_loop.data.pipeline import prepare_with_ray
@@ -36,6 +37,13 @@ pytestmark = pytest.mark.service
 HP = "train_config.hyperparameters"
 NAMESPACE = "attempts"
 WAIT_S = 240
+# Spares itself, and takes what the control group has left and a little more.
+HOG = """
+import pathlib, time
+pathlib.Path("/proc/self/oom_score_adj").write_text("-1000")
+held = [b"x" * 1_000_000 for _ in range(64)]
+time.sleep(300)
+"""
 
 
 @ray.remote(num_cpus=0, max_concurrency=8)
@@ -44,7 +52,7 @@ class Recorder:
 
     def __init__(self):
         self.step, self.stop_at, self.told, self.current = -1, None, None, True
-        self.phases, self.events, self.lines, self.nodes = [], [], [], set()
+        self.phases, self.events, self.lines, self.at = [], [], [], {}
 
     def keys(self):
         return Keys()
@@ -70,11 +78,11 @@ class Recorder:
     def supersede(self):
         self.current = False
 
-    def on_place(self, node_id):
-        self.nodes.add(node_id)
+    def on_place(self, rank, place):
+        self.at[rank] = place
 
     def places(self):
-        return self.nodes
+        return list(self.at.values())
 
     def on_failure(self, error):
         self.told = self.told or error
@@ -230,6 +238,25 @@ def test_a_notice_saves_a_checkpoint_at_once_and_the_attempt_ends_as_preempted(c
     assert told.startswith("the machine of worker 0 will be taken back by ")
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == [f"step-{step:08d}"]
     assert ray.get(monitor.seen.remote())[0] > step  # it went on
+
+
+def test_a_worker_that_the_kernel_ends_for_want_of_memory_is_told_from_one_that_died(cluster, start):
+    with memory_group() as group:
+        node = cluster.add_node(num_cpus=1, resources={"tight": 1})
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        for process in [raylet, *raylet.children(recursive=True)]:
+            group.enter(process.pid)
+        end, monitor = start({"infra_config.gpu_count": 1}, resources={"tight": 1}, num_workers=1)
+        wait_for_step(end, monitor, 2)
+        group.limit(group.used + (32 << 20))
+        hog = subprocess.Popen([sys.executable, "-c", HOG], preexec_fn=group.enter)
+        error = end.exception(WAIT_S)
+        hog.kill()
+        hog.wait()
+        cluster.remove_node(node)
+    assert isinstance(error, RunFault)
+    assert error.cause == Cause.OUT_OF_MEMORY, error.message
+    assert "What would lower its need: " in error.message
 
 
 @pytest.mark.parametrize(
