@@ -17,6 +17,10 @@ import pytest
 
 from train_loop.errors import UserError
 
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # A core each: with torch's threads on all cores, two of them would spin and wait for each other.
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_cores[int(worker.removeprefix("gw")) % len(_cores)]})
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 MODELS = Path(os.environ.get("TUNEYARD_HOME") or Path.home() / ".tuneyard") / "models"

@@ -15,7 +15,8 @@ from train_loop.spec import JobSpec
 
 @pytest.fixture(scope="module", autouse=True)
 def _cluster():
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
+    # Never that of somebody else on this machine.
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield
     ray.shutdown()
 
