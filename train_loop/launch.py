@@ -262,11 +262,13 @@ def _train(
 ) -> dict[str, Any]:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
+
+    from train_loop.trainer import Trainer
 
     # Checkpoints are ours; what Ray Train writes down of its own is of no use after the attempt.
     with scratch_folder() as notes:
-        trainer = TorchTrainer(
+        trainer = Trainer(
             _worker,
             train_loop_config={
                 "spec": spec.model_dump_json(),

@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pyarrow as pa
@@ -17,6 +18,8 @@ import pytest
 import ray
 from pyarrow.fs import LocalFileSystem
 from ray.cluster_utils import Cluster
+from ray.util import placement_group_table
+from ray.util.state import list_actors
 
 from tests.conftest import TINY, rows
 from tests.train_loop.groups import memory_group
@@ -32,6 +35,7 @@ from train_loop.launch import ActorMonitor, Placement, launch
 from train_loop.model.load import load_tokenizer
 from train_loop.run_files import Keys, RunFiles
 from train_loop.spec import JobSpec
+from train_loop.trainer import may_live
 
 pytestmark = pytest.mark.service
 HP = "train_config.hyperparameters"
@@ -238,6 +242,28 @@ def test_a_notice_saves_a_checkpoint_at_once_and_the_attempt_ends_as_preempted(c
     assert told.startswith("the machine of worker 0 will be taken back by ")
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == [f"step-{step:08d}"]
     assert ray.get(monitor.seen.remote())[0] > step  # it went on
+
+
+def test_what_a_dead_controller_had_is_taken_from_it_and_a_silent_dashboard_is_no_death(cluster, start, monkeypatch):
+    end, monitor = start()
+    wait_for_step(end, monitor, 1)
+    alive = {a.class_name: a for a in list_actors(cluster.address, filters=[("state", "=", "ALIVE")])}
+    assert "Cleaner" in alive
+    assert "PlacementGroupCleaner" not in alive
+    controller = alive["TrainController"]
+    assert may_live(controller.actor_id, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr("ray.util.state.get_actor", lambda *_, **__: None)
+        assert may_live(controller.actor_id, 10)
+        patch.setattr("ray.util.state.get_actor", Mock(side_effect=ConnectionError))
+        assert may_live(controller.actor_id, 10)
+    psutil.Process(controller.pid).kill()
+    assert end.exception(WAIT_S).cause == Cause.WORKER_DIED
+    assert not may_live(controller.actor_id, 10)
+    deadline = time.monotonic() + WAIT_S
+    while any(g["state"] != "REMOVED" for g in placement_group_table().values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_a_worker_that_the_kernel_ends_for_want_of_memory_is_told_from_one_that_died(cluster, start):
