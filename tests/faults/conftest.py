@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import postgres_server
-from tests.faults.harness import Service, Table
+from tests.faults.harness import Row, Service, Table
 
 TABLE = pytest.StashKey[Table]()
 SETTINGS = {"TUNEYARD_RATE_LIMIT": "1000000/second", "TUNEYARD_MAX_QUEUED_JOBS_PER_ORG": "1000000"}
@@ -28,6 +28,12 @@ def postgres():
     with postgres_server() as server:
         yield server
         server.ensure_postgres_running()
+
+
+@pytest.fixture(scope="session")
+def table_rows(pytestconfig) -> list[Row]:
+    """Where results go that aren't held against the undisturbed one."""
+    return pytestconfig.stash[TABLE].rows
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
-"""The service on a Ray of several nodes on this machine: `python -m tests.faults.several_nodes <home> <nodes>`.
+"""The service on a Ray of several nodes on this machine: `python -m tests.faults.several_nodes <home>`.
 
-Prints one line of JSON once it answers, and ends with its standard input. Each node but the head has one `slot`, and a worker
-takes one, so that losing a node is losing one worker's place. Settings come from the environment, as for any cluster.
+Prints one line of JSON once it answers, adds a node for each line of its standard input (and prints its id and its raylet's pid),
+and ends with it. Each node but the head has one `slot`, and a worker takes one, so that losing a node is losing one worker's
+place. Settings come from the environment, as for any cluster.
 """
 
 import json
@@ -15,7 +16,8 @@ from serve_app.settings import Settings, write_private
 from serve_app.store.jobs import JobStore
 
 
-def main(home: Path, num_nodes: int) -> None:
+def main(home: Path) -> None:
+    answers, sys.stdout = sys.stdout, sys.stderr  # Ray prints what it has to say of lost nodes
     s3 = start_s3(home / "s3", home / "s3.log")
     storage = {
         "storage_uri": f"s3://{BUCKET}/runs",
@@ -28,11 +30,12 @@ def main(home: Path, num_nodes: int) -> None:
         "profiles": {"cpu": {"resources": {"CPU": 0.5, "slot": 1}, "gpus_per_node": 1}},
     }
     write_private(home / "settings.json", json.dumps(storage))
+    Settings.load().prepare_embedded_keys()
     settings = Settings.load()
-    settings.prepare_embedded_keys()
     JobStore.open(settings.database_url).migrate()
 
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+    os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.5"  # 5 s are more than a small job has
     import ray
     from ray import serve
     from ray.cluster_utils import Cluster
@@ -40,6 +43,7 @@ def main(home: Path, num_nodes: int) -> None:
     from serve_app.app import deploy
 
     http_port, dashboard_port = free_ports(2)
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard_port}"  # as in serve_app.embedded.head
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
@@ -50,25 +54,26 @@ def main(home: Path, num_nodes: int) -> None:
             "temp_dir": os.environ["TUNEYARD_RAY_DIR"],
         },
     )
-    nodes = [cluster.add_node(num_cpus=1, resources={"slot": 1}) for _ in range(num_nodes)]
     ray.init(address=cluster.address, namespace=settings.ray_namespace, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": http_port})
     deploy(settings)
     found = {
         "url": f"http://127.0.0.1:{http_port}",
+        "ray_address": cluster.address,
         "dashboard_url": f"http://127.0.0.1:{dashboard_port}",
         "s3_endpoint_url": s3.endpoint_url,
         "s3_access_key_id": s3.access_key_id,
         "s3_secret_access_key": s3.secret_access_key,
-        "raylets": {node.node_id: node.all_processes["raylet"][0].process.pid for node in nodes},
     }
-    sys.stdout.write(json.dumps(found) + "\n")
-    sys.stdout.flush()
-    sys.stdin.read()
+    print(json.dumps(found), file=answers, flush=True)
+    for _ in sys.stdin:
+        node = cluster.add_node(num_cpus=1, resources={"slot": 1})
+        raylet = node.all_processes["raylet"][0].process.pid
+        print(json.dumps([node.node_id, raylet]), file=answers, flush=True)
     ray.shutdown()
     cluster.shutdown()
     s3.stop()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]))
