@@ -86,6 +86,7 @@ DOCUMENTED: dict[str, Any] = {
 }
 
 Job = Callable[..., dict[str, Any]]
+Serve = Callable[[type[http.server.BaseHTTPRequestHandler]], str]
 
 
 def with_fields(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -201,9 +202,9 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     server.stop()
 
 
-@pytest.fixture
-def serve() -> Iterator[Callable[[type[http.server.BaseHTTPRequestHandler]], str]]:
-    """Start a server with this handler; its URL."""
+@contextlib.contextmanager
+def serving() -> Iterator[Serve]:
+    """What starts a server with a handler, and is given its URL; they end with the block."""
     servers: list[http.server.ThreadingHTTPServer] = []
 
     def start(handler: type[http.server.BaseHTTPRequestHandler]) -> str:
@@ -215,3 +216,10 @@ def serve() -> Iterator[Callable[[type[http.server.BaseHTTPRequestHandler]], str
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Start a server with this handler; its URL."""
+    with serving() as start:
+        yield start

@@ -30,6 +30,11 @@ class Server(http.server.BaseHTTPRequestHandler):
         data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         return gzip.decompress(data) if self.headers.get("Content-Encoding") == "gzip" else data
 
+    @property
+    def question(self):
+        """For a refusal, which may well quote what it was sent."""
+        return f"who is {self.headers.get('Authorization')}?"
+
     def answer(self, value, status=200, **headers):
         data = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
@@ -64,7 +69,7 @@ class Google(Server):
         url = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(url.query))
         if self.headers.get("Authorization") != self.authorization:
-            return self.answer({"error": {"code": 401, "message": "who are you?"}}, 401)
+            return self.answer({"error": {"code": 401, "message": self.question}}, 401)
         name = urllib.parse.unquote(url.path.rpartition("/o/")[2]) if "/o/" in url.path else None
         if name is None:
             return self.answer({"items": [self.about(n) for n in sorted(self.files) if n.startswith(query["prefix"])]})
@@ -88,6 +93,46 @@ def google_account(url):
     return {"type": "service_account", "client_email": "a@b.c", "private_key": pem, "token_uri": f"{url}/token"}
 
 
+class Hub(Server):
+    """The hub with one dataset, org/rows, for those with the token CANARY."""
+
+    files = {}
+    authorization = f"Bearer {CANARY}"
+
+    def do_GET(self):
+        url = urllib.parse.urlsplit(self.path)
+        if self.headers.get("Authorization") != self.authorization:
+            return self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound", X_Error_Message=self.question)
+        if url.path.startswith("/datasets/org/rows/resolve/main/"):
+            name = url.path.removeprefix("/datasets/org/rows/resolve/main/")
+            return self.answer_range(self.files[name], X_Repo_Commit="c" * 40, ETag='"e"')
+        if url.path.startswith("/api/datasets/org/rows/tree/main"):
+            below = url.path.removeprefix("/api/datasets/org/rows/tree/main").strip("/")
+            return self.answer(self.listing(below, "recursive=true" in url.query.lower()))
+        if url.path.startswith("/api/datasets/org/rows"):
+            return self.answer({"id": "org/rows", "sha": "c" * 40, "siblings": []})
+        return self.answer({"error": "Not found"}, 404, X_Error_Code="RepoNotFound")
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_POST(self):
+        asked = dict(urllib.parse.parse_qsl(self.rfile.read(int(self.headers["Content-Length"])).decode()))
+        self.answer([e for e in self.listing("", True) if e["path"] == asked.get("paths")])
+
+    def listing(self, below, recursive):
+        found = {}
+        for name, data in self.files.items():
+            if name.startswith(below):
+                found[name] = {"type": "file", "path": name, "size": len(data), "oid": "a" * 40}
+                folder = name.rpartition("/")[0]
+                while folder and folder != below:
+                    found[folder] = {"type": "directory", "path": folder, "size": 0, "oid": "b" * 40}
+                    folder = folder.rpartition("/")[0]
+        depth = below.count("/") + bool(below)
+        return [e for e in found.values() if recursive or e["path"].count("/") == depth]
+
+
 class Mlflow(Server):
     """As much of MLflow's REST API as a run needs, and as strict."""
 
@@ -109,9 +154,9 @@ class Mlflow(Server):
     def reply(self, path, asked):
         self.before()
         if self.down:
-            return self.answer({}, self.down)
+            return self.answer({"message": self.question}, self.down)
         if self.headers.get("Authorization") != self.authorization:
-            return self.answer({"error_code": "UNAUTHENTICATED", "message": self.headers.get("Authorization")}, 401)
+            return self.answer({"error_code": "UNAUTHENTICATED", "message": self.question}, 401)
         call = path.removeprefix("/api/2.0/mlflow/")
         try:
             self.answer(getattr(self, re.sub(r"\W", "_", call))(**asked))
@@ -173,7 +218,7 @@ class Wandb(Server):
         if self.down:
             return self.answer({}, self.down)
         if self.headers.get("Authorization") != self.authorization:
-            return self.answer({"errors": [{"message": "who are you?"}]}, 401)
+            return self.answer({"errors": [{"message": self.question}]}, 401)
         if self.path != "/graphql":
             return self.stream(self.runs[self.path.split("/")[4]], asked)
         call = asked["operationName"]

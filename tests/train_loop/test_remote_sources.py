@@ -4,52 +4,16 @@ import json
 import os
 import subprocess
 import sys
-import urllib.parse
 
 import pytest
 
 from tests.conftest import CANARY, TINY, rows, with_fields
-from tests.train_loop.servers import Google, Server, google_account
+from tests.train_loop.servers import Google, Hub, google_account
 from train_loop.data.sources import GoogleKey, HubToken
 from train_loop.spec import JobSpec
 
 JSONL = "".join(json.dumps(row) + "\n" for row in rows(30)).encode()
 FILES = {"ds/a.jsonl": JSONL, "ds/more/b.jsonl": JSONL, "ds/notes.md": b"x", "eval.jsonl": JSONL[: JSONL.index(b"\n") + 1]}
-
-
-class Hub(Server):
-    def do_GET(self):
-        url = urllib.parse.urlsplit(self.path)
-        if self.headers.get("Authorization") != f"Bearer {CANARY}":
-            return self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
-        if url.path.startswith("/datasets/org/rows/resolve/main/"):
-            name = url.path.removeprefix("/datasets/org/rows/resolve/main/")
-            return self.answer_range(FILES[name], X_Repo_Commit="c" * 40, ETag='"e"')
-        if url.path.startswith("/api/datasets/org/rows/tree/main"):
-            below = url.path.removeprefix("/api/datasets/org/rows/tree/main").strip("/")
-            return self.answer(self.listing(below, "recursive=true" in url.query.lower()))
-        if url.path.startswith("/api/datasets/org/rows"):
-            return self.answer({"id": "org/rows", "sha": "c" * 40, "siblings": []})
-        return self.answer({"error": "Not found"}, 404, X_Error_Code="RepoNotFound")
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_POST(self):
-        asked = dict(urllib.parse.parse_qsl(self.rfile.read(int(self.headers["Content-Length"])).decode()))
-        self.answer([e for e in self.listing("", True) if e["path"] == asked.get("paths")])
-
-    def listing(self, below, recursive):
-        found = {}
-        for name, data in FILES.items():
-            if name.startswith(below):
-                found[name] = {"type": "file", "path": name, "size": len(data), "oid": "a" * 40}
-                folder = name.rpartition("/")[0]
-                while folder and folder != below:
-                    found[folder] = {"type": "directory", "path": folder, "size": 0, "oid": "b" * 40}
-                    folder = folder.rpartition("/")[0]
-        depth = below.count("/") + bool(below)
-        return [e for e in found.values() if recursive or e["path"].count("/") == depth]
 
 
 READ = """
@@ -120,7 +84,7 @@ def test_a_prefix_in_google_storage_is_read_with_a_service_account(read, serve):
 
 
 def test_a_dataset_of_the_hub_is_read_with_its_token(read, serve, tmp_path):
-    where = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": serve(Hub), "HF_HOME": str(tmp_path)}
+    where = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": serve(Hub.of(files=FILES)), "HF_HOME": str(tmp_path)}
     files = [("ds/a.jsonl", False), ("ds/more/b.jsonl", False), ("eval.jsonl", True)]
     assert read("org/rows", "hf", "eval.jsonl", "token", CANARY, **where) == [
         str([(f"hf://datasets/org/rows/{name}", is_eval, "aaaa") for name, is_eval in files]),

@@ -136,6 +136,8 @@ def main() -> None:
 def _init(data: dict[str, str], card: dict[str, Any], folder: str) -> Any:
     import wandb
 
+    # There its client writes down what a server answers, which may quote the key; no setting turns that off.
+    wandb.Settings.log_internal = property(lambda _: os.devnull)  # type: ignore[assignment, method-assign]
     name = card["experiment_name"]
     return wandb.init(
         project=data["project"],
