@@ -43,7 +43,6 @@ def main(home: Path) -> None:
     from serve_app.app import deploy
 
     http_port, dashboard_port = free_ports(2)
-    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard_port}"  # as in serve_app.embedded.head
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
