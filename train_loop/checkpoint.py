@@ -26,7 +26,7 @@ from train_loop import weights
 from train_loop.context import RunContext
 from train_loop.errors import Cause, RunFault
 from train_loop.metrics import MetricLog
-from train_loop.node import barrier, scratch_of_node
+from train_loop.node import barrier, from_first_worker
 from train_loop.sharding import placed_like, whole
 from train_loop.storage import delete_file, delete_folder, download_file, list_files, read_bytes, upload_folder, write_json
 
@@ -85,15 +85,20 @@ class Checkpoints:
 
         On another world size each rank goes on with fresh dropout; samples and their order stay the same.
         """
-        ctx, folder = self._ctx, scratch_of_node(self._ctx) / "resume"
-        mine = self._choose(folder) if ctx.rank == 0 else None
+        ctx, own = self._ctx, self._ctx.scratch / "resume"
+        mine = self._choose(own) if ctx.rank == 0 else None
         # Rank 0 decides. Counted from 1, so that 0 is none.
         chosen = int(ctx.all_reduce_sum(torch.tensor([0 if mine is None else mine + 1], device=ctx.device)).item()) - 1
         if chosen < 0:
             return None
-        if ctx.local_rank == 0 and ctx.rank != 0 and (wrong := self._fetch(chosen, folder)) is not None:
-            raise RunFault(Cause.INTERNAL, f"The checkpoint of step {chosen} was whole for rank 0, not for {ctx.rank}: {wrong}.")
-        barrier(ctx)
+
+        def fetch() -> Path:
+            if ctx.rank != 0 and (wrong := self._fetch(chosen, own)) is not None:
+                message = f"The checkpoint of step {chosen} was whole for rank 0, not for {ctx.rank}: {wrong}."
+                raise RunFault(Cause.INTERNAL, message)
+            return own
+
+        folder = from_first_worker(ctx, fetch)
         metrics = _read(folder, model, optimizer, ctx)
         self._remove(folder)
         self._newest = chosen
@@ -103,10 +108,14 @@ class Checkpoints:
         """Put the weights of the checkpoint of `step` into the model. Collective. Raises RunFault where it isn't whole."""
         self.wait()
         barrier(self._ctx)  # rank 0 has it in storage
-        folder = scratch_of_node(self._ctx) / "best"
-        if self._ctx.local_rank == 0 and (wrong := self._fetch(step, folder)) is not None:
-            raise RunFault(Cause.INTERNAL, f"The best checkpoint, of step {step}, can't be used: {wrong}.")
-        barrier(self._ctx)
+
+        def fetch() -> Path:
+            own = self._ctx.scratch / "best"
+            if (wrong := self._fetch(step, own)) is not None:
+                raise RunFault(Cause.INTERNAL, f"The best checkpoint, of step {step}, can't be used: {wrong}.")
+            return own
+
+        folder = from_first_worker(self._ctx, fetch)
         weights.read(folder, model)
         self._remove(folder)
 

@@ -12,6 +12,7 @@ import logging
 import math
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from train_loop.checkpoint import Checkpoints
 from train_loop.context import RunContext
 from train_loop.data.loader import Layout, eval_batches, step_batches
 from train_loop.data.sampler import BatchPlan
-from train_loop.data.shards import PreparedDataset, ShardSet
+from train_loop.data.shards import PreparedDataset, ShardSet, fetch_shards
 from train_loop.data.streaming import RowReader
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import Stopped
@@ -34,7 +35,7 @@ from train_loop.model.adapters import parameter_groups
 from train_loop.model.load import load_tokenizer
 from train_loop.model.merge import write_merged
 from train_loop.model.source import revision_of, weights_hash
-from train_loop.node import first_of_node, scratch_of_node
+from train_loop.node import from_first_worker
 from train_loop.optim import build_optimizer, learning_rate, set_learning_rate
 from train_loop.parallel import clip_gradients, set_threads, sync_gradients
 from train_loop.sharding import IDLE
@@ -95,8 +96,8 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
         tokenizer.chat_template = pre.prompt.template  # exported with the adapter: inference must render as training did
     chat = None if prepared.eager else ChatTokenizer.of(spec, tokenizer)
     rows = RowReader(ctx.open_source, spec.dataset_details.dataset_format) if pre.streaming else None
-    data, here = f"{ctx.run_path}/data", scratch_of_node(ctx) / "data"
-    shards = first_of_node(ctx, lambda first: ShardSet.open(prepared, ctx.storage, data, here, rows, fetch=first))
+    fetch = partial(fetch_shards, prepared, ctx.storage, f"{ctx.run_path}/data", ctx.scratch / "data")
+    shards = ShardSet(prepared, from_first_worker(ctx, fetch), rows)
     train_ids, eval_ids = shards.ids("train"), shards.ids("eval")
     plan = batch_plan(spec, len(train_ids))
 

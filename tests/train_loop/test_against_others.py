@@ -23,13 +23,11 @@ __all__ = ["folder"]
 @pytest.fixture(scope="module")
 def ours(folder, mirror):
     """Our run; and its samples in the order of its steps."""
-    from pyarrow.fs import LocalFileSystem
-
     job = plain_job(folder, {f"{HP}.max_grad_norm": 1.0, f"{HP}.save_steps": 100})
     launch(folder, mirror, "ours", job)
     spec = JobSpec.model_validate(job)
     prepared = PreparedDataset.from_json((folder / "ours/data/index.json").read_text())
-    shards = ShardSet.open(prepared, LocalFileSystem(), str(folder / "ours/data"), folder / "copy")
+    shards = ShardSet(prepared, folder / "ours/data")
     chat = ChatTokenizer.of(spec, load_tokenizer(mirror / TINY))
     ids = shards.ids("train")
     plan = BatchPlan(len(ids), 8, 1, 1, 1, STEPS, spec.train_config.hyperparameters.seed)

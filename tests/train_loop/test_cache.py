@@ -10,7 +10,7 @@ from tests.conftest import TINY
 from tests.train_loop.runs import Watcher
 from train_loop.data.cache import cache_key, fetch, publish, trim
 from train_loop.data.prepare import prepare_local
-from train_loop.data.shards import ShardSet
+from train_loop.data.shards import ShardSet, fetch_shards
 from train_loop.data.sources import Credentials, filesystem_for, find_files
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import Stopped
@@ -42,7 +42,7 @@ def prepared_in(tokenizer):
 
 
 def conversations(prepared, storage, run_path, folder):
-    shards = ShardSet.open(prepared, storage, f"{run_path}/data", folder)
+    shards = ShardSet(prepared, fetch_shards(prepared, storage, f"{run_path}/data", folder))
     return [shards.conversation(int(i)) for i in shards.ids("train")]
 
 

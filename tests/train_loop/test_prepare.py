@@ -46,7 +46,7 @@ def prepare(prepared_at, tmp_path):
             out.writelines(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
         prepared = prepared_at(spec, tmp_path / "run")
         assert PreparedDataset.from_json((tmp_path / "run/data/index.json").read_text()) == prepared
-        return prepared, ShardSet.open(prepared, LOCAL, f"{tmp_path}/run/data", tmp_path / "cache")
+        return prepared, ShardSet(prepared, tmp_path / "run/data")
 
     return write_and_prepare
 
@@ -181,7 +181,7 @@ def test_every_type_gives_the_same_rows_and_plan(local_job, prepared_at, tmp_pat
         spec = JobSpec.model_validate(local_job(base | {"dataset_config.split": {"type": "none"}}))
         run = tmp_path / f"run-{len(seen)}"
         prepared = prepared_at(spec, run)
-        shards = ShardSet.open(prepared, LOCAL, f"{run}/data", tmp_path / "cache")
+        shards = ShardSet(prepared, run / "data")
         assert len(prepared.shards) > 1
         plan = make_plan(spec, ModelPlaces(str(mirror)), this_machine())
         seen[path] = [shards.conversation(i) for i in shards.ids("train")], plan
@@ -224,7 +224,7 @@ def test_a_file_of_their_own_gives_the_rows_to_evaluate_on(local_job, prepared_a
     files = find_files(spec, LOCAL)
     assert [(f.name, f.is_eval) for f in files] == [("a.jsonl", False), ("", True)]
     prepared = prepared_at(spec, tmp_path / "run", LOCAL, files)
-    shards = ShardSet.open(prepared, LOCAL, f"{tmp_path}/run/data", tmp_path / "cache")
+    shards = ShardSet(prepared, tmp_path / "run/data")
     assert prepared.counts == {"train": 20, "eval": 5}
     assert [shards.source(int(i))[1] for i in shards.ids("eval")] == [1, 2, 3, 4, 5] == prepared.eval_lines
     asked = [shards.conversation(int(i))["messages"][0]["content"] for i in shards.ids("eval")]
@@ -249,7 +249,7 @@ def test_a_file_added_to_a_prefix_moves_no_row_between_splits(local_job, prepare
             write_jsonl(folder / f"{name}.jsonl", rows(40))
         spec = JobSpec.model_validate(local_job({"dataset_details.dataset_path": f"{folder}/"}))
         prepared = prepared_at(spec, tmp_path / "run")
-        shards = ShardSet.open(prepared, LOCAL, f"{tmp_path}/run/data", tmp_path / "cache")
+        shards = ShardSet(prepared, tmp_path / "run/data")
         sources = [shards.source(int(i)) for i in shards.ids("eval")]
         held_out.append([s for s in sources if s[0].endswith("m.jsonl")])
     assert held_out[0]

@@ -108,8 +108,24 @@ def write_shard(storage: FileSystem, path: str, table: pa.Table) -> None:
     write_bytes(storage, path, whole.getvalue())
 
 
+def fetch_shards(prepared: PreparedDataset, storage: FileSystem, data_path: str, cache: Path) -> Path:
+    """The local folder with the shards under `data_path`: `cache`, into which they are copied, unless they are on this machine's
+    disk."""
+    from pyarrow.fs import LocalFileSystem
+
+    if isinstance(storage, LocalFileSystem):
+        return Path(data_path)
+    cache.mkdir(parents=True, exist_ok=True)
+    for shard in prepared.shards:
+        download_file(storage, f"{data_path}/{shard.path}", cache / shard.path)
+    return cache
+
+
 class ShardSet:
-    """Random access to prepared rows by row number, in shard order."""
+    """Random access to prepared rows by row number, in shard order.
+
+    `folder` has the shards; `rows` reads what those of a streamed dataset only point to.
+    """
 
     def __init__(self, prepared: PreparedDataset, folder: Path, rows: RowReader | None = None) -> None:
         self._prepared = prepared
@@ -118,30 +134,6 @@ class ShardSet:
         self._ends = np.cumsum([s.num_rows for s in prepared.shards])
         u = [t.column("u").to_numpy() for t in self._tables]
         self._split = np.searchsorted(prepared.bounds, np.concatenate(u) if u else np.empty(0), side="right")
-
-    @classmethod
-    def open(
-        cls,
-        prepared: PreparedDataset,
-        storage: FileSystem,
-        data_path: str,
-        cache: Path,
-        rows: RowReader | None = None,
-        *,
-        fetch: bool = True,
-    ) -> ShardSet:
-        """Open the shards under `data_path`; those that aren't on this machine's disk are copied to `cache` first, or have been.
-
-        `rows` reads what a streamed dataset's shards only point to.
-        """
-        from pyarrow.fs import LocalFileSystem
-
-        if isinstance(storage, LocalFileSystem):
-            return cls(prepared, Path(data_path), rows)
-        cache.mkdir(parents=True, exist_ok=True)
-        for shard in prepared.shards if fetch else ():
-            download_file(storage, f"{data_path}/{shard.path}", cache / shard.path)
-        return cls(prepared, cache, rows)
 
     @property
     def streamed(self) -> bool:
