@@ -144,11 +144,15 @@ def language_part(model: Any) -> dict[str, Any]:
 
 def is_quantised(spec: JobSpec, folder: Path) -> bool:
     """Whether the base will have quantised weights: asked for, or in its files. Raises ModelError."""
-    return spec.model_details.quantization is not None or _config(spec, folder)[1]
+    return spec.model_details.quantization is not None or _in_quantised_files(_config(spec, folder))
 
 
-def _config(spec: JobSpec, folder: Path) -> tuple[Any, bool]:
-    """The base's configuration, and whether its files are quantised."""
+def _in_quantised_files(config: Any) -> bool:
+    return getattr(config, "quantization_config", None) is not None
+
+
+def _config(spec: JobSpec, folder: Path) -> Any:
+    """The base's configuration. Raises ModelError, also where it is quantised already and mustn't be."""
     from transformers import AutoConfig
 
     name = spec.model_details.base_model
@@ -156,12 +160,11 @@ def _config(spec: JobSpec, folder: Path) -> tuple[Any, bool]:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"base model {name} can't be loaded: {_first_line(error)}", field=BASE_MODEL) from error
-    quantised = getattr(config, "quantization_config", None) is not None
     full = spec.train_config.train_type == "full"
-    if quantised and (full or spec.model_details.quantization):
+    if _in_quantised_files(config) and (full or spec.model_details.quantization):
         remedy = "train an adapter" if full else "leave quantization out"
         raise ModelError(f"base model {name} is quantised already: {remedy}, or name the unquantised one.", field=BASE_MODEL)
-    return config, quantised
+    return config
 
 
 def load_base(spec: JobSpec, folder: Path, device: torch.device, at: torch.device | None = None) -> BaseModel:
@@ -179,7 +182,7 @@ def load_base(spec: JobSpec, folder: Path, device: torch.device, at: torch.devic
     dtype, note = compute_dtype(spec.train_config.torch_dtype, device)
     quantization = spec.model_details.quantization
     full = spec.train_config.train_type == "full"
-    config, _ = _config(spec, folder)
+    config = _config(spec, folder)
     # Quantised from float32, so that the 4-bit codes are the same whatever this machine computes in.
     kept_in = torch.float32 if quantization or full else dtype
     try:
