@@ -19,21 +19,7 @@ from serve_app.client.downloads import LinkExpired, fetch, wanted
 from serve_app.client.streams import TIMEOUT, EventStream
 
 if TYPE_CHECKING:
-    from serve_app.routes.answers import (
-        Artifacts,
-        Deleted,
-        EventEntry,
-        Events,
-        JobAnswer,
-        JobList,
-        LogEntry,
-        Logs,
-        Plan,
-        Points,
-        SecretAnswer,
-        Secrets,
-        Submitted,
-    )
+    from serve_app.routes import answers
 
 
 class AsyncClient:
@@ -52,18 +38,18 @@ class AsyncClient:
         """Close the connections."""
         await self._http.aclose()
 
-    async def submit(self, spec: Mapping[str, Any], *, idempotency_key: str | None = None) -> Submitted:
+    async def submit(self, spec: Mapping[str, Any], *, idempotency_key: str | None = None) -> answers.Submitted:
         """POST /job/ as the documented form. Returns request_id, status, message. Raises ApiError.
 
         The same `idempotency_key` gives the same job again, also from another process; default a new one for each call.
         """
         return await self._answer(api.submit(spec, idempotency_key=idempotency_key))
 
-    async def plan(self, spec: Mapping[str, Any]) -> Plan:
+    async def plan(self, spec: Mapping[str, Any]) -> answers.Plan:
         """What the job would take; creates nothing."""
         return await self._answer(api.plan(spec))
 
-    async def get(self, request_id: str, org: str) -> JobAnswer:
+    async def get(self, request_id: str, org: str) -> answers.JobAnswer:
         """One job."""
         return await self._answer(api.get(request_id, org))
 
@@ -75,61 +61,61 @@ class AsyncClient:
         experiment_name: str | None = None,
         limit: int | None = None,
         cursor: str | None = None,
-    ) -> JobList:
+    ) -> answers.JobList:
         """One page of jobs, newest first: `{"jobs": [...], "next_cursor"}`."""
         return await self._answer(api.list_jobs(org, status=status, experiment_name=experiment_name, limit=limit, cursor=cursor))
 
-    async def cancel(self, request_id: str, org: str) -> JobAnswer:
+    async def cancel(self, request_id: str, org: str) -> answers.JobAnswer:
         """Stop a job."""
         return await self._answer(api.cancel(request_id, org))
 
-    async def resume(self, request_id: str, org: str) -> JobAnswer:
+    async def resume(self, request_id: str, org: str) -> answers.JobAnswer:
         """Queue a FAILED or CANCELED job again; it goes on from its last checkpoint."""
         return await self._answer(api.resume(request_id, org))
 
-    async def metrics(self, request_id: str, org: str, after_step: int | None = None) -> Points:
+    async def metrics(self, request_id: str, org: str, after_step: int | None = None) -> answers.Points:
         """Metric points: `{"points": [...]}`."""
         return await self._answer(api.metrics(request_id, org, after_step))
 
-    async def events(self, request_id: str, org: str, after: int | None = None) -> Events:
+    async def events(self, request_id: str, org: str, after: int | None = None) -> answers.Events:
         """The event log, a page of it: `{"events": [...]}` with ids above `after`."""
         return await self._answer(api.events(request_id, org, after))
 
     async def logs(
         self, request_id: str, org: str, rank: int | None = None, tail: int | None = None, after: int | None = None
-    ) -> Logs:
+    ) -> answers.Logs:
         """The workers' log lines, the newest unless `after` is given: `{"logs": [...]}`."""
         return await self._answer(api.logs(request_id, org, rank=rank, tail=tail, after=after))
 
-    def follow_events(self, request_id: str, org: str, *, after: int | None = None) -> AsyncIterator[EventEntry]:
+    def follow_events(self, request_id: str, org: str, *, after: int | None = None) -> AsyncIterator[answers.EventEntry]:
         """Each event as it comes, until the job has ended; a broken connection is taken up again."""
         return self._follow(api.follow_events(request_id, org, after=after))
 
     def follow_logs(
         self, request_id: str, org: str, *, rank: int | None = None, tail: int | None = None, after: int | None = None
-    ) -> AsyncIterator[LogEntry]:
+    ) -> AsyncIterator[answers.LogEntry]:
         """Each log line as it comes, until the job has ended; a broken connection is taken up again."""
         return self._follow(api.follow_logs(request_id, org, rank=rank, tail=tail, after=after))
 
-    async def artifacts(self, request_id: str, org: str) -> Artifacts:
+    async def artifacts(self, request_id: str, org: str) -> answers.Artifacts:
         """The job's files with links: `{"files": [...]}`."""
         return await self._answer(api.artifacts(request_id, org))
 
-    async def create_secret(self, org: str, name: str, type_: str, data: Mapping[str, str]) -> SecretAnswer:
+    async def create_secret(self, org: str, name: str, type_: str, data: Mapping[str, str]) -> answers.SecretAnswer:
         """Store a secret; returns its secret_id."""
         return await self._answer(api.create_secret(org, name, type_, data))
 
-    async def list_secrets(self, org: str) -> Secrets:
+    async def list_secrets(self, org: str) -> answers.Secrets:
         """The org's secrets, without values."""
         return await self._answer(api.list_secrets(org))
 
-    async def delete_secret(self, secret_id: str, org: str) -> Deleted:
+    async def delete_secret(self, secret_id: str, org: str) -> answers.Deleted:
         """Delete a secret."""
         return await self._answer(api.delete_secret(secret_id, org))
 
     async def iter_jobs(
         self, org: str, *, status: str | None = None, experiment_name: str | None = None, page_size: int = 100
-    ) -> AsyncIterator[JobAnswer]:
+    ) -> AsyncIterator[answers.JobAnswer]:
         """Every job, newest first, asked for page by page."""
         cursor = None
         while True:
@@ -139,7 +125,7 @@ class AsyncClient:
             if not (cursor := page["next_cursor"]):
                 return
 
-    async def watch(self, request_id: str, org: str, poll_s: float = 1.0) -> AsyncIterator[JobAnswer]:
+    async def watch(self, request_id: str, org: str, poll_s: float = 1.0) -> AsyncIterator[answers.JobAnswer]:
         """The job, again and again, until it is in a final state."""
         while True:
             job = await self.get(request_id, org)

@@ -18,21 +18,7 @@ from serve_app.client.downloads import LinkExpired, fetch, wanted
 from serve_app.client.streams import TIMEOUT, EventStream
 
 if TYPE_CHECKING:
-    from serve_app.routes.answers import (
-        Artifacts,
-        Deleted,
-        EventEntry,
-        Events,
-        JobAnswer,
-        JobList,
-        LogEntry,
-        Logs,
-        Plan,
-        Points,
-        SecretAnswer,
-        Secrets,
-        Submitted,
-    )
+    from serve_app.routes import answers
 
 FINAL = frozenset({"COMPLETED", "FAILED", "CANCELED"})
 
@@ -53,18 +39,18 @@ class Client:
         """Close the connections."""
         self._http.close()
 
-    def submit(self, spec: Mapping[str, Any], *, idempotency_key: str | None = None) -> Submitted:
+    def submit(self, spec: Mapping[str, Any], *, idempotency_key: str | None = None) -> answers.Submitted:
         """POST /job/ as the documented form. Returns request_id, status, message. Raises ApiError.
 
         The same `idempotency_key` gives the same job again, also from another process; default a new one for each call.
         """
         return self._answer(api.submit(spec, idempotency_key=idempotency_key))
 
-    def plan(self, spec: Mapping[str, Any]) -> Plan:
+    def plan(self, spec: Mapping[str, Any]) -> answers.Plan:
         """What the job would take; creates nothing."""
         return self._answer(api.plan(spec))
 
-    def get(self, request_id: str, org: str) -> JobAnswer:
+    def get(self, request_id: str, org: str) -> answers.JobAnswer:
         """One job."""
         return self._answer(api.get(request_id, org))
 
@@ -76,59 +62,61 @@ class Client:
         experiment_name: str | None = None,
         limit: int | None = None,
         cursor: str | None = None,
-    ) -> JobList:
+    ) -> answers.JobList:
         """One page of jobs, newest first: `{"jobs": [...], "next_cursor"}`."""
         return self._answer(api.list_jobs(org, status=status, experiment_name=experiment_name, limit=limit, cursor=cursor))
 
-    def cancel(self, request_id: str, org: str) -> JobAnswer:
+    def cancel(self, request_id: str, org: str) -> answers.JobAnswer:
         """Stop a job."""
         return self._answer(api.cancel(request_id, org))
 
-    def resume(self, request_id: str, org: str) -> JobAnswer:
+    def resume(self, request_id: str, org: str) -> answers.JobAnswer:
         """Queue a FAILED or CANCELED job again; it goes on from its last checkpoint."""
         return self._answer(api.resume(request_id, org))
 
-    def metrics(self, request_id: str, org: str, after_step: int | None = None) -> Points:
+    def metrics(self, request_id: str, org: str, after_step: int | None = None) -> answers.Points:
         """Metric points: `{"points": [...]}`."""
         return self._answer(api.metrics(request_id, org, after_step))
 
-    def events(self, request_id: str, org: str, after: int | None = None) -> Events:
+    def events(self, request_id: str, org: str, after: int | None = None) -> answers.Events:
         """The event log, a page of it: `{"events": [...]}` with ids above `after`."""
         return self._answer(api.events(request_id, org, after))
 
-    def logs(self, request_id: str, org: str, rank: int | None = None, tail: int | None = None, after: int | None = None) -> Logs:
+    def logs(
+        self, request_id: str, org: str, rank: int | None = None, tail: int | None = None, after: int | None = None
+    ) -> answers.Logs:
         """The workers' log lines, the newest unless `after` is given: `{"logs": [...]}`."""
         return self._answer(api.logs(request_id, org, rank=rank, tail=tail, after=after))
 
-    def follow_events(self, request_id: str, org: str, *, after: int | None = None) -> Iterator[EventEntry]:
+    def follow_events(self, request_id: str, org: str, *, after: int | None = None) -> Iterator[answers.EventEntry]:
         """Each event as it comes, until the job has ended; a broken connection is taken up again."""
         return self._follow(api.follow_events(request_id, org, after=after))
 
     def follow_logs(
         self, request_id: str, org: str, *, rank: int | None = None, tail: int | None = None, after: int | None = None
-    ) -> Iterator[LogEntry]:
+    ) -> Iterator[answers.LogEntry]:
         """Each log line as it comes, until the job has ended; a broken connection is taken up again."""
         return self._follow(api.follow_logs(request_id, org, rank=rank, tail=tail, after=after))
 
-    def artifacts(self, request_id: str, org: str) -> Artifacts:
+    def artifacts(self, request_id: str, org: str) -> answers.Artifacts:
         """The job's files with links: `{"files": [...]}`."""
         return self._answer(api.artifacts(request_id, org))
 
-    def create_secret(self, org: str, name: str, type_: str, data: Mapping[str, str]) -> SecretAnswer:
+    def create_secret(self, org: str, name: str, type_: str, data: Mapping[str, str]) -> answers.SecretAnswer:
         """Store a secret; returns its secret_id."""
         return self._answer(api.create_secret(org, name, type_, data))
 
-    def list_secrets(self, org: str) -> Secrets:
+    def list_secrets(self, org: str) -> answers.Secrets:
         """The org's secrets, without values."""
         return self._answer(api.list_secrets(org))
 
-    def delete_secret(self, secret_id: str, org: str) -> Deleted:
+    def delete_secret(self, secret_id: str, org: str) -> answers.Deleted:
         """Delete a secret."""
         return self._answer(api.delete_secret(secret_id, org))
 
     def iter_jobs(
         self, org: str, *, status: str | None = None, experiment_name: str | None = None, page_size: int = 100
-    ) -> Iterator[JobAnswer]:
+    ) -> Iterator[answers.JobAnswer]:
         """Every job, newest first, asked for page by page."""
         cursor = None
         while True:
@@ -137,7 +125,7 @@ class Client:
             if not (cursor := page["next_cursor"]):
                 return
 
-    def watch(self, request_id: str, org: str, poll_s: float = 1.0) -> Iterator[JobAnswer]:
+    def watch(self, request_id: str, org: str, poll_s: float = 1.0) -> Iterator[answers.JobAnswer]:
         """The job, again and again, until it is in a final state."""
         while True:
             job = self.get(request_id, org)
