@@ -18,6 +18,7 @@ MAX_DEPTH = 64
 MAX_PARTS = 64
 NAME_CHARS = 100
 SURROGATE = re.compile(r"[\ud800-\udfff]")
+HAS_SURROGATE = "not valid UTF-8: a lone surrogate"
 NULL_CHARACTER = re.compile(r"(?<!\\)(\\\\)*\\u0000")  # as json.dumps writes it
 
 
@@ -97,7 +98,7 @@ def _decode_parts(pairs: list[tuple[str, str]], plain: Collection[str], json_par
             if "\0" in value:
                 errors.append(field_error(name, "holds a null character"))
             elif SURROGATE.search(value):  # by a charset of the form's own
-                errors.append(field_error(name, "not valid UTF-8: a lone surrogate"))
+                errors.append(field_error(name, HAS_SURROGATE))
         elif name in json_parts:
             fields[name] = None
             try:
@@ -155,7 +156,7 @@ def decode_json(text: str, part: str | None) -> Any:
             case _Unusable():
                 reason = str(error)
             case UnicodeError():
-                reason = "not valid UTF-8: a lone surrogate"
+                reason = HAS_SURROGATE
             case RecursionError():
                 reason = "nested too deeply"
             case _:
