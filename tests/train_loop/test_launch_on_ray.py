@@ -22,7 +22,7 @@ from ray.util import placement_group_table
 from ray.util.state import list_actors
 
 from tests.conftest import TINY, rows
-from tests.train_loop.groups import memory_group
+from tests.train_loop.memory_group import memory_group
 from tests.train_loop.test_bad_data import FILES, HTML, JSONL, listed, malformed_job, outcome
 from train_loop.data import parts
 from train_loop.data.pipeline import prepare_with_ray

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.train_loop.groups import memory_group
+from tests.train_loop.memory_group import memory_group
 from train_loop import memory_kills
 from train_loop.memory_kills import Place, counter, kills_in, noted
 
