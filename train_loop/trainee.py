@@ -15,6 +15,7 @@ from train_loop.errors import ModelError
 from train_loop.evaluate import full_precision
 from train_loop.loss import computes_its_logits, keeps_documents_apart
 from train_loop.model.adapters import add_adapter, trainable
+from train_loop.model.layers import fuse
 from train_loop.model.load import META, BaseModel, is_quantised, load_base
 from train_loop.noise import add_noise
 from train_loop.parallel import sync_parameters
@@ -98,7 +99,11 @@ def _packs(spec: JobSpec, base: BaseModel) -> bool:
 def _made_trainable(base: BaseModel, spec: JobSpec, start: Path | None = None) -> Any:
     """The base, or an adapter around it, with all that is done to it in training."""
     hp = spec.train_config.hyperparameters
-    model = add_adapter(base.model, spec, start) if spec.train_config.train_type == "lora" else base.model
+    if spec.train_config.train_type == "lora":
+        model = add_adapter(base.model, spec, start)
+        fuse(model)
+    else:
+        model = base.model
     if hp.gradient_checkpointing:
         base.model.activation_checkpointing_enable({"use_reentrant": False})
     if hp.neftune_noise_alpha:

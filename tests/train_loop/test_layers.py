@@ -1,0 +1,121 @@
+"""A linear layer with its adapter as one function: PEFT's values and gradients."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from tests.train_loop.models import run
+from train_loop.model import layers
+from train_loop.model.layers import fuse
+
+ROWS, IN, OUT, RANK = 5, 8, 6, 2
+
+
+class Model(torch.nn.Module):
+    """Two linear layers, the second without a bias; `linear` makes them."""
+
+    def __init__(self, linear=torch.nn.Linear):
+        super().__init__()
+        self.first = linear(64, 128)
+        self.second = linear(128, 64, bias=False)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def adapted(base, **changes):
+    """`base` with an adapter whose B isn't zero, and a copy of it with fused layers."""
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(target_modules=["first", "second"], r=4, lora_alpha=6, **changes))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    fused = copy.deepcopy(model)
+    fuse(fused)
+    return model, fused
+
+
+def values_and_gradients(model, x):
+    x = x.clone().requires_grad_()
+    torch.manual_seed(1)
+    y = model(x)
+    y.square().sum().backward()
+    return [y, x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+def four_bit(*sizes, **kwargs):
+    from bitsandbytes.nn import Linear4bit
+
+    return Linear4bit(*sizes, compute_dtype=torch.float32, quant_type="nf4", **kwargs)
+
+
+def calls(monkeypatch):
+    """How often a layer was computed as one function."""
+    seen, real = [], layers._LoraLinear.apply
+    monkeypatch.setattr(layers._LoraLinear, "apply", lambda *a: seen.append(a) or real(*a))
+    return seen
+
+
+@pytest.mark.parametrize("linear", [torch.nn.Linear, four_bit], ids=["float", "nf4"])
+def test_the_values_and_gradients_are_those_of_peft(linear, monkeypatch):
+    seen = calls(monkeypatch)
+    model, fused = adapted(Model(linear).to("cpu"))
+    x = torch.randn(2, ROWS, 64)
+    theirs = values_and_gradients(model, x)
+    assert not seen
+    for mine, its in zip(values_and_gradients(fused, x), theirs, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-4)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_the_gradients_are_those_of_the_value(dropout):
+    torch.manual_seed(0)
+    sizes = (ROWS, IN), (OUT, IN), (OUT,), (RANK, IN), (OUT, RANK)
+    x, weight, bias, a, b = (torch.randn(*size, dtype=torch.float64) for size in sizes)
+
+    def value(x, a, b):
+        torch.manual_seed(7)  # drops the same values each time
+        return layers._LoraLinear.apply(x, weight, None, bias, a, b, 1.5, dropout)
+
+    assert torch.autograd.gradcheck(value, [t.requires_grad_() for t in (x, a, b)])
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    x, weight, eye = torch.ones(2000, 50), torch.zeros(50, 50), torch.eye(50)
+    y = layers._LoraLinear.apply(x, weight, None, None, eye, eye, 1.0, 0.3)
+    assert y.unique().tolist() == [0.0, pytest.approx(1 / 0.7, rel=1e-4)]
+    assert (y == 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
+    # No value's fate is another's: neighbours share a draw of the generator.
+    kept = (y != 0).float() - 0.7
+    assert all(abs((kept[:, i] * kept[:, i + 1]).mean()) < 0.02 for i in range(8))
+
+
+def test_an_evaluation_drops_nothing():
+    model, fused = adapted(Model(), lora_dropout=0.5)
+    x = torch.randn(ROWS, 64)
+    torch.testing.assert_close(fused.eval()(x), model.eval()(x))
+
+
+def test_what_is_more_than_one_plain_adapter_is_left_to_peft(monkeypatch):
+    seen = calls(monkeypatch)
+    model, fused = adapted(Model(), use_dora=True)
+    x = torch.randn(ROWS, 64)
+    torch.testing.assert_close(fused(x), model(x))
+    model, fused = adapted(Model())
+    with model.disable_adapter(), fused.disable_adapter():
+        torch.testing.assert_close(fused(x), model(x))
+    plain = fused(x)
+    assert len(seen) == 2
+    fused.merge_adapter()
+    torch.testing.assert_close(fused(x), plain, rtol=1e-4, atol=1e-4)
+    assert len(seen) == 2
+
+
+def test_a_job_trains_through_them(local_job, tmp_path, mirror, monkeypatch):
+    seen = calls(monkeypatch)
+    run(local_job({"train_config.hyperparameters.max_steps": 1}, 20), tmp_path, mirror)
+    assert any(arguments[2] is not None for arguments in seen)  # NF4
+    assert {arguments[-1] for arguments in seen} == {0.0, 0.1}  # of evaluation, and the default of training
