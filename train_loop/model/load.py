@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from train_loop.errors import ModelError
+from train_loop.model.attention import attend_by_document
 from train_loop.spec import JobSpec, Quantization
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -207,6 +208,8 @@ def load_base(spec: JobSpec, folder: Path, device: torch.device, at: torch.devic
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(True)
     compute_in(model, dtype)
+    if device.type == "cpu":
+        attend_by_document(model)
     for module in quantised_layers(model):
         # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit layer the first time it runs in eval mode, and the repacked
         # kernel has no backward: training after an evaluation would silently use wrong gradients.

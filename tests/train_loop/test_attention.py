@@ -1,0 +1,125 @@
+"""Attention document by document sees what the whole mask lets it see, and multiplies nothing else."""
+
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from train_loop.model import attention
+from train_loop.model.attention import attend_by_document
+
+HEADS, WIDTH = 4, 8
+
+
+def mask_of(*rows, seq=None):
+    """[rows, 1, seq, seq] of documents of these lengths, one after another; what is left of a row is padding, which sees the
+    documents as transformers lets it."""
+    seq = seq or max(map(sum, rows))
+    mask = torch.zeros(len(rows), 1, seq, seq, dtype=torch.bool)
+    for row, lengths in zip(mask, rows, strict=True):
+        at = 0
+        for n in lengths:
+            row[0, at : at + n, at : at + n] = torch.ones(n, n, dtype=torch.bool).tril()
+            at += n
+        row[0, at:, :at] = True
+    return mask
+
+
+def attend(mask, *, seed=0, rows=None):
+    """Query, key and value, and what by-document attention makes of them; two query heads share one of keys."""
+    torch.manual_seed(seed)
+    rows, seq = rows or len(mask), mask.shape[-1]
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, True
+    tensors = [torch.randn(rows, heads, seq, WIDTH, requires_grad=True) for heads in (HEADS, HEADS // 2, HEADS // 2)]
+    return tensors, attention._attention(module, *tensors, mask)[0]
+
+
+def whole(query, key, value, mask):
+    """[rows, seq, heads, width], by torch's kernel and the whole mask."""
+    key, value = (t.repeat_interleave(2, dim=1) for t in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(300,)],
+        [(200, 150, 260)],
+        [(5, 1, 1, 40, 200, 3, 4, 129)],
+        [(128, 1, 127)],
+        [(200, 20), (150, 10, 1), (3,)],
+    ],
+    ids=["one", "long", "short and long", "at the edge", "padded rows"],
+)
+def test_values_and_gradients_are_those_of_the_whole_mask(rows):
+    mask = mask_of(*rows)
+    tensors, mine = attend(mask)
+    theirs = whole(*tensors, mask)
+    for r, lengths in enumerate(rows):
+        torch.testing.assert_close(mine[r, : sum(lengths)], theirs[r, : sum(lengths)])
+    real = torch.stack([torch.arange(mask.shape[-1]) < sum(lengths) for lengths in rows])
+    gradients = [torch.autograd.grad(out[real].square().sum(), tensors) for out in (mine, theirs)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_one_mask_may_serve_all_rows():
+    mask = mask_of((150, 60))
+    tensors, mine = attend(mask, rows=3)
+    torch.testing.assert_close(mine, whole(*tensors, mask))
+
+
+def sliding(mask):
+    """The mask, with nothing seen that lies further back than 20 positions."""
+    return mask & ~torch.ones_like(mask).tril(-20)
+
+
+def seen_first(mask):
+    """The mask, with a prompt of ten tokens that see each other."""
+    mask = mask.clone()
+    mask[..., :10, :10] = True
+    return mask
+
+
+def padded_left(mask):
+    mask = mask.clone()
+    mask[..., :30] = False
+    mask[..., :30, :] = False
+    return mask
+
+
+@pytest.mark.parametrize("changed", [sliding, seen_first, padded_left])
+def test_any_other_mask_goes_to_the_kernel_as_it_is(changed):
+    mask = changed(mask_of((150, 60)))
+    assert attention._found(mask[:, 0]) is None
+    tensors, mine = attend(mask)
+    theirs = whole(*tensors, mask)
+    torch.testing.assert_close(mine[:, 30:], theirs[:, 30:])
+
+
+def test_no_call_is_longer_than_a_document_or_a_few_short_ones(monkeypatch):
+    from transformers.integrations import sdpa_attention
+
+    seen, real = [], sdpa_attention.sdpa_attention_forward
+    monkeypatch.setattr(
+        sdpa_attention, "sdpa_attention_forward", lambda m, q, *a, **k: seen.append(q.shape[2]) or real(m, q, *a, **k)
+    )
+    monkeypatch.setattr(attention, "FEW_TOKENS", 128)
+    attend(mask_of((200, 30, 40, 50, 20, 300)))
+    assert seen == [200, 120, 20, 300]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_only_a_model_that_attends_by_torchs_kernel_is_changed(implementation):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.train_loop.models import SIZES
+
+    config = LlamaConfig(**SIZES, vocab_size=32)
+    model = LlamaForCausalLM._from_config(config, attn_implementation=implementation)
+    attend_by_document(model)
+    ids, positions = torch.arange(1, 9)[None], torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
+    mine = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    assert model.config._attn_implementation == {"eager": "eager", "sdpa": attention.NAME}[implementation]
+    apart = [model(input_ids=ids[:, part], use_cache=False).logits for part in (slice(3), slice(3, 8))]
+    torch.testing.assert_close(mine, torch.cat(apart, dim=1))
