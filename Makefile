@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo test service faults faults-full check format docs clean
+.PHONY: setup demo test service faults faults-full check format bench docs clean
 
 # The lock holds every package with its version, so nothing is left for pip to resolve; the second line adds what torch's CUDA
 # build needs besides, where that is the one pip found.
@@ -49,8 +49,12 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Our training loop against TRL and a naive loop, in turns: a quarter of an hour on two cores, and nothing else should run.
+bench: setup
+	$(BIN)/python -m benchmarks.train
+
 docs: $(VENV)/installed
 	$(BIN)/python -m serve_app.reference
 
 clean:
-	rm -rf $(VENV) .demo
+	rm -rf $(VENV) .demo .bench
