@@ -7,7 +7,6 @@ Idea: Liger's fused linear cross-entropy (2024), Apple's cut cross-entropy (Wijm
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +21,10 @@ ROUNDING = 1e-2  # is less, in bf16 too
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Sum of cross-entropies of `logits_of(hidden) [n, vocab]` against `targets [n]`; `trained`: those of the head."""
+    """Sum of cross-entropies of the head's logits of `hidden [n, width]` against `targets [n]`; `trained`: those of the head."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        logits_of: Callable[[torch.Tensor], torch.Tensor],
-        targets: torch.Tensor,
-        *trained: torch.Tensor,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, head: Head, targets: torch.Tensor, *trained: torch.Tensor) -> torch.Tensor:
         total = torch.zeros((), dtype=_at_least_float32(hidden.dtype), device=hidden.device)
         learns = any(ctx.needs_input_grad)
         gradient = torch.empty_like(hidden) if learns else None
@@ -40,12 +33,18 @@ class _HeadLoss(torch.autograd.Function):
             part = slice(start, start + CHUNK_TOKENS)
             with torch.set_grad_enabled(learns):
                 chunk = hidden[part].detach().requires_grad_(learns)
-                loss = F.cross_entropy(logits_of(chunk), targets[part], reduction="sum")
-                if gradient is not None:
-                    gradient[part], *more = torch.autograd.grad(loss, [chunk, *trained])
-                    for so_far, new in zip(of_trained, more, strict=True):
-                        so_far += new
-            total += loss.detach()
+                raw = head.layer(chunk)
+            logits = head.bent(raw.detach())
+            chosen = torch.arange(len(logits), device=logits.device), targets[part]
+            log_shares = F.log_softmax(logits, dim=-1)
+            total -= log_shares[chosen].sum()
+            if gradient is not None:
+                of_logits = log_shares.exp_()
+                of_logits[chosen] -= 1
+                of_raw = head.unbent(of_logits, logits).to(raw.dtype)
+                gradient[part], *more = torch.autograd.grad(raw, [chunk, *trained], of_raw)
+                for so_far, new in zip(of_trained, more, strict=True):
+                    so_far += new
         if gradient is not None:
             ctx.save_for_backward(gradient, *of_trained)
         return total
@@ -98,15 +97,26 @@ class Head:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, vocab] of hidden[n, width], at least in float32."""
-        logits: torch.Tensor = self.layer(hidden)
-        logits = logits.to(_at_least_float32(logits.dtype)) * self.scale
+        return self.bent(self.layer(hidden))
+
+    def bent(self, raw: torch.Tensor) -> torch.Tensor:
+        """The logits, at least in float32, of what the layer says."""
+        logits = raw.to(_at_least_float32(raw.dtype))
+        if self.scale != 1:
+            logits = logits * self.scale
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+
+    def unbent(self, gradient: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """The gradient of what the layer says, of that of the logits."""
+        if self.softcap:
+            gradient = gradient * (1 - (logits / self.softcap).square())
+        return gradient * self.scale if self.scale != 1 else gradient
 
 
 def head_loss(hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> torch.Tensor:
     """Sum of cross-entropies of the head's logits against `targets`; hidden[n, width], targets[n]."""
     trained = [p for p in head.layer.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
-    loss: torch.Tensor = _HeadLoss.apply(hidden, head.logits, targets, *trained)
+    loss: torch.Tensor = _HeadLoss.apply(hidden, head, targets, *trained)
     return loss
 
 
