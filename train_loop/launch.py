@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from train_loop import allocator
 from train_loop.context import LocalContext, Monitor, RayContext
 from train_loop.data.cache import cache_key, fetch, publish
 from train_loop.data.prepare import preparation_key, prepare_local, prepared_before
@@ -288,6 +289,7 @@ def _train(
             run_config=RunConfig(
                 name=request_id,
                 storage_path=str(notes),
+                worker_runtime_env=None if placement.use_gpu else {"env_vars": allocator.environment()},
                 # An attempt ends with the first fault. Only room for the workers is waited for.
                 failure_config=FailureConfig(
                     max_failures=0, max_preemption_failures=0, controller_failure_limit=placement.room_waits

@@ -42,9 +42,8 @@ START_S = 45.0  # placing workers, importing, loading, saving: measured on one m
 GPU_MFU = 0.35  # share of a GPU's peak that LoRA training sustains
 CPU_FLOPS_PER_CORE = 4e10  # sustained by a core without bf16 units
 RUNTIME_BYTES = {"cpu": 580 << 20, "cuda": 900 << 20}  # interpreter and libraries; CUDA context and workspaces
-# How many blocks' activations stay allocated while blocks are recomputed one by one; on the CPU malloc keeps freed pages between
-# tensors that live on. Measured by benchmarks/memory.py.
-RECOMPUTE_BLOCKS = {"cpu": 6.5, "cuda": 1.5}
+RECOMPUTED_BLOCKS = 1.5  # whose activations are held while they are recomputed one by one: one, and its gradients
+HELD_FREE = 1.08  # what a CPU worker's allocator holds, of what is in use: measured by benchmarks/memory.py
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,8 @@ class ModelShape:
     num_layers: int
     hidden: int
     intermediate: int
+    attention: int  # width of all query heads
+    key_value: int  # of the heads of keys, which is that of values
     vocab: int
     context: int | None
     adapted: list[tuple[int, int]]  # (in, out) features of each adapted layer
@@ -120,7 +121,8 @@ def make_plan(spec: JobSpec, places: ModelPlaces, hardware: Hardware, source: Fi
     epochs, rest = divmod(steps, batches.steps_per_epoch)
     samples_seen = epochs * train_rows + min(rest * batches.samples_per_step, train_rows)
     tokens_seen = round(samples_seen * statistics.fmean(kept))
-    memory = memory_of_a_worker(spec, shape, largest_batch(kept, hp.per_device_train_batch_size, limit, pre.packing), hardware)
+    large = largest_batch(kept, hp.per_device_train_batch_size, limit, pre.packing)
+    memory = memory_of_a_worker(spec, shape, large, hardware, evaluates=eval_rows > 0)
     train_s = tokens_seen * flops_per_token(spec, shape) / (hardware.flops * workers)
     hours = (train_s + START_S) * workers / 3600
     plan = {
@@ -185,6 +187,8 @@ def model_shape(spec: JobSpec, folder: Path) -> ModelShape:
         torch.Size((p.shape[0] * p.shape[1], p.shape[0] * p.shape[2])) for n, p in experts.items() if is_named(n, targets)
     ]
     linear_params = sum(m.weight.numel() for m in linear.values())
+    heads = getattr(config, "num_attention_heads", 1)
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
     return ModelShape(
         linear_params=linear_params,
         other_params=sum(p.numel() for p in text) - linear_params,  # a tied head counts once
@@ -192,6 +196,8 @@ def model_shape(spec: JobSpec, folder: Path) -> ModelShape:
         num_layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        attention=heads * head,
+        key_value=(getattr(config, "num_key_value_heads", None) or heads) * head,
         vocab=config.vocab_size,
         context=getattr(config, "max_position_embeddings", None),
         adapted=[(int(i), int(o)) for o, i in adapted],
@@ -281,7 +287,9 @@ def trained_params(spec: JobSpec, shape: ModelShape) -> int:
     return sum(rank(adapter) * (i + o) for i, o in shape.adapted) + magnitudes + shape.saved_params
 
 
-def memory_of_a_worker(spec: JobSpec, shape: ModelShape, batch_tokens: int, hardware: Hardware) -> dict[str, Any]:
+def memory_of_a_worker(
+    spec: JobSpec, shape: ModelShape, batch_tokens: int, hardware: Hardware, *, evaluates: bool
+) -> dict[str, Any]:
     """Peak bytes of one worker by part, for micro-batches of `batch_tokens`.
 
     Activations are those of one transformer block with adapters under autocast, summed over what is kept.
@@ -295,11 +303,12 @@ def memory_of_a_worker(spec: JobSpec, shape: ModelShape, batch_tokens: int, hard
     full, sharded = spec.train_config.train_type == "full", spec.train_config.distributed.type == "fsdp"
     held = workers if sharded else 1  # each worker holds so much of what is sharded
     learning = 4 * trained_params(spec, shape)  # in float32
-    inputs = 0.0 if full else sum(i for i, _ in shape.adapted) / shape.num_layers
-    # LoRA's inputs with their dropout masks; the MLP's four widths; float32 copies in the norms; attention and residuals.
-    block = inputs * (4 + width) + 4 * shape.intermediate * width + 24 * shape.hidden + 16 * shape.hidden * width
+    # What a block keeps of a token: two norms' float32 input; what goes into its linear layers and its attention, and what comes
+    # out; the MLP's four widths; and what its adapters add.
+    block = 8 * shape.hidden + _kept_by_adapters(spec, shape, width)
+    block += width * (2 * shape.hidden + 3 * shape.attention + 2 * shape.key_value + 4 * shape.intermediate)
     if hp.gradient_checkpointing:
-        activations = batch_tokens * (shape.num_layers * shape.hidden * width + RECOMPUTE_BLOCKS[hardware.device] * block)
+        activations = batch_tokens * (shape.num_layers * shape.hidden * width + RECOMPUTED_BLOCKS * block)
     else:
         activations = batch_tokens * shape.num_layers * block
     parts = {
@@ -314,17 +323,30 @@ def memory_of_a_worker(spec: JobSpec, shape: ModelShape, batch_tokens: int, hard
     }
     # Evaluation on a CPU widens what isn't quantised to float32, and keeps no activations.
     widened = linear * (1 if quantization else 4 / width) + (shape.other_params + shape.vision_params) * 4
-    widens = on_cpu and not full and not sharded
+    widens = evaluates and on_cpu and not full and not sharded
     evaluating = sum(parts.values()) - parts["weights"] - parts["activations"] + widened if widens else 0.0
     # A sharded base is whole while it is dealt out: in the first worker's CPU memory or, quantised, on each device.
     loading = parts["runtime"] + (held + (not quantization)) * (parts["weights"] + parts["adapter"])
     loading = loading if sharded and (on_cpu or quantization) else 0.0
     total = max(sum(parts.values()), evaluating, loading)
+    if on_cpu:
+        total = parts["runtime"] + HELD_FREE * (total - parts["runtime"])
     return {f"{name}_bytes": round(size) for name, size in parts.items()} | {
         "total_bytes": round(total),
         "available_bytes": hardware.memory_bytes,
         "batch_tokens": batch_tokens,
     }
+
+
+def _kept_by_adapters(spec: JobSpec, shape: ModelShape, width: int) -> float:
+    """Bytes of activations that the adapters of a block add, of a token."""
+    if spec.train_config.train_type == "full":
+        return 0.0
+    adapter, quantization = spec.train_config.adapter_config, spec.model_details.quantization
+    inputs = sum(i for i, _ in shape.adapted) / shape.num_layers
+    if adapter.use_dora or (quantization is not None and quantization.quant_bits == 8):
+        return inputs * (4 + width)  # as PEFT computes them: each keeps its input in float32, and what dropout left
+    return (inputs if adapter.dropout else 0.0) + width * rank(adapter) * len(shape.adapted) / shape.num_layers
 
 
 def bytes_per_weight(quantization: Quantization) -> float:

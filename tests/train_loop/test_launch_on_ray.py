@@ -24,6 +24,7 @@ from ray.util.state import list_actors
 from tests.conftest import TINY, rows
 from tests.train_loop.memory_group import memory_group
 from tests.train_loop.test_bad_data import FILES, HTML, JSONL, listed, malformed_job, outcome
+from train_loop.allocator import environment
 from train_loop.data import parts
 from train_loop.data.pipeline import prepare_with_ray
 from train_loop.data.prepare import prepare_local
@@ -163,6 +164,7 @@ def test_an_error_of_the_user_in_a_worker_is_raised_as_it_is(start):
 def test_a_killed_worker_ends_the_attempt_and_a_smaller_one_completes_the_job(start, tmp_path):
     end, monitor = start({f"{HP}.max_steps": 60})
     wait_for_step(end, monitor, 7)
+    assert all(environment()["LD_PRELOAD"] in Path(f"/proc/{p.pid}/maps").read_text() for p in workers())
     workers()[1].kill()
     error = end.exception(WAIT_S)
     assert isinstance(error, RunFault)

@@ -240,6 +240,8 @@ def test_a_sharded_base_needs_room_for_all_of_it_where_it_is_loaded(local_job):
         num_layers=32,
         hidden=4096,
         intermediate=14336,
+        attention=4096,
+        key_value=1024,
         vocab=128256,
         context=8192,
         adapted=[(4096, 4096)],
@@ -251,7 +253,7 @@ def test_a_sharded_base_needs_room_for_all_of_it_where_it_is_loaded(local_job):
         quantization = bits and {"quant_bits": bits}
         infra = {"infra_config.gpu_count": workers, "train_config.distributed.type": kind}
         spec = JobSpec.model_validate(local_job(infra | {"model_details.quantization": quantization}))
-        return memory_of_a_worker(spec, shape, 64, Hardware(device, None, 1e14))
+        return memory_of_a_worker(spec, shape, 64, Hardware(device, None, 1e14), evaluates=True)
 
     whole = memory(1, "ddp", "cuda")["weights_bytes"]
     on_gpus = memory(16, "fsdp", "cuda")

@@ -1,0 +1,23 @@
+"""The memory allocator of workers that train on CPUs: jemalloc, which Ray brings along.
+
+glibc can't give back, nor often reuse, what lies freed between tensors that live on: recomputing activations it held a quarter
+more memory than jemalloc does (docs/benchmarks.md), and how much depends on chance.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+# Freed pages are kept for the next step and not given back to the system: that would have each step fault them in again.
+SETTINGS = "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1"
+
+
+def environment() -> dict[str, str]:
+    """The variables that have a process start with it; none where it isn't there, or whoever runs this chose another."""
+    ray = find_spec("ray")
+    library = Path(ray.origin).parent / "core" / "libjemalloc.so" if ray and ray.origin else None
+    if library is None or not library.is_file() or "LD_PRELOAD" in os.environ:
+        return {}
+    return {"LD_PRELOAD": str(library), "MALLOC_CONF": SETTINGS}
