@@ -43,7 +43,7 @@ from train_loop.spec import JobSpec
 from train_loop.step import agree, not_finite
 from train_loop.storage import upload_folder, write_bytes
 from train_loop.tensorboard import event_file
-from train_loop.trainee import load_trainee
+from train_loop.trainee import load_trainee, load_whole
 
 logger = logging.getLogger(__name__)
 
@@ -263,8 +263,10 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
             name = export.write(Path(folder), spec, model, tensors, tokenizer, log)
             written[f"{name}_files"] = upload_folder(Path(folder), ctx.storage, f"{ctx.run_path}/{name}")
         if spec.train_config.export.merge and name != MERGED_FOLDER:
+            ctx.beat("slow")
+            whole = load_whole(spec, ctx, trainee, tensors) if trainee.sharded else model
             with tempfile.TemporaryDirectory(dir=ctx.scratch) as folder:
-                write_merged(Path(folder), spec, model, tokenizer)
+                write_merged(Path(folder), spec, whole, tokenizer)
                 written["merged_files"] = upload_folder(Path(folder), ctx.storage, f"{ctx.run_path}/{MERGED_FOLDER}")
         written["base_model"] = {
             "id": spec.model_details.base_model,

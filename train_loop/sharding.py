@@ -72,6 +72,13 @@ def deal_out(source: torch.nn.Module | None, empty: torch.nn.Module, ctx: RunCon
             kept.update({name: filled[t] for name, t in kept.items() if t is not None})
 
 
+def release(model: torch.nn.Module) -> None:
+    """Free this rank's slices of a sharded model, which is of no use afterwards. FSDP holds on to the parameters themselves."""
+    for parameter in model.parameters():
+        local: torch.Tensor = parameter.to_local()  # type: ignore[attr-defined]
+        local.untyped_storage().resize_(0)
+
+
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)

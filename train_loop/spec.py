@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from train_loop.section import NOT_SUPPORTED_YET, Fault, NotYet, OnlyYet, Rule, Section, held_to
+from train_loop.section import Fault, NotYet, OnlyYet, Rule, Section, held_to
 
 BUCKET = re.compile(r"[a-z0-9][a-z0-9._\-]{1,220}[a-z0-9]")  # Google's may have `_`, and dots may make them long
 # The hub's own rule; each part also becomes a folder's name in the mirror, so `..` and 300 letters must not pass.
@@ -454,9 +454,6 @@ def fsdp_shards_what_it_can(model_details: ModelDetails, train_config: TrainConf
     if train_config.hyperparameters.optim != "adamw":
         message = "8-bit optimizers keep their state by whole tensors, which fsdp doesn't have: use adamw, or ddp"
         yield Fault("train_config.hyperparameters.optim", message)
-    if train_config.export.merge and train_config.train_type == "lora":
-        message = "merging a model that fsdp has sharded is not supported yet: use ddp, or merge the adapter with PEFT afterwards"
-        yield Fault("train_config.export.merge", message, NOT_SUPPORTED_YET)
     if train_config.adapter_config.use_dora and model_details.quantization is not None:
         message = "DoRA needs whole weights, which a 4-bit base that fsdp has sharded doesn't have: use ddp"
         yield Fault("train_config.adapter_config.use_dora", message)

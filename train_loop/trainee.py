@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from train_loop.context import RunContext
 from train_loop.errors import ModelError
 from train_loop.evaluate import full_precision
 from train_loop.loss import computes_its_logits, keeps_documents_apart
-from train_loop.model.adapters import add_adapter, trainable
+from train_loop.model.adapters import add_adapter, trainable, with_trained
 from train_loop.model.layers import fuse
 from train_loop.model.load import META, BaseModel, is_quantised, load_base
 from train_loop.noise import add_noise
 from train_loop.parallel import sync_parameters
-from train_loop.sharding import deal_out, shard
+from train_loop.sharding import deal_out, release, shard
 from train_loop.spec import JobSpec
 
 
@@ -83,6 +83,18 @@ def _load_sharded(spec: JobSpec, ctx: RunContext) -> Trainee:
     shard(empty.model, ctx)
     deal_out(source, model, ctx)
     return Trainee(model, empty.compute_dtype, empty.note, ctx.device, True, bool(told))
+
+
+def load_whole(spec: JobSpec, ctx: RunContext, trainee: Trainee, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """The adapted model that `trainee` holds slices of, whole, on this rank alone; `tensors` is what was trained, by name.
+
+    Frees the slices, so that the base isn't held twice. It comes from its files again, and to where `load_trainee` has it whole
+    for a while: so there is room, and a quantised one has the codes that were trained on.
+    """
+    release(trainee.model)
+    at = None if is_quantised(spec, ctx.model_folder) else torch.device("cpu")
+    base = load_base(spec, ctx.model_folder, ctx.device, at=at)
+    return with_trained(base.model, trainee.model.peft_config["default"], tensors)
 
 
 def _packs(spec: JobSpec, base: BaseModel) -> bool:

@@ -8,7 +8,9 @@ from tests.conftest import DOCUMENTED, TINY, rows, with_fields, write_jsonl
 from tests.train_loop.group import run_group
 from tests.train_loop.models import run
 from tests.train_loop.runs import Watcher, curve
+from tests.train_loop.test_adapters import batch_of, load, logits, plain_peft
 from train_loop.errors import Stopped
+from train_loop.spec import JobSpec
 
 HP = "train_config.hyperparameters"
 STEPS, FEW_STEPS, BATCH = 20, 6, 8
@@ -19,19 +21,21 @@ FULL = {"train_config.train_type": "full", f"{HP}.learning_rate": 0.001}
 WHAT = {"lora": {}, "nf4": NF4, "full": FULL}
 INT8 = {"model_details.quantization": {"quant_bits": 8}}
 ADAPTER = "train_config.adapter_config"
+MERGE = {"train_config.export": {"merge": True}}
 FLAT = {f"{HP}.gradient_checkpointing": False, "dataset_config.preprocessing.packing": False}
 # On two workers against one, a few steps each: what it is, what the job has, and how its workers share it.
 ON_TWO = {
-    "fsdp plain": ({}, FSDP),
+    "fsdp plain": (MERGE, FSDP),
+    "fsdp nf4": (NF4 | MERGE, FSDP),
     "ddp nf4": (NF4, {}),
     "ddp nf4 flat": (NF4 | FLAT, {}),
     "ddp flat": (FLAT, {}),
     "ddp int8": (INT8, {}),
     "fsdp flat": (FLAT, FSDP),
     "fsdp accumulation": ({f"{HP}.gradient_accumulation_steps": 2, f"{HP}.per_device_train_batch_size": 2}, FSDP),
-    "fsdp modules_to_save": ({f"{ADAPTER}.modules_to_save": ["lm_head", "norm"]}, FSDP),
-    "fsdp dora": ({f"{ADAPTER}.use_dora": True}, FSDP),
-    "fsdp bfloat16": ({"train_config.torch_dtype": "bfloat16"}, FSDP),
+    "fsdp modules_to_save": ({f"{ADAPTER}.modules_to_save": ["lm_head", "norm"]} | MERGE, FSDP),
+    "fsdp dora": ({f"{ADAPTER}.use_dora": True} | MERGE, FSDP),
+    "fsdp bfloat16": ({"train_config.torch_dtype": "bfloat16"} | MERGE, FSDP),
 }
 
 
@@ -150,6 +154,24 @@ def test_two_workers_take_the_steps_of_one(runs, name):
 def test_neither_packing_nor_checkpointing_changes_a_step_on_any_number_of_workers(runs, base):
     close(runs / f"two ddp {base}flat", runs / (f"one ddp {base}flat"))
     close(runs / f"one ddp {base}flat", runs / ("one ddp nf4" if base else "one fsdp plain"))
+
+
+@pytest.mark.parametrize("name", [name for name, (changes, _) in ON_TWO.items() if changes.keys() >= MERGE.keys()])
+def test_a_sharded_run_merges_what_it_trained(runs, mirror, tokenizer, name):
+    from transformers import AutoModelForCausalLM
+
+    sharded, alone = runs / f"two {name}", runs / f"one {name}"
+    spec, batch = JobSpec.model_validate(job(runs, ON_TWO[name][0])), batch_of(tokenizer)
+    ours = logits(AutoModelForCausalLM.from_pretrained(sharded / "merged", dtype=torch.float32), batch)
+    theirs = logits(plain_peft(spec, mirror, sharded / "adapter"), batch)
+    tolerance = 5e-2 if "bfloat16" in name else 1e-3
+    assert (theirs - logits(load(spec, mirror), batch)).abs().max() > 4 * tolerance
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+    files = [load_file(folder / "merged/model.safetensors") for folder in (sharded, alone)]
+    assert files[0].keys() == files[1].keys()
+    for tensor, reference in zip(files[0].values(), (files[1][n] for n in files[0]), strict=True):
+        torch.testing.assert_close(tensor, reference, rtol=1e-2, atol=max(1e-3, tolerance / 5))
 
 
 def test_full_weights_are_trained_alike_by_ddp(runs):

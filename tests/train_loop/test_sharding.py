@@ -13,9 +13,9 @@ from train_loop.data.packing import collate
 from train_loop.loss import supervised_loss
 from train_loop.model.load import META, load_base, load_tokenizer
 from train_loop.model.mirror import SMOLLM2
-from train_loop.sharding import is_sharded
+from train_loop.sharding import is_sharded, whole
 from train_loop.spec import JobSpec
-from train_loop.trainee import load_trainee
+from train_loop.trainee import load_trainee, load_whole
 from train_loop.weights import gathered
 
 FULL = {"train_config.train_type": "full", "model_details.quantization": None}
@@ -29,7 +29,9 @@ def test_each_worker_keeps_its_slice_and_only_the_first_what_is_gathered(what, l
 
 
 def look(ctx, job):
-    model = load_trainee(JobSpec.model_validate(job), ctx).model
+    spec = JobSpec.model_validate(job)
+    trainee = load_trainee(spec, ctx)
+    model = trainee.model
     parameters = list(model.parameters())
     assert all(is_sharded(p) for p in parameters)
     mine, all_of_it = sum(p.to_local().numel() for p in parameters), sum(p.numel() for p in parameters)
@@ -38,6 +40,14 @@ def look(ctx, job):
     trained = gathered(model, keep=ctx.rank == 0)
     sizes = {p.numel() for p in trained.values()}
     assert sum(t.numel() for t in trained.values()) > 0 if ctx.rank == 0 else sizes == {0}
+
+    weights = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    if ctx.rank == 0 and spec.train_config.train_type == "lora":
+        again = dict(load_whole(spec, ctx, trainee, trained).named_parameters())
+        assert {p.to_local().untyped_storage().nbytes() for p in parameters} == {0}
+        assert again.keys() == weights.keys()
+        for name, weight in weights.items():  # of a 4-bit one the codes
+            assert torch.equal(weight.view(-1).view(torch.uint8), again[name].data.view(-1).view(torch.uint8)), name
 
 
 def test_only_the_first_worker_ever_holds_the_whole_base(local_job, tmp_path, mirror):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +95,11 @@ def add_adapter(base: Any, spec: JobSpec, start: Path | None = None) -> Any:
     `start` is the folder of the adapter that init_from names. Raises ModelError when the adapter doesn't fit this model, or
     `start` this job.
     """
-    from peft import get_peft_model
-
     adapter = spec.train_config.adapter_config
     config = lora_config(adapter, base, spec.model_details.base_model)
     torch.manual_seed(spec.train_config.hyperparameters.seed)
     try:
-        with warnings.catch_warnings():
-            # Said of all parameters of a wrapped module, and of a tied pair that stays tied.
-            warnings.filterwarnings("ignore", message=".*tie.*", category=UserWarning)
-            model = get_peft_model(base, config, autocast_adapter_dtype=True)
+        model = _wrapped(base, config)
     except (ValueError, TypeError) as error:
         raise ModelError(
             f"the adapter doesn't fit {spec.model_details.base_model}: {str(error).splitlines()[0][:300]}",
@@ -121,6 +117,24 @@ def add_adapter(base: Any, spec: JobSpec, start: Path | None = None) -> Any:
     if start is not None:
         continue_from(model, start)
     return model
+
+
+def with_trained(base: Any, config: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """Wrap `base` with an adapter that has been trained before: PEFT's configuration of it, and its tensors by name."""
+    model = _wrapped(base, config)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            parameter.data = tensors[name].to(parameter.device)
+    return model
+
+
+def _wrapped(base: Any, config: Any) -> Any:
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        # Said of all parameters of a wrapped module, and of a tied pair that stays tied.
+        warnings.filterwarnings("ignore", message=".*tie.*", category=UserWarning)
+        return get_peft_model(base, config, autocast_adapter_dtype=True)
 
 
 def trainable(model: Any) -> list[torch.nn.Parameter]:
