@@ -6,12 +6,10 @@ import contextlib
 import math
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 
 from limits import RateLimitItem, parse
-from limits.storage import MemoryStorage
-from limits.strategies import MovingWindowRateLimiter
 
 from serve_app.errors import ApiError
 
@@ -19,18 +17,29 @@ PLACE_RETRY_AFTER_S = "10"
 
 
 class RateLimit:
-    """A moving window per organisation, counted in this process. Thread-safe."""
+    """A moving window per organisation, counted in this process. Thread-safe.
+
+    `limits` parses the rate; its own window in memory starts a thread with almost every request.
+    """
 
     def __init__(self, rate: str) -> None:
         self._item: RateLimitItem = parse(rate)
-        self._window = MovingWindowRateLimiter(MemoryStorage())
+        self._window_s: int = self._item.get_expiry()
+        self._hits = defaultdict[str, deque[float]](deque)  # by org, oldest first
+        self._lock = threading.Lock()
 
     def check(self, org_id: str) -> None:
-        """Count one request. Raises 429 with Retry-After, in seconds."""
-        if not self._window.hit(self._item, org_id):
-            free_at = self._window.get_window_stats(self._item, org_id).reset_time
-            wait_s = max(1, math.ceil(free_at - time.time()))
-            raise ApiError(429, f"more than {self._item} requests; try again in {wait_s} s", headers={"Retry-After": str(wait_s)})
+        """Count one request. Raises 429 with Retry-After, in seconds; one that is refused doesn't count."""
+        now = time.monotonic()
+        with self._lock:
+            hits = self._hits[org_id]
+            while hits and hits[0] <= now - self._window_s:
+                hits.popleft()
+            if len(hits) < self._item.amount:
+                hits.append(now)
+                return
+            wait_s = max(1, math.ceil(hits[0] + self._window_s - now))
+        raise ApiError(429, f"more than {self._item} requests; try again in {wait_s} s", headers={"Retry-After": str(wait_s)})
 
 
 class Places:
