@@ -204,6 +204,20 @@ def test_a_tracker_that_refuses_is_left_alone(keys, told, serve):
     assert told(mlflow(serve(Mlflow.new()), **keys)) == [said]
 
 
+def test_a_wandb_that_refuses_the_key_is_left_alone(told, serve):
+    said = "Weights & Biases refuses what it is sent (401): nothing more is sent there"
+    assert told(wandb(serve(Wandb.new(authorization="other")))) == [said]
+
+
+def test_a_wandb_whose_folder_went_with_the_attempt_is_away(told, tmp_path, monkeypatch):
+    monkeypatch.setattr(reporter, "PAUSE_S", 60)
+    tmp_path.rmdir()
+    assert told(wandb("http://127.0.0.1:9")) == [
+        "Weights & Biases can't be reached (FileNotFoundError): the job goes on, and its points wait",
+        "Weights & Biases lacks 4 points of this attempt; metrics.jsonl has them all",
+    ]
+
+
 def test_a_server_that_is_no_mlflow_is_left_alone(told, serve):
     class Other(Mlflow):
         def reply(self, path, asked):

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import tempfile
@@ -43,17 +44,20 @@ class WeightsAndBiases:
     def __init__(self, data: Mapping[str, str], card: RunCard, scratch: Path) -> None:
         if not is_installed():
             raise TrackerRefused("can't be reached from here: the worker has no package wandb (pip install tuneyard[wandb])")
-        folder = tempfile.mkdtemp(dir=scratch, prefix="wandb-")
         # The operator's own settings of it aren't the user's.
         plain = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
-            env=plain | {"WANDB_ERROR_REPORTING": "false"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        try:
+            folder = tempfile.mkdtemp(dir=scratch, prefix="wandb-")
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__],
+                env=plain | {"WANDB_ERROR_REPORTING": "false"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        except OSError as error:  # no room, or the attempt has ended and its folder is gone
+            raise TrackerAway(f"can't be reached ({type(error).__name__})") from None
         self._newest: Point | None = None
         self._ask({"data": dict(data), "card": asdict(card), "folder": folder})
 
@@ -90,8 +94,9 @@ class WeightsAndBiases:
             late.cancel()
         if "error" in said:
             self._end()
-            text = f"can't be reached ({said['error']})"
-            raise TrackerRefused(text) if said.get("refused") else TrackerAway(text)
+            if said.get("refused"):
+                raise TrackerRefused(f"refuses what it is sent ({said['error']})")
+            raise TrackerAway(f"can't be reached ({said['error']})")
 
     def _end(self) -> None:
         with contextlib.suppress(OSError):
@@ -128,7 +133,9 @@ def main() -> None:
         except (wandb.errors.AuthenticationError, wandb.errors.UsageError) as error:
             said = {"error": type(error).__name__, "refused": True}
         except Exception as error:  # noqa: BLE001 - whatever it is, the worker is to hear of it
-            said = {"error": type(error).__name__}  # its text may hold the key
+            # Its text may hold the key. A key that is no good is a "CommError", too; what the server said comes after its status.
+            status = re.search(r"returned error (40[0134])\b", str(error))
+            said = {"error": status[1], "refused": True} if status else {"error": type(error).__name__}
         answers.write(json.dumps(said) + "\n")
         answers.flush()
 
