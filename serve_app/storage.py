@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pyarrow.fs import FileSelector, FileType
+from pydantic import BaseModel, ValidationError
 
 from serve_app.settings import Settings
 from train_loop.data.sources import Credentials, filesystem_for
@@ -47,23 +47,40 @@ def artifacts(settings: Settings, org_id: str, request_id: str) -> list[dict[str
         for i in storage.get_file_info([f"{path}/{n}" for n in (MANIFEST, *RECORDS)])
         if _is_file(i)
     }
-    manifest: dict[str, Any] = {}
     hashes: dict[str, str] = {}
-    if MANIFEST in found:
+    if MANIFEST in found:  # it comes last, so everything else is there
         with storage.open_input_stream(f"{path}/{MANIFEST}") as stream:
             text = stream.read()
-        manifest = json.loads(text)
-        hashes = {f["name"]: f["sha256"] for f in manifest.get("records", [])} | {MANIFEST: hashlib.sha256(text).hexdigest()}
-    outputs = {ADAPTER_FOLDER: manifest.get("adapter_files", []), MERGED_FOLDER: manifest.get("merged_files", [])}
-    hashes |= {f"{folder}/{f['name']}": f["sha256"] for folder, files in outputs.items() for f in files}
-    for folder in (name for name, files in outputs.items() if files):
-        listing = storage.get_file_info(FileSelector(f"{path}/{folder}", recursive=True, allow_not_found=True))
-        found |= {i.path.removeprefix(f"{path}/"): i.size for i in listing if _is_file(i)}
+        hashes = _hashes(text) | {MANIFEST: hashlib.sha256(text).hexdigest()}
+        for folder in (ADAPTER_FOLDER, MERGED_FOLDER):
+            listing = storage.get_file_info(FileSelector(f"{path}/{folder}", recursive=True, allow_not_found=True))
+            found |= {i.path.removeprefix(f"{path}/"): i.size for i in listing if _is_file(i)}
     link = _linker(settings, path)
     return [
         {"name": name, "uri": f"{uri}/{name}", "size_bytes": size, "sha256": hashes.get(name), "url": link(name)}
         for name, size in sorted(found.items())
     ]
+
+
+class _Listed(BaseModel):
+    name: str
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    records: list[_Listed] = []
+    adapter_files: list[_Listed] = []
+    merged_files: list[_Listed] = []
+
+
+def _hashes(text: bytes) -> dict[str, str]:
+    """The sha256 of the files that a manifest lists; of none where it was damaged, for the files can be fetched nevertheless."""
+    try:
+        manifest = _Manifest.model_validate_json(text)
+    except ValidationError:
+        return {}
+    folders = {"": manifest.records, f"{ADAPTER_FOLDER}/": manifest.adapter_files, f"{MERGED_FOLDER}/": manifest.merged_files}
+    return {f"{folder}{file.name}": file.sha256 for folder, files in folders.items() for file in files}
 
 
 def _is_file(info: Any) -> bool:

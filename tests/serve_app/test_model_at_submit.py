@@ -247,3 +247,7 @@ def test_all_that_a_run_leaves_is_among_the_artifacts_with_its_hash(settings, st
     found = {a["name"]: a["sha256"] for a in artifacts(settings, ORG, "r")}
     records = {"metrics.jsonl": "m", "manifest.json": hashlib.sha256(text.encode()).hexdigest()}
     assert found == {"adapter/x.safetensors": "adapter", "merged/x.safetensors": "merged"} | records
+    for damaged in (text[:-1], "[1]", '{"adapter_files": [{"name": 1}]}', ""):
+        (folder / "manifest.json").write_text(damaged)
+        hashes = {a["name"]: a["sha256"] for a in artifacts(settings, ORG, "r")}
+        assert hashes == dict.fromkeys(found) | {"manifest.json": hashlib.sha256(damaged.encode()).hexdigest()}
