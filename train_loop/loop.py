@@ -239,8 +239,7 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
             report()
             if is_due(hp.eval_steps):
                 run_evaluation()
-            # With early stopping the best weights are what is handed out.
-            if is_due(hp.save_steps) or (hp.early_stopping_patience and log.best_step == step):
+            if is_due(hp.save_steps) or log.best_step == step:
                 save()
             if step == log.logged_at:
                 log.restart_clock()
