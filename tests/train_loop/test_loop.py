@@ -14,10 +14,12 @@ from train_loop.__main__ import Console, main
 from train_loop.data.packing import collate
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import DatasetError, Stopped, TrainingError
+from train_loop.layout import TENSORBOARD
 from train_loop.loss import supervised_loss
 from train_loop.model.adapters import add_adapter, trainable
 from train_loop.model.load import load_base, load_tokenizer, quantization_config
 from train_loop.spec import JobSpec
+from train_loop.tensorboard import event_file
 
 
 class StopAfter(Console):
@@ -103,6 +105,7 @@ def test_it_learns_and_leaves_a_complete_run_folder(local_job, tmp_path, mirror)
     }
     points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [p["step"] for p in points if "loss" in p] == list(range(1, 13))
+    assert (folder / TENSORBOARD).read_bytes() == event_file(points)
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step-00000008", "step-00000012"]
 
 

@@ -40,6 +40,7 @@ def test_a_merged_model_is_plain_listed_and_has_the_eval_loss_of_the_run(base, b
         "model_details": {"base_model": f"tuneyard/{base}", "quantization": bits and {"quant_bits": bits}},
         "train_config.torch_dtype": dtype,
         "train_config.export": {"merge": True},
+        f"{HP}.learning_rate": 0.05,
     }
     events = Events()
     job = local_job(SMALL | changes, 20)
@@ -61,7 +62,10 @@ def test_a_merged_model_is_plain_listed_and_has_the_eval_loss_of_the_run(base, b
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     theirs = eval_loss(model, load_tokenizer(folder), job, manifest)
-    assert theirs == pytest.approx(manifest["metrics"]["eval_loss_after"], rel=1e-5 if dtype == "float32" else 2e-2)
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    before, after = (manifest["metrics"][f"eval_loss_{when}"] for when in ("before", "after"))
+    assert abs(after - before) > 4 * tolerance * after
+    assert theirs == pytest.approx(after, rel=tolerance)
     assert any("torch_dtype stays float16" in message for _, message in events.told) == (dtype == "float16")
 
 
