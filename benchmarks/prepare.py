@@ -293,8 +293,8 @@ def table(found: dict[int, dict[str, list[dict[str, Any]]]]) -> str:
                 return statistics.median(turn[field] for turn in turns)
 
             ratio = statistics.median(a["mb_per_s"] / b["mb_per_s"] for a, b in zip(sides["ours"], turns, strict=True))
-            alone = statistics.median(turn["mb_per_s"] for turn in found[1][side]) if 1 in found else float("nan")
-            cells = [cores, side, f"{median('mb_per_s'):.2f}", f"{median('mb_per_s') / alone:.2f}"]
+            gain = f"{median('mb_per_s') / median('mb_per_s', found[1][side]):.2f}" if 1 in found else "-"
+            cells = [cores, side, f"{median('mb_per_s'):.2f}", gain]
             cells += [f"{median(field) / 2**20:.0f}" for field in ("peak_bytes", "before_bytes")]
             cells += [f"{turns[0][field]:,}" for field in ("rows", "tokens", "supervised")]
             lines.append(f"| {' | '.join(map(str, cells))} | {ratio:.2f} |")
