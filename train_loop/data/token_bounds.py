@@ -41,7 +41,7 @@ class TokenBounds:
         if any(a.single_word for a in added) or tokenizer.split_special_tokens:
             return None
         try:
-            splits, changes = (_steps(step) for step in (backend.pre_tokenizer, backend.normalizer))
+            splits, changes = (steps(step) for step in (backend.pre_tokenizer, backend.normalizer))
         except (TypeError, ValueError):  # one of its own, in Python
             return None
         vocabulary = tokenizer.get_vocab()
@@ -104,12 +104,13 @@ class TokenBounds:
         )
 
 
-def _steps(step: Any) -> list[dict[str, Any]]:
-    """A pre-tokenizer or normaliser, each of its steps as it would be in tokenizer.json."""
+def steps(step: Any) -> list[dict[str, Any]]:
+    """A pre-tokenizer, normaliser or post-processor, each of its steps as it would be in tokenizer.json."""
     if step is None:
         return []
     whole = json.loads(step.__getstate__())
-    return list(whole.get("pretokenizers") or whole["normalizers"]) if whole["type"] == "Sequence" else [whole]
+    parts = (whole.get(name) for name in ("pretokenizers", "normalizers", "processors"))
+    return next((list(part) for part in parts if part is not None), [whole])
 
 
 def _over_bytes(splits: list[dict[str, Any]], changes: list[dict[str, Any]]) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from train_loop.data.formats import Conversation, Message, RowRejected
+from train_loop.data.pieces import Pieces, Tokens
 from train_loop.data.rendering import Flood, Rendered, render
 from train_loop.data.token_bounds import TokenBounds
 from train_loop.errors import DatasetError
@@ -250,14 +251,20 @@ class ChatTokenizer:
 
     # --- which tokens are trained on ---
 
-    def _tokens(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The text's tokens, and where in it each starts and ends."""
+    def _tokens(self, text: str, *, whole: bool = True) -> Tokens:
+        """The text's tokens, and where in it each starts and ends. Unless `whole`, some that are cut off may be missing."""
+        if self._pieces is not None:
+            return self._pieces.tokens(text, None if whole or self.truncation != "right" else self.prompt.max_length + 1)
         out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         input_ids = np.array(out["input_ids"], dtype=np.int32)
         starts, ends = np.array(out["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
         for i in np.flatnonzero(np.isin(input_ids, self._taking_blanks)):
             ends[i] = starts[i] + len(text[starts[i] : ends[i]].rstrip())
         return input_ids, starts, ends
+
+    @cached_property
+    def _pieces(self) -> Pieces | None:
+        return Pieces.of(self.tokenizer)
 
     @cached_property
     def _taking_blanks(self) -> list[int]:
@@ -268,7 +275,7 @@ class ChatTokenizer:
         self, messages: list[Message], tools: Sequence[Any] | None, wanted: list[bool]
     ) -> tuple[np.ndarray, np.ndarray]:
         rendered = self._render(messages, tools)
-        input_ids, starts, ends = self._tokens(rendered.text)
+        input_ids, starts, ends = self._tokens(rendered.text, whole=not all(wanted))
         spoken = np.zeros(len(input_ids), dtype=bool)
         for start, end in rendered.generated:
             spoken[np.searchsorted(ends, start, side="right") : np.searchsorted(starts, end)] = True
@@ -287,7 +294,7 @@ class ChatTokenizer:
         self, messages: list[Message], tools: Sequence[Any] | None, wanted: list[bool]
     ) -> tuple[np.ndarray, np.ndarray]:
         text = self._render(messages, tools).text
-        input_ids, starts, ends = self._tokens(text)
+        input_ids, starts, ends = self._tokens(text, whole=False)
         everything = self.train_on == "all"  # then turns of weight 0 are taken out
         spoken = np.full(len(input_ids), everything)
         kept = self._kept(len(input_ids))

@@ -1,0 +1,125 @@
+"""Tokens made piece by piece are those of the text."""
+
+import pickle
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from train_loop.data import pieces
+from train_loop.data.pieces import PATTERNS, Pieces
+
+TEXT = "You're right:\n\n  it's 3.14 (or 22/7), isn't it? <|im_end|>\n<|im_start|>assistant\nNo.\r\nx = [1, 2]\t# done "
+
+words = ["word", " word", "Über", "é", "e\u0301", "\u0301", "日本", "🚢", "1", "2345", "½", "'s", "'RE", "'\u017f", "_", "//"]
+marks = ["<|im_end|>", "<|im_", "end|>", "<|endoftext|>"]
+parts = st.sampled_from([*words, *marks, *' \n\t.,"*/)(a\x00\x1c\x85\u2003', "  ", "\r\n"])
+texts = st.lists(parts | st.text(max_size=3), max_size=30).map("".join)
+
+
+def variant(tokenizer, change):
+    """The tokenizer with its backend changed."""
+    made = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    change(made)
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>")
+
+
+def split_by(pattern, behavior="isolated"):
+    def change(backend):
+        over_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), behavior), over_bytes])
+
+    return change
+
+
+def composing(backend):
+    backend.normalizer = normalizers.NFC()
+
+
+def digit_by_digit(backend):
+    over_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), over_bytes])
+
+
+@pytest.fixture(scope="module")
+def cut_up(tokenizer):
+    """Tokenizers of every kind that is cut up, with their pieces."""
+    changes = [lambda backend: None, composing, digit_by_digit, *map(split_by, sorted(PATTERNS))]
+    made = [variant(tokenizer, change) for change in changes]
+    return [(each, Pieces.of(each)) for each in made]
+
+
+def by_itself(tokenizer, text):
+    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return np.array([(i, *where) for i, where in zip(out["input_ids"], out["offset_mapping"], strict=True)]).reshape(-1, 3).T
+
+
+@given(texts)
+@example("")
+@example(TEXT)
+@example(TEXT * 30)
+def test_the_tokens_of_a_text_are_those_of_its_pieces(cut_up, text):
+    for tokenizer, its in cut_up:
+        np.testing.assert_array_equal(its.tokens(text), by_itself(tokenizer, text))
+
+
+@given(texts.map(lambda text: text * 20), st.integers(1, 99))
+def test_the_first_tokens_are_those_of_the_whole_text(cut_up, text, at_least):
+    for tokenizer, its in cut_up[:2]:
+        found, whole = np.array(its.tokens(text, at_least)), by_itself(tokenizer, text)
+        assert found.shape[1] >= min(at_least, whole.shape[1])
+        np.testing.assert_array_equal(found, whole[:, : found.shape[1]])
+
+
+def test_what_is_remembered_is_bounded_and_threads_share_it(tokenizer, monkeypatch):
+    monkeypatch.setattr(pieces, "MAX_KNOWN", 20)
+    shared, whole = Pieces.of(tokenizer), by_itself(tokenizer, TEXT)
+    wrong = []
+
+    def encode(number):
+        for i in range(200):
+            lead = f" n{number} m{i}"
+            if not np.array_equal(shared.tokens(lead + TEXT), by_itself(tokenizer, lead + TEXT)):
+                wrong.append(lead)
+
+    threads = [threading.Thread(target=encode, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert len(shared._known) < 200
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(shared)).tokens(TEXT), whole)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        split_by(r"\n+"),
+        split_by(min(PATTERNS), "merged_with_next"),
+        lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        lambda backend: setattr(backend, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)),
+        lambda backend: setattr(backend, "normalizer", normalizers.Lowercase()),
+        lambda backend: setattr(backend, "post_processor", processors.ByteLevel(trim_offsets=True)),
+        lambda backend: setattr(backend.model, "dropout", 0.1),
+        lambda backend: backend.add_tokens([AddedToken("two words")]),
+        lambda backend: backend.add_tokens([AddedToken("greedy", rstrip=True)]),
+    ],
+    ids=[
+        "pattern",
+        "merges words",
+        "blank first",
+        "no pattern",
+        "lower case",
+        "trims",
+        "dropout",
+        "with a blank",
+        "takes blanks",
+    ],
+)
+def test_other_tokenizers_are_left_alone(tokenizer, change):
+    assert Pieces.of(variant(tokenizer, change)) is None
