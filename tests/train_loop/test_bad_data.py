@@ -413,8 +413,8 @@ def test_a_file_that_is_cut_off_at_its_end_has_lost_a_row(tmp_path, tokenizer, s
     assert (kept, [line for line, _ in rejected]) == (1000, [1001])
 
 
-GIGABYTE_LINE = """
-import json, os, resource, sys
+PEAK = """
+import json, sys
 from pathlib import Path
 from pyarrow.fs import LocalFileSystem
 from train_loop.data.prepare import prepare_local
@@ -423,8 +423,9 @@ from train_loop.data.tokenize import ChatTokenizer
 from train_loop.model.load import load_tokenizer
 from train_loop.spec import JobSpec
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+def peak():  # getrusage's would be the parent's, where that one is larger
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) << 10
 
 spec, local = JobSpec.model_validate_json(sys.argv[1]), LocalFileSystem()
 chat = ChatTokenizer.of(spec, load_tokenizer(Path(sys.argv[2])))
@@ -432,20 +433,52 @@ before = peak()
 prepared = prepare_local(spec, local, find_files(spec, local), local, sys.argv[3], chat)
 print(json.dumps([prepared.num_rows, prepared.num_rejected, peak() - before]))
 """
+GIB = 1 << 30
 
 
-def test_a_line_of_a_gigabyte_is_rejected_in_bounded_memory(local_job, tmp_path, mirror):
-    path = tmp_path / "long.jsonl"
+def gigabyte_line(path):
     with path.open("wb") as file:
         file.write(JSONL)
-        file.truncate(len(JSONL) + (1 << 30) + 1)  # zeros, which take no disk
+        file.truncate(len(JSONL) + GIB + 1)  # zeros, which take no disk
         file.seek(0, 2)
         file.write(b"\n" + JSONL)
-    changes = {"dataset_details.dataset_path": str(path), "dataset_config.preprocessing.max_reject_ratio": 0.5}
-    spec = JobSpec.model_validate(local_job(changes))
-    arguments = [sys.executable, "-c", GIGABYTE_LINE, spec.model_dump_json(), str(mirror / TINY), str(tmp_path / "run")]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=300)
+
+
+def gigabyte_element(path):
+    with path.open("wb") as file:
+        begins = file.write(b"[" + b",".join([GOOD] * 3) + b', "')
+        file.truncate(begins + GIB)
+        file.seek(0, 2)
+        file.write(b'", ' + b",".join([GOOD] * 3) + b"]")
+
+
+def bomb(path):
+    with gzip.open(path, "wb", 1) as file:
+        file.write(JSONL)
+        for _ in range(64):
+            file.write(bytes(GIB >> 6))
+        file.write(b"\n" + JSONL)
+
+
+def many_values(path):
+    path.write_bytes(JSONL + b"[" + b"[]," * ((lines.MAX_LINE_BYTES - 100) // 3) + b"[]]\n" + JSONL)
+
+
+HUGE = {
+    "a line": ("f.jsonl", gigabyte_line, "the row is longer than 64 MiB"),
+    "an element": ("f.json", gigabyte_element, "the row is longer than 64 MiB"),
+    "a bomb": ("f.jsonl.gz", bomb, "the row is longer than 64 MiB"),
+    "many values": ("f.jsonl", many_values, "more than 4,000,000 values"),
+}
+
+
+@pytest.mark.parametrize("what", HUGE)
+def test_a_huge_row_is_rejected_in_bounded_memory(what, tmp_path, mirror):
+    name, write, reason = HUGE[what]
+    write(tmp_path / name)
+    arguments = [malformed_job(tmp_path / name).model_dump_json(), str(mirror / TINY), str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=True, timeout=300)
     kept, rejected, grown_bytes = json.loads(done.stdout.splitlines()[-1])
     assert (kept, rejected) == (6, 1)
+    assert listed(tmp_path / "run") == [(4, reason)]
     assert grown_bytes < 400 << 20
-    assert listed(tmp_path / "run") == [(4, "the row is longer than 64 MiB")]

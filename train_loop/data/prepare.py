@@ -49,6 +49,7 @@ INDEX = "index.json"  # written last
 EXCERPT_CHARS = 200
 MAX_EVAL_LINES = 10_000
 # Rejected rows that are listed, of a block and in all: files that are all wrong mustn't fill the memory.
+MAX_VALUES = 4_000_000  # of a row; prose of MAX_LINE_BYTES has fewer commas
 MAX_LISTED = 1_000
 MAX_LISTED_IN_ALL = 100_000
 LAYOUT = 2  # of shards and index; part of the key
@@ -151,6 +152,9 @@ def decode_row(line: Line) -> Any:
     """One row's JSON. Raises RowRejected."""
     if line.fault is not None:
         raise RowRejected(line.fault)
+    # Each becomes an object of Python: 64 MiB of empty lists would be 1.5 GB.
+    if sum(line.data.count(sign) for sign in (b",", b"[", b"{")) > MAX_VALUES:
+        raise RowRejected(f"more than {MAX_VALUES:,} values")
     try:
         row = json.loads(line.data.decode())
         if SURROGATE.search(line.data):
