@@ -90,7 +90,12 @@ def save_base(config: Any, name: str, mirror: Path, tokenizer: Any) -> str:
 
 def run(job: dict[str, Any], tmp_path: Path, mirror: Path, name: str = "run", monitor: Any = None) -> dict[str, Any]:
     """Run the job in this process, into `tmp_path / name`; its manifest."""
-    files = RunFiles(str(tmp_path / name), str(mirror), Keys)
+    return run_with(Keys(), job, tmp_path, mirror, name, monitor)
+
+
+def run_with(keys: Keys, job: dict[str, Any], tmp_path: Path, mirror: Path, name: str, monitor: Any = None) -> dict[str, Any]:
+    """The same, with keys of its sources."""
+    files = RunFiles(str(tmp_path / name), str(mirror), lambda: keys)
     return launch_local(JobSpec.model_validate(job), name, files, monitor or Console())
 
 
