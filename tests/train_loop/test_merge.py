@@ -2,6 +2,7 @@
 
 import json
 
+import gguf
 import pytest
 import torch
 from safetensors import safe_open
@@ -18,6 +19,7 @@ from train_loop.model.merge import merged
 from train_loop.spec import JobSpec
 
 HP = "train_config.hyperparameters"
+GGUF_NAMES = {"smollm": "LLAMA", "qwen3_moe": "QWEN3MOE"}
 SMALL = {"train_config.adapter_config.r": 4, f"{HP}.max_steps": 3}
 
 
@@ -53,12 +55,17 @@ def test_a_merged_model_is_plain_listed_and_has_the_eval_loss_of_the_run(base, b
     assert "quantization_config" not in config
     assert config["dtype"] == dtype
     assert config["use_cache"] == json.loads((bases / f"tuneyard/{base}/config.json").read_text())["use_cache"]
+    num_layers = config["num_hidden_layers"]
     with (
         safe_open(folder / "model.safetensors", "pt") as ours,
         safe_open(bases / f"tuneyard/{base}/model.safetensors", "pt") as theirs,
     ):
         assert set(ours.keys()) == set(theirs.keys())  # those of the hub, a tied head left out
         assert {ours.get_tensor(k).dtype for k in ours.keys()} == {getattr(torch, dtype)}  # noqa: SIM118 - not a dict
+        llama_cpp = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, GGUF_NAMES[base]), num_layers)
+        found = {k: llama_cpp.get_name(k, try_suffixes=(".weight", ".bias")) for k in ours.keys()}  # noqa: SIM118
+        # Experts one by one are what its converter puts together by itself.
+        assert {k for k, name in found.items() if name is None and ".experts." not in k} == set()
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     theirs = eval_loss(model, load_tokenizer(folder), job, manifest)
