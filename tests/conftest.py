@@ -153,11 +153,11 @@ def postgres_server() -> Iterator[Any]:
             server.cleanup()
 
 
-def rows(count: int) -> list[dict[str, Any]]:
+def rows(count: int, longest: int = 23) -> list[dict[str, Any]]:
     """ShareGPT rows of very different lengths, in both shapes."""
     made: list[dict[str, Any]] = []
     for i in range(count):
-        question, answer = f"What is {i} plus one?", " ".join(["It", "is", *["truly"] * (i * 7 % 23), f"{i + 1}."])
+        question, answer = f"What is {i} plus one?", " ".join(["It", "is", *["truly"] * (i * 7 % longest), f"{i + 1}."])
         if i % 2:
             made.append({"conversation": [{"human": question, "assistant": answer}]})
         else:
