@@ -197,6 +197,20 @@ def test_idempotency_and_names(http, job):
     assert first["request_id"] in taken.json()["detail"]
 
 
+def test_one_key_posted_many_times_at_once_is_one_job(http, store, job):
+    together = threading.Barrier(10)
+
+    def post(_):
+        together.wait()
+        return http.post("/job/", json=job, headers={"Idempotency-Key": "k"})
+
+    with ThreadPoolExecutor(10) as others:
+        answers = list(others.map(post, range(10)))
+    assert {answer.status_code for answer in answers} == {200}
+    (request_id,) = {answer.json()["request_id"] for answer in answers}
+    assert [found.request_id for found in store.list_jobs(ORG)[0]] == [request_id]
+
+
 def token(settings, key=None, algorithm="HS256", **claims):
     claims = {"sub": "x", "org": ORG, "exp": time.time() + 60} | claims
     return jwt.encode(
