@@ -176,7 +176,7 @@ def _opening_errors(
     what = f"a {section.partition('_')[0]} of {details.source_type}"
     secret, errors = _secret(org_id, f"{section}.secret_id", details.secret_id, types, what, vault)
     has_endpoint = secret is not None and secret.has_endpoint
-    if details.region is not None and not has_endpoint and not AWS_REGION.match(details.region):
+    if details.region is not None and not has_endpoint and not AWS_REGION.fullmatch(details.region):
         errors.append(field_error(f"{section}.region", "not an AWS region; one looks like us-west-2"))
     return errors
 
