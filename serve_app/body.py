@@ -24,10 +24,11 @@ NULL_CHARACTER = re.compile(r"(?<!\\)(\\\\)*\\u0000")  # as json.dumps writes it
 
 async def read_fields(
     request: Request, limit_bytes: int, plain: Collection[str], json_parts: Collection[str] = ()
-) -> dict[str, Any]:
-    """The fields of a JSON object or a form, in which `plain` ones are text and `json_parts` hold JSON.
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The fields of a JSON object or a form, in which `plain` ones are text and `json_parts` hold JSON; and the form's parts at
+    fault, of which one that isn't JSON stays the text that it is.
 
-    Raises ApiError: 400 not a form or JSON, 413 too long, 415 another kind of body, 422 with every part at fault.
+    Raises ApiError: 400 not a form or JSON, 413 too long, 415 another kind of body, 422 a JSON body that can't be used.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in ("application/json", "multipart/form-data", "application/x-www-form-urlencoded"):
@@ -41,7 +42,7 @@ async def read_fields(
         payload = decode_json(text, None)
         if not isinstance(payload, dict):
             raise ApiError(400, "the JSON body must be an object")
-        return payload
+        return payload, []
     pairs = await _multipart(request, body) if kind == "multipart/form-data" else _urlencoded(text)
     return _decode_parts(pairs, plain, json_parts)
 
@@ -87,7 +88,9 @@ def _urlencoded(text: str) -> list[tuple[str, str]]:
         raise ApiError(400, f"the form can't be read: {error}") from None
 
 
-def _decode_parts(pairs: list[tuple[str, str]], plain: Collection[str], json_parts: Collection[str]) -> dict[str, Any]:
+def _decode_parts(
+    pairs: list[tuple[str, str]], plain: Collection[str], json_parts: Collection[str]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     fields: dict[str, Any] = {}
     errors: list[dict[str, Any]] = []
     for name, value in pairs:
@@ -100,16 +103,14 @@ def _decode_parts(pairs: list[tuple[str, str]], plain: Collection[str], json_par
             elif SURROGATE.search(value):  # by a charset of the form's own
                 errors.append(field_error(name, HAS_SURROGATE))
         elif name in json_parts:
-            fields[name] = None
+            fields[name] = value
             try:
                 fields[name] = decode_json(value, name)
             except ApiError as error:
                 errors += error.errors
         else:
             errors += unknown_names([name], [*plain, *json_parts])
-    if errors:
-        raise invalid(errors)
-    return fields
+    return fields, errors
 
 
 def unknown_names(given: Iterable[str], known: Collection[str]) -> list[dict[str, Any]]:

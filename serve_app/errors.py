@@ -47,6 +47,12 @@ def field_error(field: str, message: str, **more: Any) -> dict[str, Any]:
     return {"field": field, "message": message, **more}
 
 
+def beside(errors: Sequence[dict[str, Any]], more: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """These errors, and more of other fields: what can't be read isn't called missing too."""
+    blamed = {e["field"] for e in errors}
+    return [*errors, *(e for e in more if e["field"] not in blamed)]
+
+
 def unknown(name: str, known: Iterable[str]) -> str:
     """The message for a name that nobody knows, with the nearest one that is known."""
     close = difflib.get_close_matches(name, known, n=1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
@@ -11,12 +12,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import ValidationError
 
 from serve_app.aws import is_arn
-from serve_app.errors import field_error, invalid, validation_errors
+from serve_app.errors import beside, field_error, invalid, validation_errors
 from serve_app.lifecycle import Status
 from serve_app.run_keys import model_keys
 from serve_app.secret_types import OPENS, TRACKERS
 from serve_app.secrets import Secret, SecretVault
 from serve_app.settings import Settings
+from serve_app.storage import storage_credentials
 from serve_app.store.jobs import JobStore
 from train_loop.advice import advice
 from train_loop.errors import Cause, DatasetError, ModelError, RunFault, UserError
@@ -30,8 +32,10 @@ from train_loop.model.source import (
     name_in_mirror,
     parse_config,
 )
-from train_loop.run_files import model_places
-from train_loop.spec import AWS_REGION, DatasetDetails, JobSpec, ModelDetails
+from train_loop.model.source import SECRET as MODEL_SECRET
+from train_loop.run_files import Keys, model_places
+from train_loop.section import NOT_SUPPORTED_YET, RULE, right_ones
+from train_loop.spec import AWS_REGION, SCHEMES, DatasetDetails, InfraConfig, JobSpec, ModelDetails
 from train_loop.storage import answers_later
 from train_loop.trackers import weights_and_biases
 
@@ -42,42 +46,77 @@ UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 
 
 def validate(
-    payload: dict[str, Any], settings: Settings, vault: SecretVault, capacity: Mapping[str, int], jobs: JobStore
+    payload: dict[str, Any],
+    wrong: list[dict[str, Any]],
+    settings: Settings,
+    vault: SecretVault,
+    capacity: Mapping[str, int],
+    jobs: JobStore,
 ) -> tuple[JobSpec, list[str]]:
     """The job, if its fields are right and it can run here, and its warnings. Raises ApiError 422 with every error, RunFault when
-    the base model's storage or the hub is away.
+    that the base model's storage or the hub is away is all that is wrong.
 
-    `capacity` is the most workers that the cluster could have, by gpu_type, as far as is known.
+    `wrong` is what was found before. `capacity` is the most workers that the cluster could have, by gpu_type, as far as is known.
     """
+    errors, right = wrong, {"org", *SECTIONS}
     try:
         spec = JobSpec.model_validate(payload)
     except ValidationError as error:
-        raise invalid(validation_errors(error, JobSpec)) from None
-    config, model_errors = _model(spec, settings, vault)
-    errors = [
-        *_infra_errors(spec, settings, capacity),
-        *_dataset_errors(spec, vault),
-        *model_errors,
-        *_start_errors(spec, jobs),
-        *_tracker_errors(spec, vault),
-    ]
+        errors = beside(errors, validation_errors(error, JobSpec))
+        found = _right_ones(payload, error)
+        spec, right = JobSpec.model_construct(**found), set(found)
+    # Each with the fields that it reads: of a job that is wrong elsewhere it is still done.
+    checks: tuple[tuple[set[str], Callable[[], list[dict[str, Any]]]], ...] = (
+        ({"infra_config"}, lambda: _infra_errors(spec, settings, capacity)),
+        ({"infra_config", "train_config"}, lambda: _optim_errors(spec, settings)),
+        ({"dataset_config"}, lambda: _template_errors(spec)),
+        ({"org", "dataset_details"}, lambda: _dataset_errors(spec, vault)),
+        ({"org", "model_details"}, lambda: _opening_errors(spec.org, "model_details", spec.model_details, vault)),
+        ({"org", "model_details", "train_config"}, lambda: _start_errors(spec, jobs)),
+        ({"org", "train_config"}, lambda: _tracker_errors(spec, vault)),
+    )
+    for about, check in checks:
+        if about <= right:
+            errors = beside(errors, check())
+    config: dict[str, Any] = {}
+    if {"org", "model_details"} <= right:
+        try:
+            config = _config(spec, settings, vault, {e["field"] for e in errors})
+        except UserError as error:
+            errors = beside(errors, [field_error(error.field or BASE_MODEL, error.message)])
+        except RunFault:
+            if not errors:
+                raise
+    if "dataset_config" in right:
+        errors = beside(errors, _length_errors(spec, config))
     if errors:
         raise invalid(errors)
     return spec, list(advice(spec, hidden=hidden_size_of(config), context=context_of(config)))
 
 
+def _right_ones(payload: dict[str, Any], error: ValidationError) -> dict[str, Any]:
+    """The org and the sections that are right in themselves, though a rule over several fields may be broken."""
+    broken = {str(e["loc"][0]) for e in error.errors(include_url=False) if e["type"] not in (RULE, NOT_SUPPORTED_YET)}
+    org = {} if "org" in broken else {"org": str(uuid.UUID(payload["org"]))}
+    return org | right_ones(JobSpec, payload, broken)
+
+
 def _infra_errors(spec: JobSpec, settings: Settings, capacity: Mapping[str, int]) -> list[dict[str, Any]]:
     infra = spec.infra_config
     profile = settings.profiles.get(infra.gpu_type)
+    errors = []
     if profile is None:
         names = sorted(settings.profiles)
-        return [field_error("infra_config.gpu_type", f"unknown gpu_type; this service has {', '.join(names)}", allowed=names)]
-    if infra.gpu_count > profile.gpus_per_node:
+        errors.append(
+            field_error("infra_config.gpu_type", f"unknown gpu_type; this service has {', '.join(names)}", allowed=names)
+        )
+    elif infra.gpu_count > profile.gpus_per_node:
         message = f"a node of {infra.gpu_type} has {profile.gpus_per_node} GPUs"
-        return [field_error("infra_config.gpu_count", message, allowed={"le": profile.gpus_per_node})]
-    if spec.train_config.hyperparameters.optim == "paged_adamw_8bit" and not profile.use_gpu:
-        message = f"paged_adamw_8bit needs a GPU, and workers of {infra.gpu_type} have none here: adamw_8bit takes the same steps"
-        return [field_error("train_config.hyperparameters.optim", message, allowed=["adamw", "adamw_8bit"])]
+        errors.append(field_error("infra_config.gpu_count", message, allowed={"le": profile.gpus_per_node}))
+    return [*errors, *_size_errors(spec.infra_config, settings, capacity)]
+
+
+def _size_errors(infra: InfraConfig, settings: Settings, capacity: Mapping[str, int]) -> list[dict[str, Any]]:
     # An elastic job starts on as few as that.
     at_least = infra.gpu_count * (infra.min_node_count or infra.node_count)
     what = "gpu_count x node_count" if infra.min_node_count is None else "gpu_count x min_node_count"
@@ -95,36 +134,49 @@ def _infra_errors(spec: JobSpec, settings: Settings, capacity: Mapping[str, int]
     return []
 
 
+def _optim_errors(spec: JobSpec, settings: Settings) -> list[dict[str, Any]]:
+    gpu_type, optim = spec.infra_config.gpu_type, spec.train_config.hyperparameters.optim
+    profile = settings.profiles.get(gpu_type)
+    if optim != "paged_adamw_8bit" or profile is None or profile.use_gpu:
+        return []
+    message = f"paged_adamw_8bit needs a GPU, and workers of {gpu_type} have none here: adamw_8bit takes the same steps"
+    return [field_error("train_config.hyperparameters.optim", message, allowed=["adamw", "adamw_8bit"])]
+
+
 def _dataset_errors(spec: JobSpec, vault: SecretVault) -> list[dict[str, Any]]:
     details = spec.dataset_details
     if details.source_type == "local":
         return [
             field_error("dataset_details.source_type", "local paths are for runs without the service; use s3", allowed=["s3"])
         ]
-    what = f"a dataset of {details.source_type}"
-    errors = _opening_errors(spec.org, "dataset_details", details, what, vault)
+    return _opening_errors(spec.org, "dataset_details", details, vault)
+
+
+def _template_errors(spec: JobSpec) -> list[dict[str, Any]]:
     template = spec.dataset_config.preprocessing.prompt.template
-    if template is not None:
-        try:
-            plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # transformers' own tag
-            ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
-        except TemplateSyntaxError as error:
-            message = f"isn't a Jinja template: {error.message} in line {error.lineno}"
-            errors.append(field_error("dataset_config.preprocessing.prompt.template", message))
-        except (RecursionError, ValueError) as error:  # nesting without end; numbers of thousands of digits
-            message = f"isn't a Jinja template that can be used ({type(error).__name__})"
-            errors.append(field_error("dataset_config.preprocessing.prompt.template", message))
-    return errors
+    if template is None:
+        return []
+    try:
+        plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # transformers' own tag
+        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    except TemplateSyntaxError as error:
+        message = f"isn't a Jinja template: {error.message} in line {error.lineno}"
+    except (RecursionError, ValueError) as error:  # nesting without end; numbers of thousands of digits
+        message = f"isn't a Jinja template that can be used ({type(error).__name__})"
+    else:
+        return []
+    return [field_error("dataset_config.preprocessing.prompt.template", message)]
 
 
 def _opening_errors(
-    org_id: str, section: str, details: DatasetDetails | ModelDetails, what: str, vault: SecretVault
+    org_id: str, section: str, details: DatasetDetails | ModelDetails, vault: SecretVault
 ) -> list[dict[str, Any]]:
-    """What keeps a section's secret and region from opening `what`."""
+    """What keeps a section's secret and region from opening what it names."""
     types = OPENS.get(details.source_type, ())
+    what = f"a {section.partition('_')[0]} of {details.source_type}"
     secret, errors = _secret(org_id, f"{section}.secret_id", details.secret_id, types, what, vault)
     has_endpoint = secret is not None and secret.has_endpoint
-    if details.region is not None and not has_endpoint and not AWS_REGION.match(details.region):
+    if details.region is not None and not has_endpoint and not AWS_REGION.fullmatch(details.region):
         errors.append(field_error(f"{section}.region", "not an AWS region; one looks like us-west-2"))
     return errors
 
@@ -156,24 +208,29 @@ def _secret(
     return secret, []
 
 
-def _model(spec: JobSpec, settings: Settings, vault: SecretVault) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The base model's config.json, and what keeps the job from using the model."""
-    details = spec.model_details
-    if errors := _opening_errors(spec.org, "model_details", details, f"a model of {details.source_type}", vault):
-        return {}, errors
-    try:
-        keys = model_keys(spec, vault, settings)
-        config = model_config(details, model_places(spec, settings.model_mirror, keys))
-        if config is None:
-            where = f"not in the model mirror ({settings.model_mirror}, setting TUNEYARD_MODEL_MIRROR)"
-            config = _hub_config(details, keys.hub_token, f"{name_in_mirror(details)} is {where}", settings.hub_offline)
-    except UserError as error:
-        return {}, [field_error(error.field or BASE_MODEL, error.message)]
+def _config(spec: JobSpec, settings: Settings, vault: SecretVault, blamed: Set[str]) -> dict[str, Any]:
+    """The base model's config.json; {} where that can't be looked for, as the fields that say where and with what are `blamed`.
+
+    Raises ModelError for what keeps the job from using the model, RunFault when its storage or the hub is away.
+    """
+    details, closed = spec.model_details, MODEL_SECRET in blamed
+    if BASE_MODEL in blamed or (details.source_type in SCHEMES and (closed or "model_details.region" in blamed)):
+        return {}
+    # The mirror is the operator's: it needs no keys of the user's.
+    keys = Keys(storage=storage_credentials(settings)) if closed else model_keys(spec, vault, settings)
+    config = model_config(details, model_places(spec, settings.model_mirror, keys))
+    if config is None and not closed:
+        where = f"not in the model mirror ({settings.model_mirror}, setting TUNEYARD_MODEL_MIRROR)"
+        config = _hub_config(details, keys.hub_token, f"{name_in_mirror(details)} is {where}", settings.hub_offline)
+    return config or {}
+
+
+def _length_errors(spec: JobSpec, config: dict[str, Any]) -> list[dict[str, Any]]:
     context, asked = context_of(config), spec.dataset_config.preprocessing.prompt.max_length
-    if context is not None and asked > context:
-        message = f"{asked} tokens are more than the context of {details.base_model}, {context}"
-        return config, [field_error("dataset_config.preprocessing.prompt.max_length", message, allowed={"le": context})]
-    return config, []
+    if context is None or asked <= context:
+        return []
+    message = f"{asked} tokens are more than the context of {spec.model_details.base_model}, {context}"
+    return [field_error("dataset_config.preprocessing.prompt.max_length", message, allowed={"le": context})]
 
 
 def _hub_config(details: ModelDetails, token: str | None, where: str, offline: bool) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, c
 
 SHOWN_CHARS = 100
 NOT_SUPPORTED_YET = "not_supported_yet"
+RULE = "rule"
 BUILT_IN = frozenset(typing.get_args(core_schema.ErrorType))
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -69,7 +70,7 @@ class Fault:
 
     field: str
     message: str
-    code: str = "rule"
+    code: str = RULE
 
 
 # A function whose parameters are named after the sections that it is about.
@@ -88,7 +89,7 @@ def held_to(rules: Sequence[Rule], model: type[Model], data: Any, validate: Call
         made = validate(data)
     except ValidationError as error:
         errors = [_again(e) for e in error.errors(include_url=False)]
-    sections = dict(made) if made is not None else _right_ones(model, data, {str(e["loc"][0]) for e in errors if e.get("loc")})
+    sections = dict(made) if made is not None else right_ones(model, data, {str(e["loc"][0]) for e in errors if e.get("loc")})
     for rule in rules:
         about = inspect.signature(rule).parameters
         if about.keys() <= sections.keys():
@@ -103,7 +104,7 @@ def held_to(rules: Sequence[Rule], model: type[Model], data: Any, validate: Call
     return made
 
 
-def _right_ones(model: type[BaseModel], data: Mapping[str, Any], wrong: set[str]) -> dict[str, Any]:
+def right_ones(model: type[BaseModel], data: Mapping[str, Any], wrong: set[str]) -> dict[str, Any]:
     """The sections without an error, each validated by itself."""
     right = {name: field for name, field in model.model_fields.items() if name not in wrong}
     return {

@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from serve_app.auth import Principal
 from serve_app.body import read_fields, unknown_names
-from serve_app.errors import field_error, invalid
+from serve_app.errors import beside, field_error, invalid
 from serve_app.lifecycle import Status
 from serve_app.routes import examples
 from serve_app.routes.answers import JobAnswer, JobList, Plan, Submitted, documented, reply
@@ -53,8 +53,8 @@ async def submit(
 ) -> Response:
     """Submit a job. 200 means that it is durable."""
     asking.require_scope("jobs:write")
-    payload = await read_fields(request, here.settings.max_body_bytes, PLAIN, SECTIONS)
-    return reply(await run_in_threadpool(_submit, here, asking, payload, idempotency_key))
+    payload, wrong = await read_fields(request, here.settings.max_body_bytes, PLAIN, SECTIONS)
+    return reply(await run_in_threadpool(_submit, here, asking, payload, wrong, idempotency_key))
 
 
 @router.post("/job/plan/", openapi_extra=BODY, responses=documented(Plan, "The plan.", examples.PLAN))
@@ -62,30 +62,32 @@ async def submit(
 async def plan(request: Request, asking: Asking, here: Here) -> Response:
     """What a job would take: workers, memory, tokens, steps, time, price, warnings, rendered samples. Creates nothing."""
     asking.require_scope("jobs:read")
-    payload = await read_fields(request, here.settings.max_body_bytes, PLAIN, SECTIONS)
-    return reply(await run_in_threadpool(_plan, here, asking, payload))
+    payload, wrong = await read_fields(request, here.settings.max_body_bytes, PLAIN, SECTIONS)
+    return reply(await run_in_threadpool(_plan, here, asking, payload, wrong))
 
 
-def _plan(here: Service, asking: Principal, payload: dict[str, Any]) -> dict[str, Any]:
-    spec, _ = _accepted(here, asking, payload)
+def _plan(here: Service, asking: Principal, payload: dict[str, Any], wrong: list[dict[str, Any]]) -> dict[str, Any]:
+    spec, _ = _accepted(here, asking, payload, wrong)
     with here.plans.hold(spec.org):
         made = here.runtime.plan(spec)
     return made | {"message": f"It would be: {in_short(spec, here)}"}
 
 
-def _accepted(here: Service, asking: Principal, payload: dict[str, Any]) -> tuple[JobSpec, list[str]]:
-    """The job, of an org the caller speaks for and able to run here, and its warnings. Raises 403, 422."""
+def _accepted(
+    here: Service, asking: Principal, payload: dict[str, Any], wrong: list[dict[str, Any]]
+) -> tuple[JobSpec, list[str]]:
+    """The job, of an org the caller speaks for and able to run here, and its warnings. Raises 403, 422 with `wrong`, too."""
     if is_uuid(payload.get("org")):
         asking.require_org(uuid_of(payload["org"], "org"))
-    return validate(payload, here.settings, here.vault, here.store.capacity(), here.store)
+    return validate(payload, wrong, here.settings, here.vault, here.store.capacity(), here.store)
 
 
-def _submit(here: Service, asking: Principal, payload: dict[str, Any], key: str | None) -> Submitted:
+def _submit(here: Service, asking: Principal, payload: dict[str, Any], wrong: list[dict[str, Any]], key: str | None) -> Submitted:
     digest = hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
     # A repeated request gets the first one's answer, even if it couldn't be accepted any more.
-    job = _replayed(here, asking, payload, key, digest)
+    job = None if wrong else _replayed(here, asking, payload, key, digest)
     if job is None:
-        spec, warnings = _accepted(here, asking, payload)
+        spec, warnings = _accepted(here, asking, payload, wrong)
         message = " ".join([f"Queued: {in_short(spec, here)}", *(f"Warning: {w}." for w in warnings)])
         job, created = here.store.insert(spec, message, key, digest, here.settings.max_queued_jobs_per_org)
         if created:
@@ -161,12 +163,12 @@ async def cancel(request: Request, asking: Asking, here: Here) -> Response:
 async def _job_named(request: Request, here: Service) -> dict[str, str]:
     """What the body of a call about one job holds: org_id and request_id. Raises 422 with all that is wrong."""
     names = ("org_id", "request_id")
-    payload = await read_fields(request, here.settings.max_body_bytes, names)
+    payload, wrong = await read_fields(request, here.settings.max_body_bytes, names)
     errors = unknown_names(payload, names)
     for name in names:
         if not is_uuid(given := payload.get(name)):
             errors.append(field_error(name, "must be a UUID" if given else "this field is required"))
-    if errors:
+    if errors := beside(wrong, errors):
         raise invalid(errors)
     return {name: payload[name] for name in names}
 

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from serve_app.body import read_fields, unknown_names
-from serve_app.errors import ApiError, field_error, invalid
+from serve_app.errors import ApiError, beside, field_error, invalid
 from serve_app.routes import examples
 from serve_app.routes.answers import Deleted, SecretAnswer, Secrets, documented, reply
 from serve_app.routes.service import UUID_SCHEMA, Asking, Here, json_body, uuid_of, wire_time
@@ -40,7 +40,7 @@ BODY = json_body(
 async def create(request: Request, asking: Asking, here: Here) -> Response:
     """Store a secret."""
     asking.require_scope("secrets:write")
-    payload = await read_fields(request, here.settings.max_body_bytes, ("org", "name", "type"), ("data",))
+    payload, wrong = await read_fields(request, here.settings.max_body_bytes, ("org", "name", "type"), ("data",))
     org = uuid_of(payload.get("org"), "org")
     asking.require_org(org)
     name, type_, data = payload.get("name"), payload.get("type"), payload.get("data")
@@ -51,7 +51,7 @@ async def create(request: Request, asking: Asking, here: Here) -> Response:
         errors.append(field_error("type", "this field is required", allowed=sorted(TYPES)))
     if not isinstance(data, dict):
         errors.append(field_error("data", "must be an object"))
-    errors += unknown_names(payload, ("org", "name", "type", "data"))
+    errors = beside(wrong, [*errors, *unknown_names(payload, ("org", "name", "type", "data"))])
     if errors:
         raise invalid(errors)
     return reply(_render(await run_in_threadpool(here.vault.create, org, str(name), str(type_), data or {})))

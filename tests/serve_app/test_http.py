@@ -197,6 +197,20 @@ def test_idempotency_and_names(http, job):
     assert first["request_id"] in taken.json()["detail"]
 
 
+def test_one_key_posted_many_times_at_once_is_one_job(http, store, job):
+    together = threading.Barrier(10)
+
+    def post(_):
+        together.wait()
+        return http.post("/job/", json=job, headers={"Idempotency-Key": "k"})
+
+    with ThreadPoolExecutor(10) as others:
+        answers = list(others.map(post, range(10)))
+    assert {answer.status_code for answer in answers} == {200}
+    (request_id,) = {answer.json()["request_id"] for answer in answers}
+    assert [found.request_id for found in store.list_jobs(ORG)[0]] == [request_id]
+
+
 def token(settings, key=None, algorithm="HS256", **claims):
     claims = {"sub": "x", "org": ORG, "exp": time.time() + 60} | claims
     return jwt.encode(
@@ -292,6 +306,7 @@ def test_all_field_errors_come_at_once_with_their_names(http, store, job):
             "us-west-2",
         ),
         ({"model_details.region": "mars-1"}, "model_details.region", "us-west-2"),
+        ({"model_details.region": "us-west-2\n"}, "model_details.region", "us-west-2"),
         (FSDP | {"train_config.adapter_config.use_dora": True}, "train_config.adapter_config.use_dora", "whole weights"),
         ({OPTIM: "paged_adamw_8bit"}, OPTIM, "needs a GPU"),
         (HUB_ROWS | {"dataset_details.secret_id": ARN}, "dataset_details.secret_id", "an ARN stands for keys of S3"),
@@ -302,6 +317,42 @@ def test_what_can_not_run_here_is_refused_with_the_way_out(http, job, changes, f
     found = fields(http.post("/job/", json=with_fields(job, changes)))
     assert list(found) == [field]
     assert said in found[field]["message"]
+
+
+def test_what_can_not_run_here_is_told_along_with_what_is_no_job(http, settings, job):
+    settings.profiles = settings.profiles | {"h100": Profile(resources={"CPU": 1}, gpus_per_node=1)}
+    bad = {
+        "experiment_name": "a b",
+        "train_config.adapter_config.init_from": "/etc",
+        "dataset_config.preprocessing.prompt.max_length": 100_000,
+        TEMPLATE: "{% if %}",
+        "model_details.secret_id": "unknown",
+        "dataset_details.secret_id": "unknown",
+        "infra_config.node_count": 1000,
+        "infra_config.gpu_count": 2,
+    }
+    assert fields(http.post("/job/", json=with_fields(job, bad))).keys() == bad.keys()
+    rule = {"infra_config.min_node_count": 3, "infra_config.gpu_type": "gtx", OPTIM: "fast"}
+    found = fields(http.post("/job/", json=with_fields(job, rule)))
+    assert found.keys() == rule.keys()
+    assert "unknown gpu_type" in found["infra_config.gpu_type"]["message"]
+
+
+def test_a_part_that_is_no_json_does_not_hide_what_is_wrong_in_the_others(http, job):
+    bad = with_fields(job, {"infra_config.gpu_type": "gtx", "train_config.type": "stf", "model_details.region": "mars-1"})
+    parts = form(bad) | {"dataset_config": (None, "{"), "dataset_details": (None, '{"x": NaN}'), "other": (None, "x")}
+    found = fields(http.post("/job/", files=parts, headers={"Idempotency-Key": "k"}))
+    assert found.keys() == {
+        *("dataset_config", "dataset_details", "other"),
+        *("infra_config.gpu_type", "train_config.type", "model_details.region"),
+    }
+    assert (found["dataset_config"]["line"], "NaN" in found["dataset_details"]["message"]) == (1, True)
+
+
+def test_a_request_with_a_part_too_many_does_not_repeat_the_one_without(http, job):
+    again = {"Idempotency-Key": "k"}
+    assert http.post("/job/", files=form(job), headers=again).status_code == 200
+    assert fields(http.post("/job/", files=form(job) | {"other": (None, "x")}, headers=again)).keys() >= {"other"}
 
 
 @pytest.mark.parametrize(
@@ -333,11 +384,10 @@ def test_form_fields_are_checked(http, job):
 def test_calls_about_one_job_name_all_that_is_wrong(http, path, encoding):
     found = fields(http.post(path, **{encoding: {"request_id": "x", "orgid": ORG}}))
     assert "did you mean org_id?" in found.pop("orgid")["message"]
-    if encoding == "json":  # the parts of a form are looked at first
-        assert {name: e["message"] for name, e in found.items()} == {
-            "request_id": "must be a UUID",
-            "org_id": "this field is required",
-        }
+    assert {name: e["message"] for name, e in found.items()} == {
+        "request_id": "must be a UUID",
+        "org_id": "this field is required",
+    }
 
 
 def test_a_secrets_unknown_field_is_named_with_the_nearest(http):

@@ -191,7 +191,10 @@ def test_a_submission_is_to_come_again_when_the_models_storage_or_the_hub_is_awa
         return answer.json()["detail"]
 
     nobody = made(http, "s3", {"access_key_id": "a", "secret_access_key": CANARY, "endpoint_url": "http://127.0.0.1:9"})
-    assert URI in detail(http, {"base_model": URI, "source_type": "s3", "ownership": "private", "secret_id": nobody})
+    away = {"base_model": URI, "source_type": "s3", "ownership": "private", "secret_id": nobody}
+    assert URI in detail(http, away)
+    wrong_too = with_fields(job, {"model_details": away, "infra_config.gpu_type": "gtx"})
+    assert list(fields(http.post("/job/", json=wrong_too))) == ["infra_config.gpu_type"]  # which no waiting mends
 
     class Hub(Server):
         def do_GET(self):
