@@ -118,8 +118,9 @@ def _infra_errors(spec: JobSpec, settings: Settings, capacity: Mapping[str, int]
 
 def _size_errors(infra: InfraConfig, settings: Settings, capacity: Mapping[str, int]) -> list[dict[str, Any]]:
     # An elastic job starts on as few as that.
-    at_least = infra.gpu_count * (infra.min_node_count or infra.node_count)
-    what = "gpu_count x node_count" if infra.min_node_count is None else "gpu_count x min_node_count"
+    nodes = infra.min_node_count or infra.node_count
+    at_least = infra.gpu_count * nodes
+    what = "gpu_count x node_count" if nodes == infra.node_count else "gpu_count x min_node_count"
     quota = settings.max_gpus_per_org
     if quota is not None and at_least > quota:
         return [field_error("infra_config.node_count", f"{at_least} workers ({what}) are more than this org's quota of {quota}")]

@@ -148,6 +148,7 @@ class ModelDetails(Section):
 
 LORA_LEARNING_RATE = 1e-4
 FULL_LEARNING_RATE = 1e-5
+MAX_NODES = 1024
 PositiveSteps = Annotated[int, Field(ge=1, le=100_000_000, strict=True)]
 
 
@@ -322,8 +323,8 @@ class InfraConfig(Section):
         min_length=1, max_length=64, description="A name of the operator's profile table, any case."
     )
     gpu_count: int = Field(1, ge=1, le=16, strict=True, description="GPUs per node.")
-    node_count: int = Field(1, ge=1, le=1024, strict=True, description="Nodes; workers = gpu_count * node_count.")
-    min_node_count: Annotated[int, Field(ge=1, le=1024, strict=True)] | None = Field(
+    node_count: int = Field(1, ge=1, le=MAX_NODES, strict=True, description="Nodes; workers = gpu_count * node_count.")
+    min_node_count: Annotated[int, Field(ge=1, le=MAX_NODES, strict=True)] | None = Field(
         None, description="Go on with as few nodes as this when there is no room for node_count; default node_count."
     )
     infra_type: Literal["ray", "simplismart"] = Field("ray", description="Names of the same thing.")
@@ -334,6 +335,16 @@ class InfraConfig(Section):
     max_retries: int = Field(
         3, ge=0, le=100, strict=True, description="Restarts after a fault; lost and preempted machines don't count."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_all_nodes_unless_told(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("min_node_count") is not None:
+            return data
+        nodes = data.get("node_count", cls.model_fields["node_count"].default)
+        return (
+            data | {"min_node_count": nodes} if type(nodes) is int and 1 <= nodes <= MAX_NODES else data
+        )  # else it is told once
 
     @property
     def num_workers(self) -> int:

@@ -124,7 +124,7 @@ def test_a_job_is_read_with_its_defaults_filled_in(http, job):
     resolved = JobSpec.model_validate(asked).model_dump(mode="json")
     assert {name: got[name] for name in SECTIONS} == {name: resolved[name] for name in SECTIONS}
     assert got["infra_config"]["gpu_type"] == "h100"
-    assert (got["train_config"]["hyperparameters"]["warmup_ratio"], got["infra_config"]["min_node_count"]) == (0.03, None)
+    assert (got["train_config"]["hyperparameters"]["warmup_ratio"], got["infra_config"]["min_node_count"]) == (0.03, 2)
 
 
 def test_more_gpus_than_a_node_has_are_refused(http, settings, job):
