@@ -27,7 +27,9 @@ pytestmark = pytest.mark.faults
 full = pytest.mark.faults_full
 RUNNING = PHASES[1:]
 AROUND = (INGRESS, PROXY, SERVE, DISPATCHER)
-EARLY = ("queued", "preparing_data", "waiting_for_resources", "loading_model", "training", "exporting")
+# Phases of one job. While what was killed comes back, nobody may see the job, and it trains on: with half a minute between them.
+SEEN_AGAIN = (("queued", "loading_model"), ("preparing_data", "training"))
+ALONE = (("waiting_for_resources",), ("evaluating",), ("saving",), ("exporting",))
 OWN = {
     JOB_ACTOR: RUNNING,
     CONTROLLER: PHASES[2:],
@@ -43,12 +45,11 @@ def _each(victims: Sequence[Victim], phases: Sequence[str]) -> list[Strike]:
 @pytest.mark.parametrize(
     "strikes",
     [
-        pytest.param(_each(AROUND, EARLY), id="all-at-once"),
+        *(pytest.param(_each(AROUND, phases), id=f"all-at-once-{phases[0]}") for phases in SEEN_AGAIN),
         *(
             pytest.param(_each([v], phases), id=f"{v.name.replace(' ', '-')}-{phases[0]}", marks=full)
             for v in AROUND
-            # While it comes back nobody may be able to see the job's phase, and it trains on: one of the short phases a job.
-            for phases in (EARLY, ("evaluating",), ("saving",))
+            for phases in (*SEEN_AGAIN, *ALONE)
         ),
     ],
 )
