@@ -23,19 +23,19 @@ class Line:
 def chart(panels: Sequence[tuple[str, Sequence[Line]]], unit: str, mark: float) -> str:
     """Panels of (title, lines) side by side: shares over counts of `unit`, on a logarithmic axis, and a line across at `mark`."""
     names = list(dict.fromkeys((line.name, line.dashed) for _, lines in panels for line in lines))
-    height = TOP + HEIGHT + 3 * LINE + LINE * math.ceil(len(names) / len(panels)) + LINE
-    width = len(panels) * (WIDTH + LEFT) + LINE
+    height = TOP + HEIGHT + 3 * LINE + LINE * max(len(lines) for _, lines in panels)
+    width = len(panels) * (WIDTH + LEFT) + 2 * LINE
     drawn = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="11">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
     ]
     for i, (title, lines) in enumerate(panels):
         drawn.append(f'<g transform="translate({LEFT + i * (WIDTH + LEFT)},{TOP})">')
-        drawn += [_text(0, -LINE, title, 'font-weight="bold"'), *_panel(lines, names, unit, mark), "</g>"]
-    for i, (name, dashed) in enumerate(names):
-        row, column = divmod(i, len(panels))
-        x, y = LEFT + column * (WIDTH + LEFT), TOP + HEIGHT + 3 * LINE + row * LINE
-        drawn += [f'<path d="M{x},{y}h24" {_stroke(names, (name, dashed))}/>', _text(x + 30, y + 4, name)]
+        drawn += [_text(0, -LINE, title, 'font-weight="bold"'), *_panel(lines, names, unit, mark)]
+        for row, line in enumerate(lines):
+            y = HEIGHT + (3 + row) * LINE
+            drawn += [f'<path d="M0,{y}h24" {_stroke(names, (line.name, line.dashed))}/>', _text(30, y + 4, line.name)]
+        drawn.append("</g>")
     return "\n".join([*drawn, "</svg>", ""])
 
 

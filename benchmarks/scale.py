@@ -81,7 +81,7 @@ NETWORKS = {
     "InfiniBand, 400 Gb/s a GPU": Cluster(NVLINK, Link(9.6e-6, 0.8 * 50e9)),
     "Ethernet, 100 Gb/s a node": Cluster(NVLINK, Link(30e-6, 0.8 * 12.5e9 / 8)),
 }
-DEALS = {"as it comes": striped, "by length": dealt}
+DEALS = {"as drawn": striped, "by length": dealt}
 
 
 @contextlib.contextmanager
