@@ -75,7 +75,7 @@ LLAMAS = {  # config.json of Llama 3.2 1B, 3.1 8B and 3.1 70B
     "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
 }
 # Of each GPU in one direction. H100's data sheet: 450 GB/s of NVLink; a ConnectX-7 sends 400 Gb/s. Four fifths of it get through.
-# Latencies of a step: NCCL's table (src/graph/tuning.cc, ring, "simple"); of TCP an assumption.
+# Latencies of a step: NCCL's table (src/graph/tuning.cc at 01afd20, ring, "simple"); of TCP an assumption.
 NVLINK = Link(3.4e-6, 0.8 * 450e9)
 NETWORKS = {
     "InfiniBand, 400 Gb/s a GPU": Cluster(NVLINK, Link(9.6e-6, 0.8 * 50e9)),
@@ -320,6 +320,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(".bench/scale.json"))
     parser.add_argument("--plot", type=Path, help="SVG to write")
     options = parser.parse_args()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(options.out.read_text()) if options.simulate and options.out.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         if "rows" not in found:
@@ -329,6 +330,7 @@ def main() -> None:
             found |= {"cpu": cpu.partition(": ")[2] or platform.machine(), "cores": CORES}
             found["networks"] = [measure_network(Path(folder), workers, options.limit_s) for workers in WORKERS if workers > 1]
             links = {n["workers"]: Link(n["alpha_s"], n["bytes_per_s"]) for n in found["networks"]}
+            options.out.write_text(json.dumps(found, indent=1))  # the rest takes a quarter of an hour
             found["workers"] = measure_workers(Path(folder), options, links)
     found["simulated"] = simulate(found["rows"], Gpu(options.gpu_flops), options.mirror)
     lengths = [length for length, _ in found["rows"]["documents"]]
@@ -337,7 +339,6 @@ def main() -> None:
         f"{found['rows']['loading_s'] * 1e3:.1f} ms each to make of a row\n"
     )
     print("\n\n".join(tables(found)))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1))
     if options.plot:
         options.plot.write_text(plot(found["simulated"]))
