@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
@@ -28,10 +29,14 @@ class Shape:
 
     @classmethod
     def of(cls, folder: Path) -> Shape:
-        """By the model's configuration."""
+        """By the model in `folder`."""
         from transformers import AutoConfig
 
-        c = AutoConfig.from_pretrained(folder)
+        return cls.of_config(AutoConfig.from_pretrained(folder))
+
+    @classmethod
+    def of_config(cls, c: Any) -> Shape:
+        """By the model's configuration."""
         width = c.head_dim or c.hidden_size // c.num_attention_heads
         heads, kv = c.num_attention_heads * width, c.num_key_value_heads * width
         first = [(c.hidden_size, heads), (c.hidden_size, kv), (c.hidden_size, kv)]

@@ -1,4 +1,4 @@
-"""The sides of benchmarks/train.py: each a process of its own that trains on the same rows.
+"""The sides of benchmarks/train.py and scale.py: each a process of its own that trains on the same rows.
 
 It prints JSON lines: when each step ended, then its peak memory.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -28,13 +29,15 @@ from train_loop.model.load import load_tokenizer, quantised_by, quieten
 from train_loop.spec import JobSpec
 
 LAYOUTS = ("packed", "padded", "single")
+MESSAGES = [4 * 16**k for k in range(7)]  # bytes: to 64 MiB, which is a bucket of gradients
+SENT = 21  # times each
 
 
 @dataclass(frozen=True)
 class Task:
     """What a process of a side is told."""
 
-    side: str  # ours, trl, naive, or gemm: the machine's limit
+    side: str  # ours, trl, naive; gemm and network: the machine's limits
     dtype: str  # what peers compute in; ours picks its own
     layout: str  # of TRL's micro-batches: rows of several documents, all documents padded, or one document each
     job: dict[str, Any]
@@ -248,7 +251,20 @@ def gemm(task: Task) -> None:
     print(json.dumps({"flops": gemm_limit(Shape.of(task.model), task.micro_tokens)}), flush=True)
 
 
-SIDES: dict[str, Callable[[Task], None]] = {"ours": ours, "trl": trl, "naive": naive, "gemm": gemm}
+def network(task: Task) -> None:
+    """How long the group's all-reduce takes, by the bytes of its message."""
+    del task
+    for size in MESSAGES:
+        message, times = torch.zeros(size // 4), []
+        for _ in range(SENT):
+            torch.distributed.barrier()
+            started = time.perf_counter()
+            torch.distributed.all_reduce(message)
+            times.append(time.perf_counter() - started)
+        print(json.dumps({"bytes": size, "seconds": statistics.median(times)}), flush=True)
+
+
+SIDES: dict[str, Callable[[Task], None]] = {"ours": ours, "trl": trl, "naive": naive, "gemm": gemm, "network": network}
 
 
 def main() -> None:

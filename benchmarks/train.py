@@ -55,7 +55,7 @@ class Case:
     workers: int
 
     def __str__(self) -> str:
-        return f"{self.precision}-{self.seq}{'-ckpt' * self.checkpointing}{'-2w' * (self.workers == 2)}"
+        return f"{self.precision}-{self.seq}{'-ckpt' * self.checkpointing}{f'-{self.workers}w' * (self.workers > 1)}"
 
 
 CASES = {
@@ -89,13 +89,13 @@ def job_of(case: Case, data: Path, batch_tokens: int, num_steps: int) -> dict[st
     }
 
 
-def write_rows(path: Path) -> None:
+def write_rows(path: Path, num_rows: int = NUM_ROWS) -> None:
     """The first real conversations of the package's array, which is cut off at its end."""
     with sharegpt.open_dataset("rb") as file:
         text = file.read(8 << 20).decode(errors="replace")
     decoder, at = json.JSONDecoder(), text.index("{")
     with path.open("w") as out:
-        for _ in range(NUM_ROWS):
+        for _ in range(num_rows):
             row, at = decoder.raw_decode(text, at)
             out.write(json.dumps(row) + "\n")
             at = text.index("{", at)
