@@ -14,8 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from train_loop.errors import UserError
+
+# How long an example takes is the machine's business.
+settings.register_profile("tuneyard", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tuneyard")
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     # A core each: with torch's threads on all cores, two of them would spin and wait for each other.

@@ -318,6 +318,4 @@ class Service(RuleBasedStateMachine):
 
 
 ServiceSurvives = Service.TestCase
-ServiceSurvives.settings = settings(
-    max_examples=RUNS, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-)
+ServiceSurvives.settings = settings(max_examples=RUNS, stateful_step_count=40, suppress_health_check=list(HealthCheck))

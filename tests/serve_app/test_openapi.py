@@ -39,7 +39,7 @@ def some(halves, count):
     """So many examples, the same at each run, and others on each database."""
 
     def of(test):
-        check = limits(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        check = limits(max_examples=count, database=None, suppress_health_check=list(HealthCheck))
         return seed(halves)(check(test))
 
     return of

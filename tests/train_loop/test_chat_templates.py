@@ -271,7 +271,7 @@ words = st.text(st.sampled_from("ab .,\n日é🚢<|>{}%"), min_size=1, max_size=
 talks = st.lists(st.tuples(words, words), min_size=1, max_size=4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(pairs=talks, limit=st.integers(16, 80), truncation=st.sampled_from(["right", "left"]))
 def test_any_conversation_is_trained_on_exactly_where_the_assistant_speaks(family, pairs, limit, truncation):
     talk = [{"role": r, "content": c} for pair in pairs for r, c in zip(("user", "assistant"), pair, strict=True)]

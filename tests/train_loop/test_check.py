@@ -86,7 +86,7 @@ conversations = st.builds(talk, turns, st.none() | texts) | st.builds(lambda tex
 NAMES = ["tiny", "llama3", "qwen3", "phi3", "mistral", "composing", "characters", "gemma"]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     name=st.sampled_from(NAMES),
     template=st.sampled_from(list(TEMPLATES)),
@@ -131,7 +131,7 @@ def test_of_usual_rows_no_token_is_made(tokenizers, name, changes, conversation)
     assert chat._is_surely_usable(conversation) or name == "phi3"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(name=st.sampled_from(NAMES), text=texts, more=texts, cut=st.integers(0, 400))
 def test_no_text_makes_more_tokens_than_its_bound(tokenizers, name, text, more, cut):
     tokenizer = tokenizers[name]
