@@ -283,7 +283,12 @@ def strike(service: Service, request_id: str, phase: str, victims: Sequence[Vict
         if victim.mend is not None:
             victim.mend(service)
     if any(victim.restarts for victim in victims):
-        service.until(request_id, lambda job: job["attempt"] > before["attempt"], f"an attempt after the kill in {phase}")
+        # Killed before the attempt's actor has said a word, it is launched again, and is still the same attempt.
+        service.until(
+            request_id,
+            lambda job: job["attempt"] > before["attempt"] or job["phase"] != phase,
+            f"an attempt after the kill in {phase}",
+        )
     else:
         service.wait_ready()
 
