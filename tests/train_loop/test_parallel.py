@@ -19,7 +19,7 @@ FSDP = {"train_config.distributed.type": "fsdp"}
 NF4 = {"model_details.quantization": {"quant_bits": 4}}
 FULL = {"train_config.train_type": "full", f"{HP}.learning_rate": 0.001}
 ADAPTER = "train_config.adapter_config"
-PISSA = {f"{ADAPTER}.init": "pissa"}  # both matrices have a gradient from the first step on
+PISSA = {f"{ADAPTER}.init": "pissa", f"{HP}.max_steps": FEW_STEPS}  # both matrices have a gradient from the first step on
 WHAT = {"lora": {}, "nf4": NF4, "full": FULL}
 INT8 = {"model_details.quantization": {"quant_bits": 8}}
 FP4 = {"model_details.quantization": {"quant_bits": 4, "quant_type": "fp4", "double_quant": False}}
@@ -90,15 +90,15 @@ def runs(folder, mirror):
     alone = {"1x8": job(folder), "1x4x2": job(folder, accumulation=2), "1x2x4": job(folder, accumulation=4)}
     for name, changes in WHAT.items():
         alone[f"alone-{name}"] = job(folder, few(changes))
-    alone["pissa 1x8"] = job(folder, few(PISSA))
+    alone["pissa 1x8"] = job(folder, PISSA)
     for name, (changes, _) in ON_TWO.items():
         alone[f"one {name}"] = job(folder, few(changes) | THREE, workers=2)
     for name, made in alone.items():
         launch(folder, mirror, name, made)
     on_two = [("2x4", job(folder, workers=2), None), ("2x2x2", job(folder, workers=2, accumulation=2), None)]
     on_four = [("4x2", job(folder, workers=4), None)]
-    on_two.append(("pissa 2x2x2", job(folder, few(PISSA), workers=2, accumulation=2), None))
-    on_four.append(("pissa 4x2", job(folder, few(PISSA), workers=4), None))
+    on_two.append(("pissa 2x2x2", job(folder, PISSA, workers=2, accumulation=2), None))
+    on_four.append(("pissa 4x2", job(folder, PISSA, workers=4), None))
     for name, changes in WHAT.items():
         two = job(folder, few(changes) | FSDP, workers=2)
         on_two.append((f"fsdp-2-{name}", two, None))
