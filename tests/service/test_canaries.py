@@ -316,7 +316,7 @@ def test_every_kind_was_used_and_the_jobs_ended_as_they_had_to(planted):
     assert planted.jobs_by_name["killed"]["attempt"] == 2
     told = planted.service.describe(planted.jobs_by_name["killed"]["request_id"], {})
     assert "MLflow at 127.0.0.1 answers with 503" in told
-    assert "Weights & Biases can't be reached" in told
+    assert "Weights & Biases refuses what it is sent (401)" in told
 
 
 def test_a_server_is_given_its_secret_in_the_authorization_and_nowhere_else(planted):
