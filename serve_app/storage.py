@@ -52,7 +52,8 @@ def artifacts(settings: Settings, org_id: str, request_id: str) -> list[dict[str
         with storage.open_input_stream(f"{path}/{MANIFEST}") as stream:
             text = stream.read()
         hashes = _hashes(text) | {MANIFEST: hashlib.sha256(text).hexdigest()}
-        for folder in (ADAPTER_FOLDER, MERGED_FOLDER):
+        outputs = {ADAPTER_FOLDER, MERGED_FOLDER}
+        for folder in outputs & {name.partition("/")[0] for name in hashes} or outputs:
             listing = storage.get_file_info(FileSelector(f"{path}/{folder}", recursive=True, allow_not_found=True))
             found |= {i.path.removeprefix(f"{path}/"): i.size for i in listing if _is_file(i)}
     link = _linker(settings, path)
