@@ -342,9 +342,9 @@ class InfraConfig(Section):
         if not isinstance(data, dict) or data.get("min_node_count") is not None:
             return data
         nodes = data.get("node_count", cls.model_fields["node_count"].default)
-        return (
-            data | {"min_node_count": nodes} if type(nodes) is int and 1 <= nodes <= MAX_NODES else data
-        )  # else it is told once
+        if type(nodes) is not int or not 1 <= nodes <= MAX_NODES:
+            return data  # node_count is told alone
+        return data | {"min_node_count": nodes}
 
     @property
     def num_workers(self) -> int:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from train_loop.data import pieces
 from train_loop.data.pieces import PATTERNS, Pieces
+from train_loop.data.token_bounds import TokenBounds
 
 TEXT = "You're right:\n\n  it's 3.14 (or 22/7), isn't it? <|im_end|>\n<|im_start|>assistant\nNo.\r\nx = [1, 2]\t# done "
 
@@ -26,6 +27,10 @@ def variant(tokenizer, change):
     made = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     change(made)
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>")
+
+
+def pieces_of(tokenizer):
+    return Pieces.of(tokenizer, TokenBounds.of(tokenizer))
 
 
 def split_by(pattern, behavior="isolated"):
@@ -50,7 +55,7 @@ def cut_up(tokenizer):
     """Tokenizers of every kind that is cut up, with their pieces."""
     changes = [lambda backend: None, composing, digit_by_digit, *map(split_by, sorted(PATTERNS))]
     made = [variant(tokenizer, change) for change in changes]
-    return [(each, Pieces.of(each)) for each in made]
+    return [(each, pieces_of(each)) for each in made]
 
 
 def by_itself(tokenizer, text):
@@ -77,7 +82,7 @@ def test_the_first_tokens_are_those_of_the_whole_text(cut_up, text, at_least):
 
 def test_what_is_remembered_is_bounded_and_threads_share_it(tokenizer, monkeypatch):
     monkeypatch.setattr(pieces, "MAX_KNOWN", 20)
-    shared, whole = Pieces.of(tokenizer), by_itself(tokenizer, TEXT)
+    shared, whole = pieces_of(tokenizer), by_itself(tokenizer, TEXT)
     wrong = []
 
     def encode(number):
@@ -122,4 +127,4 @@ def test_what_is_remembered_is_bounded_and_threads_share_it(tokenizer, monkeypat
     ],
 )
 def test_other_tokenizers_are_left_alone(tokenizer, change):
-    assert Pieces.of(variant(tokenizer, change)) is None
+    assert pieces_of(variant(tokenizer, change)) is None

@@ -42,9 +42,8 @@ class Pieces:
         self._known: dict[str, bytes] = {}
 
     @classmethod
-    def of(cls, tokenizer: Any) -> Pieces | None:
-        """The tokenizer's pieces, if it is known to make their tokens one by one."""
-        bounds = TokenBounds.of(tokenizer)
+    def of(cls, tokenizer: Any, bounds: TokenBounds | None) -> Pieces | None:
+        """The tokenizer's pieces, if it, with these `bounds`, is known to make their tokens one by one."""
         if bounds is None or not _keeps_apart(tokenizer, bounds):
             return None
         separator = next((token for token in bounds.added if bounds.stands_alone(token)), None)

@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 INDEX = "index.json"  # written last
 EXCERPT_CHARS = 200
 MAX_EVAL_LINES = 10_000
-# Rejected rows that are listed, of a block and in all: files that are all wrong mustn't fill the memory.
 MAX_VALUES = 4_000_000  # of a row; prose of MAX_LINE_BYTES has fewer commas
+# Rejected rows that are listed, of a block and in all: files that are all wrong mustn't fill the memory.
 MAX_LISTED = 1_000
 MAX_LISTED_IN_ALL = 100_000
 LAYOUT = 2  # of shards and index; part of the key

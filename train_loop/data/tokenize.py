@@ -264,7 +264,7 @@ class ChatTokenizer:
 
     @cached_property
     def _pieces(self) -> Pieces | None:
-        return Pieces.of(self.tokenizer)
+        return Pieces.of(self.tokenizer, self._bounds)
 
     @cached_property
     def _taking_blanks(self) -> list[int]:
