@@ -64,16 +64,16 @@ def useful_flops(shape: Shape, documents: Sequence[tuple[int, int]], r: int) -> 
     }
 
 
-def gemm_limit(shape: Shape, tokens: int) -> dict[str, float]:
+def gemm_limit(shape: Shape, tokens: int, device: torch.device) -> dict[str, float]:
     """FLOP/s by dtype of torch's own products of the model's shapes with `tokens` rows, forward and input gradients, each at its
     best."""
-    return {name: _rate(shape, tokens, dtype) for name, dtype in DTYPES.items()}
+    return {name: _rate(shape, tokens, dtype, device) for name, dtype in DTYPES.items()}
 
 
-def _rate(shape: Shape, tokens: int, dtype: torch.dtype) -> float:
+def _rate(shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
     flops, seconds = 0, 0.0
     for (i, o), count in Counter(shape.block).items():
-        weight, x, y = (torch.randn(*size, dtype=dtype) for size in ((o, i), (tokens, i), (tokens, o)))
+        weight, x, y = (torch.randn(*size, dtype=dtype, device=device) for size in ((o, i), (tokens, i), (tokens, o)))
         flops += count * 4 * tokens * i * o
         seconds += count * (_best(F.linear, x, weight) + _best(torch.mm, y, weight))
     return flops / seconds
@@ -82,7 +82,14 @@ def _rate(shape: Shape, tokens: int, dtype: torch.dtype) -> float:
 def _best(multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], a: torch.Tensor, b: torch.Tensor) -> float:
     times = []
     for _ in range(TRIES):
+        _finish(a.device)
         started = time.perf_counter()
         multiply(a, b)
+        _finish(a.device)
         times.append(time.perf_counter() - started)
     return min(times)
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -43,7 +43,7 @@ from benchmarks.simulation import (
     striped,
     work,
 )
-from benchmarks.train import CORES, WARM_UP, Bench, Case, job_of, start, tell, write_rows
+from benchmarks.train import CORES, Bench, Case, job_of, start, tell, write_rows
 from train_loop.data.loader import Layout
 from train_loop.data.prepare import prepare_local
 from train_loop.data.shards import ShardSet
@@ -53,6 +53,7 @@ from train_loop.model.load import load_tokenizer
 from train_loop.spec import Hyperparameters, JobSpec
 
 WORKERS = (1, 2, 4)
+WARM_UP = 1  # steps
 MEASURED_LENGTH = 512
 STRONG_DOCUMENTS, WEAK_DOCUMENTS = 8, 4  # a step, of all workers and of each
 SIMULATED_LENGTH, SIMULATED_ROWS = 2048, 1000
@@ -115,7 +116,8 @@ class Scaling:
         documents = STRONG_DOCUMENTS if mode == "strong" else WEAK_DOCUMENTS * workers
         folder = Path(tempfile.mkdtemp(dir=folder))
         write_rows(folder / "rows.jsonl")
-        sized = argparse.Namespace(**vars(options), batch_tokens=documents * MEASURED_LENGTH)
+        model = Path(options.mirror, SMOLLM2)
+        sized = argparse.Namespace(**vars(options), batch_tokens=documents * MEASURED_LENGTH, warm_up=WARM_UP, model=model)
         self.bench = Bench(Case("bf16", MEASURED_LENGTH, False, workers), folder, sized)
         self.runs: list[dict[str, Any]] = []
 

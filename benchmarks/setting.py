@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from pyarrow.fs import LocalFileSystem
 
 from train_loop.data.compressed import read_chunks
@@ -28,6 +29,7 @@ def conversations() -> Iterator[dict[str, Any]]:
 
 
 def machine() -> dict[str, Any]:
-    """Its processor, and how many cores may be used."""
+    """Its processor, how many cores may be used, and its GPU, if any."""
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    return {"cpu": cpu.partition(": ")[2] or platform.machine(), "cores": len(os.sched_getaffinity(0))}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu.partition(": ")[2] or platform.machine(), "cores": len(os.sched_getaffinity(0)), "gpu": gpu}

@@ -28,7 +28,10 @@ from train_loop.loop import batch_plan, run
 from train_loop.model.load import load_tokenizer, quantised_by, quieten
 from train_loop.spec import JobSpec
 
-LAYOUTS = ("packed", "padded", "single")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Of TRL's micro-batches: rows of several documents, all documents padded, or one document each; on a GPU also with Liger's
+# kernels, which aren't in the lock.
+LAYOUTS = ("packed", "padded", "single") if DEVICE.type == "cpu" else ("packed liger", "padded liger", "packed", "padded")
 MESSAGES = [4 * 16**k for k in range(7)]  # bytes: to 64 MiB, which is a bucket of gradients
 SENT = 21  # times each
 
@@ -39,7 +42,7 @@ class Task:
 
     side: str  # ours, trl, naive; gemm and network: the machine's limits
     dtype: str  # what peers compute in; ours picks its own
-    layout: str  # of TRL's micro-batches: rows of several documents, all documents padded, or one document each
+    layout: str  # of LAYOUTS
     job: dict[str, Any]
     model: Path  # folder of the base
     folder: Path = Path()  # of the run, its rows prepared in data/
@@ -63,6 +66,8 @@ class Task:
 
 def ended(step: int) -> None:
     """Say that a step is done; step 0 is the start. All processes of a machine share this clock."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
     print(json.dumps({"step": step, "at": time.monotonic()}), flush=True)
 
 
@@ -116,7 +121,9 @@ def peers_model(task: Task) -> tuple[Any, Any]:
 
     quieten()
     dtype, spec = DTYPES[task.dtype], task.spec
-    base = AutoModelForCausalLM.from_pretrained(task.model, dtype=dtype, **quantised_by(spec.model_details.quantization, dtype))
+    base = AutoModelForCausalLM.from_pretrained(
+        task.model, dtype=dtype, device_map={"": DEVICE}, **quantised_by(spec.model_details.quantization, dtype)
+    )
     adapter = spec.train_config.adapter_config
     return base, LoraConfig(
         r=adapter.r,
@@ -146,11 +153,11 @@ def naive(task: Task) -> None:
     ended(0)
     for step, samples in enumerate(documents(spec, task.folder, *rank_and_world()), 1):
         ids, labels = (
-            pad_sequence([torch.tensor(getattr(s, field)).long() for s in samples], True, fill)
+            pad_sequence([torch.tensor(getattr(s, field)).long() for s in samples], True, fill).to(DEVICE)
             for field, fill in (("input_ids", 0), ("labels", IGNORE_INDEX))
         )
-        mask = pad_sequence([torch.ones(len(s.input_ids), dtype=torch.long) for s in samples], True, 0)
-        with torch.autocast("cpu", torch.bfloat16, enabled=task.dtype == "bf16"):
+        mask = pad_sequence([torch.ones(len(s.input_ids), dtype=torch.long) for s in samples], True, 0).to(DEVICE)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=task.dtype == "bf16"):
             loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learns, hp.max_grad_norm)
@@ -191,9 +198,10 @@ def trl(task: Task) -> None:
         gradient_checkpointing=hp.gradient_checkpointing,
         learning_rate=hp.learning_rate,
         max_length=spec.dataset_config.preprocessing.prompt.max_length,
-        packing=task.layout == "packed",
+        packing=task.layout.startswith("packed"),
+        use_liger_kernel=task.layout.endswith("liger"),
         bf16=task.dtype == "bf16",
-        use_cpu=True,
+        use_cpu=DEVICE.type == "cpu",
         ddp_backend="gloo" if world_size > 1 else None,
         save_strategy="no",
         report_to="none",
@@ -215,7 +223,7 @@ Rows = list[dict[str, Any]]
 
 def laid_out(ranks: list[list[list[Sample]]], layout: str, spec: JobSpec) -> list[list[list[Rows]]]:
     """Of each rank and step its micro-batches, as many everywhere: the Trainer accumulates a fixed number."""
-    if layout != "packed":
+    if not layout.startswith("packed"):
         groups = [[[_row([sample]) for sample in step] for step in steps] for steps in ranks]
         return [[[[row] for row in step] if layout == "single" else [step] for step in steps] for steps in groups]
     limit = spec.dataset_config.preprocessing.prompt.max_length
@@ -248,7 +256,7 @@ def gemm(task: Task) -> None:
     """How fast the machine multiplies what the model does, all ranks at once."""
     if rank_and_world()[1] > 1:
         torch.distributed.barrier()
-    print(json.dumps({"flops": gemm_limit(Shape.of(task.model), task.micro_tokens)}), flush=True)
+    print(json.dumps({"flops": gemm_limit(Shape.of(task.model), task.micro_tokens, DEVICE)}), flush=True)
 
 
 def network(task: Task) -> None:
@@ -277,8 +285,8 @@ def main() -> None:
     if several:
         torch.distributed.destroy_process_group()
     # Of this process alone: ru_maxrss begins with its parent's.
-    peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
-    print(json.dumps({"peak_bytes": int(peak) << 10}), flush=True)
+    peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) << 10
+    print(json.dumps({"peak_bytes": torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else peak}), flush=True)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from pyarrow.fs import LocalFileSystem
 
 from benchmarks.flops import Shape, useful_flops
 from benchmarks.setting import SMOLLM2, conversations, machine
-from benchmarks.sides import LAYOUTS, Task, documents
+from benchmarks.sides import DEVICE, LAYOUTS, Task, documents
 from train_loop.allocator import environment
 from train_loop.data.prepare import prepare_local
 from train_loop.data.sources import find_files
@@ -38,8 +38,6 @@ from train_loop.model.load import compute_dtype, load_tokenizer
 from train_loop.spec import JobSpec
 
 NUM_ROWS = 200
-WARM_UP = 1  # steps
-PROBED = 1  # steps after the warm-up
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -85,6 +83,28 @@ def job_of(case: Case, data: Path, batch_tokens: int, num_steps: int) -> dict[st
         "dataset_details": {"dataset_path": str(data), "source_type": "local", "ownership": "public"},
         "infra_config": {"gpu_type": "cpu", "gpu_count": case.workers},
     }
+
+
+def random_model(folder: Path, tokenizer: Path) -> Path:
+    """A model of Llama 3.2 1B's shape with random weights, made in `folder`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        vocab_size=128_256,
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+    )
+    torch.manual_seed(0)
+    with DEVICE:
+        LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    load_tokenizer(tokenizer).save_pretrained(folder)
+    return folder
 
 
 def write_rows(path: Path, num_rows: int = NUM_ROWS) -> None:
@@ -133,9 +153,9 @@ class Bench:
 
     def __init__(self, case: Case, folder: Path, options: argparse.Namespace) -> None:
         self.case, self.options = case, options
-        self.model = Path(options.mirror, SMOLLM2)
+        self.model = options.model
         self.shape = Shape.of(self.model)
-        self.job = job_of(case, folder / "rows.jsonl", options.batch_tokens, WARM_UP + options.steps)
+        self.job = job_of(case, folder / "rows.jsonl", options.batch_tokens, options.warm_up + options.steps)
         self.folder = folder / str(case)
         prepare(self.job, self.model, self.folder)
         spec = JobSpec.model_validate(self.job)
@@ -144,8 +164,9 @@ class Bench:
             [(len(s.labels), int((s.labels[1:] != IGNORE_INDEX).sum())) for s in step] for step in documents(spec, self.folder)
         ]
         self.adapter_rank = spec.train_config.adapter_config.r
-        self.picked = "bf16" if compute_dtype(spec.train_config.torch_dtype, torch.device("cpu"))[0] is torch.bfloat16 else "fp32"
-        self.dtypes = ["fp32"] if case.precision == "fp32" else ["fp32", "bf16"]
+        self.picked = "bf16" if compute_dtype(spec.train_config.torch_dtype, DEVICE)[0] is torch.bfloat16 else "fp32"
+        either = ["fp32", "bf16"] if DEVICE.type == "cpu" else ["bf16"]  # a GPU's fp32 is a tenth of that
+        self.dtypes = ["fp32"] if case.precision == "fp32" else either
 
     def measure(self) -> dict[str, Any]:
         """Probe TRL's settings, then let the sides take turns."""
@@ -172,13 +193,13 @@ class Bench:
         return {"case": asdict(self.case), "probes": probes, "limits": limits, "runs": runs}
 
     def probe(self) -> list[dict[str, Any]]:
-        """One step of each of TRL's settings. One that takes thrice as long as another is ended, and so is its dtype."""
+        """A step or a few of each of TRL's settings. One that takes thrice as long as another is ended, and so is its dtype."""
         probes, limit_s = list[dict[str, Any]](), self.options.limit_s
-        for dtype, layout in itertools.product(self.dtypes, LAYOUTS):
+        for dtype, layout in itertools.product(self.dtypes, self.options.layouts):
             if any(p["at_most"] and p["dtype"] == dtype for p in probes):
                 continue
             started = time.monotonic()
-            probes.append(self.run(self.side("trl", dtype, layout), PROBED, limit_s))
+            probes.append(self.run(self.side("trl", dtype, layout), -(-self.options.steps // 4), limit_s))
             limit_s = min(limit_s, 3 * (time.monotonic() - started))
             tell(f"{self.case} probe of TRL {dtype} {layout}: {shown(probes[-1])}")
         return probes
@@ -190,13 +211,14 @@ class Bench:
 
     def run(self, side: Task, num_steps: int, limit_s: float) -> dict[str, Any]:
         """Train so many steps after the warm-up."""
-        last = WARM_UP + num_steps
+        warm_up = self.options.warm_up
+        last = warm_up + num_steps
         said, killed_at = self._start(side, last, limit_s)
         at = {line["step"]: line["at"] for line in said[0] if "step" in line}
         if 0 not in at:
             raise SystemExit(f"{side.side} didn't begin to train within {limit_s:.0f} s: raise --limit-s")
         peaks = [line["peak_bytes"] for lines in said for line in lines if "peak_bytes" in line]
-        first = WARM_UP if WARM_UP in at else 0
+        first = warm_up if warm_up in at else 0
         at_most = killed_at is not None and last not in at
         # What was ended is counted with the step that was under way: it isn't faster than that.
         end, through = (killed_at or 0.0, max(at) + 1) if at_most else (at[last], last)
@@ -258,11 +280,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", nargs="+", choices=list(CASES), metavar="CASE", help=f"of {', '.join(CASES)}")
     parser.add_argument("--all", action="store_true", help=f"every case: hours; default {' '.join(DEFAULT)}")
-    parser.add_argument("--steps", type=int, default=2, help="optimizer steps measured, after one of warm-up")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps measured, after the warm-up")
+    parser.add_argument("--warm-up", type=int, default=1, help="steps before; kernels are compiled in a GPU's first ones")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS, help="of TRL's that are probed")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--batch-tokens", type=int, default=2048, help="of a step, were all documents max_length long")
     parser.add_argument("--limit-s", type=float, default=240, help="a run that takes longer is ended: an upper bound is shown")
-    parser.add_argument("--mirror", default=str(Path.home() / ".tuneyard/models"))
+    parser.add_argument("--model", type=Path, default=Path.home() / ".tuneyard/models" / SMOLLM2, help="its folder")
+    parser.add_argument("--random-1b", action="store_true", help="a model of Llama 3.2 1B's shape instead, with random weights")
+    parser.add_argument("--rows", type=Path, help="JSONL of conversations instead of ShareGPT's first ones")
     parser.add_argument("--out", type=Path, default=Path(".bench/train.json"))
     options = parser.parse_args()
     names = list(CASES) if options.all else options.case or DEFAULT
@@ -270,7 +296,12 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     found = list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as folder:
-        write_rows(Path(folder, "rows.jsonl"))
+        if options.rows:
+            shutil.copy(options.rows, Path(folder, "rows.jsonl"))
+        else:
+            write_rows(Path(folder, "rows.jsonl"))
+        if options.random_1b:
+            options.model = random_model(Path(folder, "model"), options.model)
         header = "| case | side | computes in | supervised tokens/s | tokens/s | peak MiB | ours / it | share of the limit |"
         print(header + "\n" + "|---" * 8 + "|")
         for name in names:
