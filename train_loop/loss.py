@@ -16,7 +16,8 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 from train_loop.data.packing import MicroBatch
 from train_loop.data.tokenize import IGNORE_INDEX
 
-CHUNK_TOKENS = 256
+CHUNK_TOKENS = 256  # at least, and on a CPU
+CHUNK_LOGITS = 2**28  # on a GPU, which is idle between small chunks: a GiB of them
 ROUNDING = 1e-2  # is less, in bf16 too
 
 
@@ -29,8 +30,9 @@ class _HeadLoss(torch.autograd.Function):
         learns = any(ctx.needs_input_grad)
         gradient = torch.empty_like(hidden) if learns else None
         of_trained = [torch.zeros_like(p) for p in trained] if learns else []
-        for start in range(0, len(targets), CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
+        size = max(CHUNK_TOKENS, CHUNK_LOGITS // head.vocab) if hidden.is_cuda else CHUNK_TOKENS
+        for start in range(0, len(targets), size):
+            part = slice(start, start + size)
             with torch.set_grad_enabled(learns):
                 chunk = hidden[part].detach().requires_grad_(learns)
                 raw = head.layer(chunk)
@@ -94,6 +96,11 @@ class Head:
             scale / getattr(config, "logits_scaling", 1.0),
             getattr(config, "final_logit_softcapping", None),
         )
+
+    @property
+    def vocab(self) -> int:
+        """How many logits a token has."""
+        return len(self.layer.weight)  # type: ignore[arg-type]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, vocab] of hidden[n, width], at least in float32."""

@@ -117,9 +117,66 @@ def test_only_a_model_that_attends_by_torchs_kernel_is_changed(implementation):
 
     config = LlamaConfig(**SIZES, vocab_size=32)
     model = LlamaForCausalLM._from_config(config, attn_implementation=implementation)
-    attend_by_document(model)
+    attend_by_document(model, torch.device("cpu"))
     ids, positions = torch.arange(1, 9)[None], torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
     mine = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     assert model.config._attn_implementation == {"eager": "eager", "sdpa": attention.NAME}[implementation]
     apart = [model(input_ids=ids[:, part], use_cache=False).logits for part in (slice(3), slice(3, 8))]
     torch.testing.assert_close(mine, torch.cat(apart, dim=1))
+
+
+def model_that_attends_by_edges(monkeypatch, **config):
+    """On the CPU, where the flash kernel isn't: all but the kernel is what a GPU runs."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    from tests.train_loop.models import SIZES
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    torch.manual_seed(0)
+    plain, model = (MistralForCausalLM._from_config(MistralConfig(**SIZES, vocab_size=32, **config)) for _ in range(2))
+    model.load_state_dict(plain.state_dict())
+    attend_by_document(model, torch.device("cuda"))
+    assert (plain.config._attn_implementation, model.config._attn_implementation) == ("sdpa", attention.NAME_VARLEN)
+    return plain.eval(), model.eval()
+
+
+PACKED = {"position_ids": torch.tensor([[0, 1, 2, 0, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6, 7, 8, 0]])}
+PADDED = {"attention_mask": torch.tensor([[1] * 10, [1] * 4 + [0] * 6])}
+
+
+@pytest.mark.parametrize("window", [None, 3], ids=["all", "sliding"])
+@pytest.mark.parametrize("rows", [PACKED, PADDED, {}], ids=["packed", "padded", "plain"])
+def test_edges_say_of_documents_what_a_mask_says(monkeypatch, rows, window):
+    plain, model = model_that_attends_by_edges(monkeypatch, sliding_window=window)
+    ids = torch.arange(20).view(2, 10) + 1
+    real = rows.get("attention_mask", torch.ones_like(ids)).bool()
+    theirs, mine = (m(input_ids=ids, use_cache=False, **rows).logits[real] for m in (plain, model))
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_the_kernel_is_told_each_document_and_its_window_once(monkeypatch):
+    _, model = model_that_attends_by_edges(monkeypatch, sliding_window=3)
+    masks, dense = [], attention._dense
+    monkeypatch.setattr(attention, "_dense", lambda edges, *shape: masks.append(edges) or dense(edges, *shape))
+    model(input_ids=torch.arange(20).view(2, 10) + 1, use_cache=False, **PACKED)
+    assert len({id(edges) for edges in masks}) == 1
+    assert len(masks) == model.config.num_hidden_layers
+    edges = masks[0]
+    assert (edges.tolist(), edges.dtype, edges.longest, edges.window) == ([0, 3, 4, 10, 19, 20], torch.int32, 9, 3)
+
+
+def test_writing_goes_on_with_a_cache_that_edges_know_nothing_of(monkeypatch):
+    plain, model = model_that_attends_by_edges(monkeypatch, sliding_window=None)
+    ids = torch.arange(1, 6)[None]
+    written = [m.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0) for m in (plain, model)]
+    assert torch.equal(*written)
+
+
+def test_a_prompt_that_sees_itself_is_masked_as_before():
+    from transformers.masking_utils import blockwise_overlay, causal_mask_function, or_masks, sdpa_mask
+
+    block = torch.tensor([[0, 0, 0, -1, -1, -1]])
+    sees = or_masks(causal_mask_function, blockwise_overlay(block))
+    told = {"mask_function": sees, "device": torch.device("cpu"), "allow_is_causal_skip": False}
+    mine = attention._edges(1, 6, 6, **told)
+    torch.testing.assert_close(mine, sdpa_mask(1, 6, 6, **told))

@@ -1,32 +1,42 @@
 """Attention document by document.
 
 transformers tells packed documents, and padding, by a dense mask: its kernel then multiplies every token with every other one of
-the row and throws most of it away. Here the kernel is called for each document, as plain causal attention.
+the row and throws most of it away. Here torch's kernel for CPUs is called for each document, as plain causal attention; its flash
+kernel for GPUs is told where each begins, and no mask is made at all.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 NAME = "by_document"  # what transformers finds it by
+NAME_VARLEN = "by_document_varlen"  # not "flash": it would be looked for on the hub
+WIDEST = 256  # heads that the flash kernel takes
 FEW_TOKENS = 128  # documents so short together share a call: it costs more than what it saves
 
 Span = tuple[int, int, bool]  # of positions [start, end); whether they are one document
 
 
-def attend_by_document(model: Any) -> None:
-    """Have a model that attends by torch's kernel for CPUs, in place, do so document by document."""
+def attend_by_document(model: Any, device: torch.device) -> None:
+    """Have a model that attends by torch's own kernels do so document by document on `device`, in place."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     reads_only = model.config is model.config.get_text_config()
-    if reads_only and model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
+    if not (reads_only and model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation()):
+        return
+    if device.type == "cpu":
         AttentionInterface.register(NAME, _attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
+    elif torch.cuda.get_device_capability(device) >= (8, 0):  # Ampere, the first that the flash kernel runs on
+        AttentionInterface.register(NAME_VARLEN, _flash_attention)
+        AttentionMaskInterface.register(NAME_VARLEN, _edges)
+        model.set_attn_implementation(NAME_VARLEN)
 
 
 def _attention(
@@ -85,3 +95,66 @@ def _shared(edges: list[int]) -> list[Span]:
         else:
             spans.append((start, end, True))
     return spans
+
+
+def _edges(batch_size: int, q_length: int, kv_length: int, **told: Any) -> torch.Tensor | None:
+    """Where documents begin in rows laid one after another, and the end of the last: int32 [documents + 1], in place of a mask.
+    A mask after all where that doesn't say it all. Padding is many documents of a token.
+
+    It carries the length of the longest, and how many tokens each sees of its own (-1: all).
+    """
+    from transformers.masking_utils import and_masks, padding_mask_function, sdpa_mask
+
+    alone = all(isinstance(at := told.get(name, 0), int) and at == 0 for name in ("q_offset", "kv_offset"))  # nothing is cached
+    if q_length == kv_length and alone and not told.get("use_vmap"):
+        device, sees = told["device"], told["mask_function"]
+        if (real := told.get("attention_mask")) is not None:
+            sees = and_masks(sees, padding_mask_function(real))
+        row = torch.arange(batch_size, device=device)[:, None]
+        head, at = torch.zeros_like(row), torch.arange(1, q_length, device=device)[None]
+        ahead, back = (sees(row, head, *pair).expand(batch_size, q_length - 1) for pair in ((at - 1, at), (at, at - 1)))
+        if not ahead.any():
+            begins = torch.cat([torch.ones_like(row, dtype=torch.bool), ~back], dim=1).flatten().nonzero()[:, 0]
+            edges: Any = torch.cat([begins, begins.new_tensor([batch_size * q_length])]).int()
+            edges.longest, edges.window = int(edges.diff().max()), told.get("local_size") or -1
+            return edges  # type: ignore[no-any-return]
+    mask: torch.Tensor | None = sdpa_mask(batch_size, q_length, kv_length, **told)
+    return mask
+
+
+def _flash_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """As `_attention`, with the edges of documents for a mask."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward as attention
+
+    if attention_mask is None or attention_mask.ndim != 1:
+        return attention(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    edges, rows, seq = attention_mask, len(query), query.shape[2]
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value.dtype
+    fits = query.is_cuda and dtype.itemsize == 2 and query.shape[-1] == value.shape[-1] <= WIDEST
+    if not fits or kwargs.get("dropout") or kwargs.get("position_bias") is not None:
+        return attention(module, query, key, value, _dense(edges, rows, seq), **kwargs)  # type: ignore[no-any-return]
+    flat = (t.transpose(1, 2).flatten(0, 1).to(dtype) for t in (query, key, value))
+    out = _flash()(
+        *flat,
+        *(edges, edges, edges.longest, edges.longest),
+        scale=kwargs.get("scaling"),
+        window_size=(edges.window - 1 if edges.window > 0 else -1, 0),
+        enable_gqa=True,
+    )
+    return out.view(rows, seq, *out.shape[1:]), None
+
+
+def _flash() -> Callable[..., Any]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
+
+
+def _dense(edges: Any, rows: int, seq: int) -> torch.Tensor:
+    """The edges as a mask[rows, 1, seq, seq]."""
+    at = torch.arange(seq, device=edges.device)
+    document = torch.searchsorted(edges, torch.arange(rows * seq, device=edges.device), right=True).view(rows, 1, seq)
+    mask = (document[..., :, None] == document[..., None, :]) & (at[:, None] >= at)
+    return mask & (at[:, None] - at < edges.window) if edges.window > 0 else mask

@@ -36,9 +36,8 @@ class _LoraLinear(torch.autograd.Function):
         dropout: float,
     ) -> torch.Tensor:
         y = F.linear(x, _unpacked(weight, quantised, x.dtype), bias)
-        cut = min(round(dropout * DRAWS), DRAWS - 1)
-        mask = _kept(x, cut) if cut else None
-        scale /= 1 - cut / DRAWS
+        mask, share = _kept(x, dropout) if dropout else (None, 1.0)
+        scale /= share
         low = _masked(x, mask) @ a.t()  # [n, r]
         y.addmm_(low, b.t(), alpha=scale)
         ctx.save_for_backward(x, weight, a, b, low, mask)
@@ -63,15 +62,22 @@ class _LoraLinear(torch.autograd.Function):
         return of_x, None, None, None, of_a, of_b, None, None
 
 
-def _kept(x: torch.Tensor, cut: int) -> torch.Tensor:
-    """A byte for each value of x: 0 with probability cut / DRAWS, else 1."""
+def _kept(x: torch.Tensor, dropout: float) -> tuple[torch.Tensor, float]:
+    """A byte for each value of x, 0 with about the probability `dropout` and else 1, and the share that is kept."""
+    if x.is_cuda:
+        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout), 1 - dropout
+    cut = min(round(dropout * DRAWS), DRAWS - 1)
     # Four values share a draw of 64 bits. torch's bernoulli_ draws for each, and took a fifth of a step on a CPU.
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    return (draws.view(torch.int16)[: x.numel()] >= cut - DRAWS // 2).view(torch.uint8).view(x.shape)
+    return (draws.view(torch.int16)[: x.numel()] >= cut - DRAWS // 2).view(torch.uint8).view(x.shape), 1 - cut / DRAWS
 
 
 def _masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return x if mask is None else x * mask.to(x.dtype)  # cast first: five times as fast as mixing the types
+    if mask is None:
+        return x
+    if x.is_cuda:  # one pass over memory
+        return torch.ops.aten.native_dropout_backward(x, mask, 1.0)  # type: ignore[no-any-return]
+    return x * mask.to(x.dtype)  # cast first: five times as fast as mixing the types
 
 
 def _unpacked(weight: torch.Tensor, quantised: QuantState | None, dtype: torch.dtype) -> torch.Tensor:

@@ -208,8 +208,7 @@ def load_base(spec: JobSpec, folder: Path, device: torch.device, at: torch.devic
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(True)
     compute_in(model, dtype)
-    if device.type == "cpu":
-        attend_by_document(model)
+    attend_by_document(model, device)
     for module in quantised_layers(model):
         # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit layer the first time it runs in eval mode, and the repacked
         # kernel has no backward: training after an evaluation would silently use wrong gradients.

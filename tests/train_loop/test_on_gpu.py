@@ -1,0 +1,83 @@
+"""What only a GPU can show: its kernels compute what the CPU's do, and its optimizer pages. Skipped where there is none.
+
+The other tests of this folder run on a GPU too, where there is one: a run takes what it finds.
+"""
+
+import json
+
+import pytest
+import torch
+
+from tests.train_loop.models import ARCHITECTURES, make_base
+from train_loop.model import attention
+from train_loop.model.load import load_base
+from train_loop.spec import JobSpec
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+HP = "train_config.hyperparameters"
+PLAIN = {"train_config.adapter_config.dropout": 0.0, "model_details.quantization": None}
+
+
+def losses(folder):
+    points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [point["loss"] for point in points if "loss" in point]
+
+
+@pytest.mark.parametrize("window", [-1, 40])
+def test_the_flash_kernel_attends_by_document(window):
+    rows, seq, lengths = 2, 300, [5, 1, 130, 164, 300]
+    edges = torch.tensor([0, 5, 6, 136, 300, 600], dtype=torch.int32, device="cuda")
+    edges.longest, edges.window = max(lengths), window
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, True
+    torch.manual_seed(0)
+    tensors = [torch.randn(rows, h, seq, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (4, 2, 2)]
+    mine = attention._flash_attention(module, *tensors, edges, scaling=0.2)[0]
+    mask = attention._dense(edges, rows, seq)
+    query, key, value = (t.float() for t in tensors)
+    key, value = (t.repeat_interleave(2, dim=1) for t in (key, value))
+    theirs = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.2).transpose(1, 2)
+    torch.testing.assert_close(mine.float(), theirs, atol=2e-2, rtol=2e-2)
+    for a, b in zip(*(torch.autograd.grad(out.float().square().sum(), tensors) for out in (mine, theirs)), strict=True):
+        torch.testing.assert_close(a.float(), b.float(), atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_each_architecture_computes_on_a_gpu_what_it_does_on_a_cpu(name, local_job, tmp_path, tokenizer):
+    """In bf16, with the flash kernel where it can be: documents packed in a row. Rounding may send a token to another expert."""
+    base = make_base(name, tmp_path, tokenizer)
+    spec = JobSpec.model_validate(local_job({"model_details.base_model": base} | PLAIN))
+    exact = JobSpec.model_validate(local_job({"model_details.base_model": base, "train_config.torch_dtype": "float32"} | PLAIN))
+    mine, theirs = (load_base(s, tmp_path / base, torch.device(d)).model.eval() for s, d in ((spec, "cuda"), (exact, "cpu")))
+    ids, positions = torch.arange(3, 43)[None], torch.cat([torch.arange(30), torch.arange(10)])[None]
+    with torch.no_grad():
+        a, b = (
+            m(input_ids=ids.to(m.device), position_ids=positions.to(m.device), use_cache=False).logits.float().cpu()
+            for m in (mine, theirs)
+        )
+    assert (a - b).square().mean() < 1e-2 * b.square().mean()
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
+def test_every_optimizer_trains_every_kind_of_base(bits, optim, local_job, launch, tmp_path):
+    changes = PLAIN | {"model_details.quantization": bits and {"quant_bits": bits}}
+    changes |= {f"{HP}.optim": optim, f"{HP}.max_steps": 6, f"{HP}.learning_rate": 0.01, f"{HP}.logging_steps": 1}
+    launch(local_job(changes))
+    seen = losses(tmp_path / "run")
+    assert len(seen) == 6
+    assert seen[-1] < seen[0]
+
+
+def test_paged_steps_are_those_of_the_8_bit_optimizer(local_job, launch, tmp_path):
+    for optim in ("adamw_8bit", "paged_adamw_8bit"):
+        launch(local_job(PLAIN | {f"{HP}.optim": optim, f"{HP}.max_steps": 6, f"{HP}.logging_steps": 1}), optim)
+    assert losses(tmp_path / "adamw_8bit") == pytest.approx(losses(tmp_path / "paged_adamw_8bit"), rel=1e-3)
+
+
+def test_a_run_on_a_gpu_follows_the_one_on_a_cpu(local_job, launch, tmp_path, monkeypatch):
+    job = local_job(PLAIN | {"train_config.torch_dtype": "float32", f"{HP}.max_steps": 6, f"{HP}.logging_steps": 1})
+    launch(job, "gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    launch(job, "cpu")
+    assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-3)
