@@ -81,7 +81,8 @@ def documents(spec: JobSpec, folder: Path, rank: int = 0, world_size: int = 1) -
     shards = ShardSet(PreparedDataset.from_json((folder / "data/index.json").read_text()), folder / "data")
     ids = shards.ids("train")
     plan = batch_plan(spec, len(ids))
-    steps = (plan.micro_batches(step, rank, world_size) for step in range(1, plan.total_steps + 1))
+    sizes = shards.sizes(ids)
+    steps = (plan.micro_batches(step, rank, world_size, sizes) for step in range(1, plan.total_steps + 1))
     return [[shards.sample(int(ids[i])) for i in np.concatenate(step)] for step in steps]
 
 

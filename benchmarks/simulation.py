@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks.flops import Shape, useful_flops
 from benchmarks.network import Cluster, Link, all_reduce, gather
+from train_loop.data.sampler import deal
 from train_loop.parallel import BUCKET_BYTES
 from train_loop.plan import GPU_MFU, bytes_per_weight
 from train_loop.spec import AdapterConfig, Quantization
@@ -106,7 +107,7 @@ def work(base: Base, way: Way, documents: Documents) -> np.ndarray:
 
 
 def striped(flops: np.ndarray, ranks: int, batch_size: int) -> np.ndarray:
-    """A global batch's work [documents, 3] as [ranks, micro-batches, 3], in the order that it comes in: as the sampler has it.
+    """A global batch's work [documents, 3] as [ranks, micro-batches, 3], in the order that it comes in.
 
     The ranks share the documents evenly, and a rank's micro-batches its.
     """
@@ -117,16 +118,9 @@ def striped(flops: np.ndarray, ranks: int, batch_size: int) -> np.ndarray:
 
 
 def dealt(flops: np.ndarray, ranks: int, batch_size: int) -> np.ndarray:
-    """The same, but the longest documents first, each time to the micro-batches that have least so far: as many to each."""
-    each = len(flops) // ranks
-    bins = ranks * math.ceil(each / batch_size)
-    ordered = flops[np.argsort(-flops.sum(1))]
-    rounds = [ordered[at : at + bins] for at in range(0, len(ordered), bins)]
-    filled = np.zeros((bins, 3))
-    for documents in rounds:
-        least = np.argsort(filled.sum(1), kind="stable")[: len(documents)]
-        filled[least] += documents
-    return filled.reshape(ranks, -1, 3)
+    """The same, with about as much for each rank and each of its micro-batches: as the sampler has it."""
+    micros, sizes = math.ceil(len(flops) / ranks / batch_size), flops.sum(1)
+    return np.array([[flops[mine[part]].sum(0) for part in deal(sizes[mine], micros)] for mine in deal(sizes, ranks)])
 
 
 def step_s(base: Base, way: Way, gpu: Gpu, cluster: Cluster, flops: np.ndarray) -> float:
@@ -171,8 +165,8 @@ def losses(
 
 def cpu_step_s(base: Base, documents: Documents, workers: int, cores: int, flops: float, link: Link) -> float:
     """Seconds of a step of ddp LoRA by the workers of one machine, each of whose cores does `flops` of useful work a second."""
-    stripes = [documents[rank::workers] for rank in range(workers)]
-    seconds = [sum(useful_flops(base.shape, stripe, ADAPTER_RANK).values()) / flops for stripe in stripes]
+    shares = [[documents[i] for i in share] for share in deal(np.array([length for length, _ in documents]), workers)]
+    seconds = [sum(useful_flops(base.shape, share, ADAPTER_RANK).values()) / flops for share in shares]
     gradients = 4 * base.shape.num_blocks * base.block_adapter_params
     return makespan(seconds, cores) + all_reduce(gradients, workers, Cluster(link, link, per_node=workers))
 

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import TINY
 from train_loop.data.packing import collate, pack
-from train_loop.data.sampler import BatchPlan
+from train_loop.data.sampler import BatchPlan, deal
 from train_loop.data.tokenize import Sample
 from train_loop.loss import CHUNK_TOKENS, Head, head_loss, supervised_loss
 from train_loop.model import attention
@@ -133,10 +135,11 @@ plans = st.builds(
 )
 
 
-@given(plans, st.integers(1, 5))
-def test_any_number_of_workers_shares_a_step_without_loss_or_overlap(plan, world_size):
+@given(plans, st.integers(1, 5), st.integers(0, 5))
+def test_any_number_of_workers_shares_a_step_without_loss_or_overlap(plan, world_size, seed):
+    sizes = np.random.default_rng(seed).integers(1, 100, plan.num_samples)
     for step in range(1, plan.total_steps + 1):
-        of_ranks = [plan.micro_batches(step, rank, world_size) for rank in range(world_size)]
+        of_ranks = [plan.micro_batches(step, rank, world_size, sizes) for rank in range(world_size)]
         assert len({len(micros) for micros in of_ranks}) == 1
         shared = [micro for micros in of_ranks for micro in micros]
         assert sorted(np.concatenate(shared)) == sorted(plan.global_batch(step))
@@ -145,7 +148,32 @@ def test_any_number_of_workers_shares_a_step_without_loss_or_overlap(plan, world
 
 @given(plans)
 def test_the_full_number_of_workers_accumulates_as_asked(plan):
-    assert len(plan.micro_batches(1, 0, plan.world_size)) == plan.accumulation_steps
+    assert len(plan.micro_batches(1, 0, plan.world_size, np.ones(plan.num_samples, int))) == plan.accumulation_steps
+
+
+def test_workers_have_about_as_much_to_do_as_each_other():
+    """Rows as long as conversations are: most of them short, some many times as long."""
+    sizes = np.random.default_rng(0).lognormal(6, 1.2, 640).clip(max=4096).astype(np.int64)
+    plan = BatchPlan(640, 4, 8, 2, 1, None, 42)
+
+    def waits(shares):
+        return np.mean([max(each) / np.mean(each) for each in shares])
+
+    as_drawn, dealt = [], []
+    for step in range(1, plan.total_steps + 1):
+        batch = plan.global_batch(step)
+        as_drawn.append([sizes[batch[rank::8]].sum() for rank in range(8)])
+        of_ranks = [plan.micro_batches(step, rank, 8, sizes) for rank in range(8)]
+        dealt.append([sum(sizes[micro].sum() for micro in micros) for micros in of_ranks])
+        assert {len(micro) for micros in of_ranks for micro in micros} == {4}
+    assert waits(dealt) < 1.1 < 1.4 < waits(as_drawn)
+
+
+@given(st.lists(st.integers(0, 50), max_size=40), st.integers(1, 9))
+def test_shares_are_of_all_and_none_has_too_many(sizes, num_shares):
+    shares = deal(np.array(sizes, dtype=np.int64), num_shares)
+    assert sorted(i for share in shares for i in share) == list(range(len(sizes)))
+    assert max(map(len, shares)) <= math.ceil(len(sizes) / num_shares)
 
 
 @given(plans)

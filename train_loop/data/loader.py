@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from train_loop.data.shards import ShardSet
     from train_loop.data.tokenize import ChatTokenizer, Sample
 
+BYTES_PER_TOKEN = 4  # about: it decides who gets a row, and nothing else
 STEPS_AHEAD = 2  # of each process or thread
 
 
@@ -66,6 +67,7 @@ class _Steps(Dataset["list[MicroBatch] | UserError | RunFault"]):
 
     shards: ShardSet
     ids: np.ndarray
+    sizes: np.ndarray  # of the ids' rows
     plan: BatchPlan
     rank: int
     world_size: int
@@ -76,7 +78,7 @@ class _Steps(Dataset["list[MicroBatch] | UserError | RunFault"]):
         return max(0, self.plan.total_steps - self.start_step + 1)
 
     def __getitem__(self, i: int) -> list[MicroBatch] | UserError | RunFault:
-        stripes = self.plan.micro_batches(self.start_step + i, self.rank, self.world_size)
+        stripes = self.plan.micro_batches(self.start_step + i, self.rank, self.world_size, self.sizes)
         try:
             batches = [self.layout.micro_batch(self.shards, self.ids[stripe]) for stripe in stripes]
         except (UserError, RunFault) as error:
@@ -96,7 +98,10 @@ def step_batches(
     start_step: int,
 ) -> Iterator[tuple[int, list[MicroBatch]]]:
     """(step, micro-batches) from `start_step` to the last step; fewer micro-batches where samples have run out."""
-    steps = _Steps(shards, ids, plan, rank, world_size, layout, start_step)
+    sizes = shards.sizes(ids)
+    if layout.tokenizer is not None:  # of a long row no more than this is read
+        sizes = np.minimum(sizes, BYTES_PER_TOKEN * layout.max_length)
+    steps = _Steps(shards, ids, sizes, plan, rank, world_size, layout, start_step)
     if len(steps) == 0:
         return
     if shards.streamed:

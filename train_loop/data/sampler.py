@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -61,10 +62,29 @@ class BatchPlan:
         """Micro-batches of a full step on each of `world_size` workers."""
         return math.ceil(self.samples_per_step / (world_size * self.per_device_batch_size))
 
-    def micro_batches(self, step: int, rank: int, world_size: int) -> list[np.ndarray]:
-        """The stripe of `rank` of `world_size` workers of the global batch, in arrays of at most per_device_batch_size.
+    def micro_batches(self, step: int, rank: int, world_size: int, sizes: np.ndarray) -> list[np.ndarray]:
+        """The share of `rank` of `world_size` workers of the global batch, in arrays of at most per_device_batch_size.
 
+        No worker waits long for the others: each has about as much of `sizes`, one for each sample, and so has each micro-batch.
         As many arrays in every step, on every rank; some may be empty in an epoch's last step.
         """
-        mine = self.global_batch(step)[rank::world_size]
-        return np.array_split(mine, self.num_micro_batches(world_size))
+        batch = self.global_batch(step)
+        mine = batch[deal(sizes[batch], world_size)[rank]]
+        return [mine[part] for part in deal(sizes[mine], self.num_micro_batches(world_size))]
+
+
+def deal(sizes: np.ndarray, num_shares: int) -> list[np.ndarray]:
+    """Share out range(len(sizes)): about as much of `sizes` to each share, and to none more than its part of their number.
+
+    The largest first, each to the share that has least so far and isn't full. Ascending in each share. O(n log n).
+    Source: longest processing time first, Graham 1969, here with a bound on how many.
+    """
+    most = math.ceil(len(sizes) / num_shares)
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    open_shares = [(0, number) for number in range(num_shares)]
+    for index in np.argsort(-sizes, kind="stable"):
+        had, number = heapq.heappop(open_shares)
+        shares[number].append(index)
+        if len(shares[number]) < most:
+            heapq.heappush(open_shares, (had + int(sizes[index]), number))
+    return [np.sort(np.array(share, dtype=np.int64)) for share in shares]

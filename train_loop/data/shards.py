@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from train_loop.data.formats import Conversation
 from train_loop.data.sources import SourceFile
@@ -144,6 +145,13 @@ class ShardSet:
         """Row numbers of a split, ascending."""
         return np.flatnonzero(self._split == SPLITS.index(split))
 
+    def sizes(self, rows: np.ndarray) -> np.ndarray:
+        """How long each of these rows is: tokens where they were made before, else bytes of its JSON."""
+        if not self._tables:
+            return np.zeros(len(rows), dtype=np.int64)
+        sizes: np.ndarray = np.concatenate([_lengths(table) for table in self._tables])[rows]
+        return sizes.astype(np.int64)
+
     def _place(self, row: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._ends, row, side="right"))
         return shard, int(row) - (int(self._ends[shard - 1]) if shard else 0)
@@ -173,3 +181,13 @@ class ShardSet:
         table, at = self._row(row)
         ids, labels = (table.column(c)[at].values.to_numpy() for c in ("input_ids", "labels"))
         return Sample(ids, labels)
+
+
+def _lengths(table: pa.Table) -> Any:
+    if "size" in table.column_names:
+        lengths = table.column("size")
+    elif "input_ids" in table.column_names:
+        lengths = pc.list_value_length(table.column("input_ids"))
+    else:
+        lengths = pc.binary_length(table.column("conversation"))
+    return lengths.to_numpy()
