@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 from urllib.parse import parse_qsl
 
 from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect
 
 from serve_app.errors import ApiError, field_error, invalid, unknown
 
@@ -47,16 +48,28 @@ async def read_fields(
     return _decode_parts(pairs, plain, json_parts)
 
 
+def too_long(limit_bytes: int) -> ApiError:
+    """The refusal of a longer body."""
+    return ApiError(413, f"the body must be at most {limit_bytes} bytes")
+
+
+def declares_more(headers: Mapping[str, str], limit_bytes: int) -> bool:
+    """Whether a request's headers (in any case) tell that its body will be longer."""
+    declared = headers.get("content-length", "0")
+    return not declared.isdecimal() or len(declared) > 18 or int(declared) > limit_bytes
+
+
 async def _read(request: Request, limit_bytes: int) -> bytes:
-    too_long = ApiError(413, f"the body must be at most {limit_bytes} bytes")
-    declared = request.headers.get("content-length", "0")
-    if not declared.isdecimal() or len(declared) > 18 or int(declared) > limit_bytes:
-        raise too_long  # before it is read
+    if declares_more(request.headers, limit_bytes):
+        raise too_long(limit_bytes)  # before it is read
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit_bytes:
-            raise too_long
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit_bytes:
+                raise too_long(limit_bytes)
+    except ClientDisconnect:
+        raise ApiError(400, "the connection ended before the body did") from None
     if not body:
         raise ApiError(400, "the body is empty: send a form or a JSON object")
     return bytes(body)

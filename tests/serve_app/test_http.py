@@ -176,6 +176,22 @@ def test_a_declared_body_that_is_too_long_is_refused_before_it_is_read(http, set
         assert (sent[0]["status"] == 413) is refused
 
 
+def test_a_client_that_hangs_up_in_its_body_is_no_error_of_ours(http):
+    messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+    sent = []
+
+    async def receive():
+        return next(messages)
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json"), (b"authorization", http.headers["Authorization"].encode())]
+    scope = {"type": "http", "method": "POST", "path": "/job/", "query_string": b"", "headers": headers}
+    asyncio.run(http.app(scope, receive, send))
+    assert sent[0]["status"] == 400
+
+
 def test_an_empty_idempotency_key_is_refused_as_it_would_be_everybodys(http, job):
     refused = fields(http.post("/job/", json=job, headers={"Idempotency-Key": ""}))
     assert refused.keys() == {"idempotency-key"}
