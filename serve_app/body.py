@@ -38,6 +38,8 @@ async def read_fields(
     try:
         text = body.decode()
     except UnicodeDecodeError:
+        if kind == "application/json":
+            raise ApiError(400, "the body isn't JSON: it must be text in UTF-8") from None
         raise invalid([field_error("body", "not valid UTF-8")]) from None
     if kind == "application/json":
         payload = decode_json(text, None)

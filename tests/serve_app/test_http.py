@@ -424,7 +424,9 @@ NASTY = [
     ({"content": b"", "headers": {"content-type": "application/json"}}, 400),
     ({"content": b"{", "headers": {"content-type": "application/json"}}, 400),
     ({"content": b"[1]", "headers": {"content-type": "application/json"}}, 400),
-    ({"content": b"\xff\xfe", "headers": {"content-type": "application/json"}}, 422),
+    ({"content": b"\xff\xfe", "headers": {"content-type": "application/json"}}, 400),
+    ({"content": '{"org": "\u00e4"}'.encode("latin-1"), "headers": {"content-type": "application/json"}}, 400),
+    ({"content": "{}".encode("utf-16"), "headers": {"content-type": "application/json"}}, 400),
     ({"content": b"9" * 5000, "headers": {"content-type": "application/json"}}, 422),
     ({"content": b'{"org": 1e999}', "headers": {"content-type": "application/json"}}, 422),
     ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400),
@@ -447,6 +449,12 @@ def test_no_body_is_a_server_error(http, store, request_, status):
     assert answer.status_code == status, answer.text
     assert answer.json()["status"] == status
     assert store.list_jobs(ORG) == ([], None)
+
+
+def test_json_in_another_encoding_is_refused_in_a_sentence(http):
+    for path in ("/job/", "/job/plan/", "/job/cancel/", "/job/resume/", "/secret/"):
+        answer = http.post(path, content="{}".encode("utf-16"), headers={"content-type": "application/json; charset=utf-16"})
+        assert (answer.status_code, answer.json()["detail"]) == (400, "the body isn't JSON: it must be text in UTF-8")
 
 
 def test_health_and_docs_need_no_token(http):
