@@ -291,10 +291,14 @@ def _tracker_errors(spec: JobSpec, vault: SecretVault) -> list[dict[str, Any]]:
 def _start_errors(spec: JobSpec, jobs: JobStore) -> list[dict[str, Any]]:
     """What keeps training from going on from the adapter that init_from names."""
     field, name = "train_config.adapter_config.init_from", spec.train_config.adapter_config.init_from
-    if name is None or name.startswith("s3://"):
+    if name is None or name.startswith(("s3://", "gs://")):
         return []
     if not UUID.fullmatch(name):
-        return [field_error(field, "init_from must be the request_id of a job of this org, or an s3://bucket/folder")]
+        return [
+            field_error(
+                field, "init_from must be the request_id of a job of this org, or an s3://bucket/folder or gs://bucket/folder"
+            )
+        ]
     job = jobs.get(name)
     if job is None or job.org_id != spec.org:
         return [field_error(field, "no such job in this org")]

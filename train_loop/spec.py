@@ -231,7 +231,7 @@ class AdapterConfig(Section):
     init_from: Annotated[str, Field(min_length=1, max_length=2048)] | None = Field(
         None,
         description="Adapter that training continues from: request_id of a job of this org that is COMPLETED, or an "
-        "s3://bucket/folder that the model's or the dataset's secret opens.",
+        "s3://bucket/folder or gs://bucket/folder that the model's or the dataset's secret opens.",
     )
 
 

@@ -233,6 +233,8 @@ def test_training_goes_on_only_from_a_finished_job_of_the_same_org_and_base(http
     for path in ("/etc", "../../other/adapter", "file:///etc"):
         assert "request_id" in fields(submit(path))[START]["message"]
     assert submit(insert("first")).status_code == 200
+    for uri in ("s3://bucket/adapter", "gs://bucket/adapter/"):
+        assert submit(uri, f"from-{uri[:2]}").status_code == 200
 
 
 def test_all_that_a_run_leaves_is_among_the_artifacts_with_its_hash(settings, store, job, tmp_path):
