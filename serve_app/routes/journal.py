@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Annotated, Any
 
+import structlog
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
@@ -27,7 +28,9 @@ router = APIRouter(tags=["jobs"])
 FOLLOW_POLL_S = 1.0
 HEARTBEAT_S = 15.0
 MAX_PAGE = 10_000
+LOGGED_CHARS = 300
 SSE = "text/event-stream"
+log = structlog.get_logger()
 
 
 def readable_job(asking: Asking, here: Here, request_id: str, org_id: str) -> Job:
@@ -156,7 +159,8 @@ def list_artifacts(here: Here, job: ByQuery) -> Response:
     """The job's files, each with a link that works for 15 minutes; the adapter's appear once the job is COMPLETED."""
     try:
         return reply({"files": artifacts(here.settings, job.org_id, job.request_id)})
-    except OSError:
+    except OSError as error:
+        log.warning("the object storage can't be listed", error=str(error)[:LOGGED_CHARS])
         raise ApiError(503, "the object storage can't be reached; try again shortly", headers={"Retry-After": "5"}) from None
 
 
