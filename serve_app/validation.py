@@ -148,7 +148,11 @@ def _dataset_errors(spec: JobSpec, vault: SecretVault) -> list[dict[str, Any]]:
     details = spec.dataset_details
     if details.source_type == "local":
         return [
-            field_error("dataset_details.source_type", "local paths are for runs without the service; use s3", allowed=["s3"])
+            field_error(
+                "dataset_details.source_type",
+                "local paths are for runs without the service; use s3, gcs or hf",
+                allowed=["s3", "gcs", "hf"],
+            )
         ]
     return _opening_errors(spec.org, "dataset_details", details, vault)
 

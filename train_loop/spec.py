@@ -301,7 +301,7 @@ class DatasetDetails(Section):
         NotYet("preference"),
     ] = Field("sharegpt", description="Shape of a row; auto tells it by the keys of each.")
     source_type: Literal["s3", "gcs", "hf", "local"] = Field(
-        "s3", description="Where the dataset lives; local is a path, for runs without the service."
+        "s3", description="Where the dataset lives; runs without the service take local, a path, too."
     )
     ownership: Literal["public", "private"] = Field("private", description="private s3 and gcs need secret_id.")
     secret_id: str | None = Field(

@@ -22,7 +22,7 @@ def healthz() -> Response:
     return reply({"status": "ok"})
 
 
-@router.get("/readyz", openapi_extra=NO_TOKEN, responses=documented(Health, "They do."))
+@router.get("/readyz", openapi_extra=NO_TOKEN, responses=documented(Health, "They do.", refused=[503]))
 @router.get("/readyz/", include_in_schema=False)
 @router.head("/readyz", include_in_schema=False)
 def readyz(here: Here) -> Response:
