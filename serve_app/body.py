@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -15,6 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from serve_app.errors import ApiError, field_error, invalid, unknown
 
+BODY_S = 60.0
 MAX_DEPTH = 64
 MAX_PARTS = 64
 NAME_CHARS = 100
@@ -29,7 +31,7 @@ async def read_fields(
     """The fields of a JSON object or a form, in which `plain` ones are text and `json_parts` hold JSON; and the form's parts at
     fault, of which one that isn't JSON stays the text that it is.
 
-    Raises ApiError: 400 not a form or JSON, 413 too long, 415 another kind of body, 422 a JSON body that can't be used.
+    Raises ApiError: 400 not a form or JSON, 408 too slow, 413 too long, 415 of another kind, 422 a JSON body that can't be used.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in ("application/json", "multipart/form-data", "application/x-www-form-urlencoded"):
@@ -66,10 +68,13 @@ async def _read(request: Request, limit_bytes: int) -> bytes:
         raise too_long(limit_bytes)  # before it is read
     body = bytearray()
     try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit_bytes:
-                raise too_long(limit_bytes)
+        async with asyncio.timeout(BODY_S):  # or some who send next to nothing take all of a replica's places
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit_bytes:
+                    raise too_long(limit_bytes)
+    except TimeoutError:
+        raise ApiError(408, f"the body wasn't there after {BODY_S:g} s") from None
     except ClientDisconnect:
         raise ApiError(400, "the connection ended before the body did") from None
     if not body:

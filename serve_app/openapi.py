@@ -37,6 +37,7 @@ REFUSALS: dict[str, tuple[str, dict[str, Any]]] = {
     "401": ("There is no token, or it isn't valid (any more).", SCHEME),
     "403": ("The token doesn't speak for this org, or lacks the scope.", {}),
     "404": ("The token's orgs have nothing by this id.", {}),
+    "408": ("The body came too slowly.", {}),
     "409": ("Another job has the name, the Idempotency-Key came with another body, or the job's state is against it.", {}),
     "413": ("The body is too long; said before it is read.", {}),
     "415": ("The body is of no kind that is taken.", {}),
@@ -45,7 +46,7 @@ REFUSALS: dict[str, tuple[str, dict[str, Any]]] = {
     "503": ("Something that this needs is away or busy.", RETRY),
 }
 OF_A_TOKEN = ("401", "403", "422", "429", "503")
-OF_A_BODY = ("400", "413", "415")
+OF_A_BODY = ("400", "408", "413", "415")
 
 
 def install(app: FastAPI, routers: Iterable[APIRouter]) -> None:

@@ -1,10 +1,13 @@
 """Every refusal that the document has for an operation is one it answers with. That none is missing is for conftest to see."""
 
+import asyncio
 import uuid
 
+import httpx
 import pytest
 from starlette.testclient import TestClient
 
+from serve_app import body
 from serve_app.app import build_app
 from serve_app.auth import mint_token
 from serve_app.lifecycle import Status
@@ -73,6 +76,19 @@ class Refusing:
     def answer_404(self):
         return self.ask()
 
+    def answer_408(self):
+        async def slowly():
+            yield b"{"
+            await asyncio.sleep(3600)
+
+        async def ask():
+            transport = httpx.ASGITransport(self.http.app)
+            headers = {"authorization": self.http.headers["Authorization"], "content-type": "application/json"}
+            async with httpx.AsyncClient(transport=transport, base_url="http://x", headers=headers) as client:
+                return await client.request(self.method, self.path, content=slowly())
+
+        return asyncio.run(ask())
+
     def answer_409(self):
         if self.path == "/job/":
             self.insert(self.job["experiment_name"])
@@ -104,7 +120,10 @@ class Refusing:
 
 
 @pytest.mark.parametrize(("method", "path"), operations())
-def test_an_operation_refuses_with_every_status_that_its_document_has(http, settings, store, job, tmp_path, method, path):
+def test_an_operation_refuses_with_every_status_that_its_document_has(
+    http, settings, store, job, tmp_path, monkeypatch, method, path
+):
+    monkeypatch.setattr(body, "BODY_S", 0.2)
     operation = Refusing(http, settings, store, job, tmp_path, method, path)
     document = http.get("/openapi.json").json()
     refusals = {s: r for s, r in document["paths"][path][method.lower()]["responses"].items() if s >= "400"}
