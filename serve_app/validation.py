@@ -18,7 +18,7 @@ from serve_app.run_keys import model_keys
 from serve_app.secret_types import OPENS, TRACKERS
 from serve_app.secrets import Secret, SecretVault
 from serve_app.settings import Settings
-from serve_app.storage import storage_credentials
+from serve_app.storage import WHILE_ASKED, storage_credentials
 from serve_app.store.jobs import JobStore
 from train_loop.advice import advice
 from train_loop.errors import Cause, DatasetError, ModelError, RunFault, UserError
@@ -223,7 +223,7 @@ def _config(spec: JobSpec, settings: Settings, vault: SecretVault, blamed: Set[s
         return {}
     # The mirror is the operator's: it needs no keys of the user's.
     keys = Keys(storage=storage_credentials(settings)) if closed else model_keys(spec, vault, settings)
-    config = model_config(details, model_places(spec, settings.model_mirror, keys))
+    config = model_config(details, model_places(spec, settings.model_mirror, keys, timeouts=WHILE_ASKED))
     if config is None and not closed:
         where = f"not in the model mirror ({settings.model_mirror}, setting TUNEYARD_MODEL_MIRROR)"
         config = _hub_config(details, keys.hub_token, f"{name_in_mirror(details)} is {where}", settings.hub_offline)

@@ -12,6 +12,7 @@ from train_loop.data.sources import (
     Credentials,
     DatasetKeys,
     GoogleKey,
+    Timeouts,
     dataset_filesystem,
     filesystem_for,
     google_filesystem,
@@ -81,15 +82,17 @@ class RunFiles:
         return filesystem_for(name, found if isinstance(found, Credentials) else None, details.region, anonymous=anonymous)
 
 
-def model_places(spec: JobSpec, mirror: str, keys: Keys, cache_bytes: int = DEFAULT_BYTES) -> ModelPlaces:
-    """Where the job's base model is looked for, and what opens it."""
+def model_places(
+    spec: JobSpec, mirror: str, keys: Keys, cache_bytes: int = DEFAULT_BYTES, timeouts: Timeouts = Timeouts()
+) -> ModelPlaces:
+    """Where the job's base model is looked for, and what opens it; `timeouts` are those of S3."""
     details = spec.model_details
     anonymous = keys.model is None and details.ownership == "public"
 
     def open_model(uri: str) -> tuple[FileSystem, str]:
         if details.source_type != "gcs":
             found = keys.model if isinstance(keys.model, Credentials) else None
-            return filesystem_for(uri, found, details.region, anonymous=anonymous)
+            return filesystem_for(uri, found, details.region, anonymous=anonymous, timeouts=timeouts)
         try:
             google = keys.model if isinstance(keys.model, GoogleKey) else None
             return google_filesystem(google, anonymous=anonymous), path_of(uri)
@@ -98,7 +101,7 @@ def model_places(spec: JobSpec, mirror: str, keys: Keys, cache_bytes: int = DEFA
 
     return ModelPlaces(
         mirror,
-        open_mirror=lambda uri: filesystem_for(uri, keys.storage),
+        open_mirror=lambda uri: filesystem_for(uri, keys.storage, timeouts=timeouts),
         open_model=open_model,
         hub_token=keys.hub_token,
         org_id=spec.org,

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
@@ -209,6 +211,17 @@ def test_a_submission_is_to_come_again_when_the_models_storage_or_the_hub_is_awa
             told = detail(other, {"base_model": "org/model"})
             assert told.startswith("org/model is not in the model mirror")
             assert said in told
+
+
+def test_a_models_storage_that_hangs_holds_nobody_up(http, job):
+    with socket.create_server(("127.0.0.1", 0)) as never_answers:
+        endpoint = f"http://127.0.0.1:{never_answers.getsockname()[1]}"
+        secret = made(http, "s3", {"access_key_id": "a", "secret_access_key": CANARY, "endpoint_url": endpoint})
+        away = {"base_model": URI, "source_type": "s3", "ownership": "private", "secret_id": secret}
+        began = time.monotonic()
+        answer = http.post("/job/", json=with_fields(job, {"model_details": away}))
+    assert (answer.status_code, "Retry-After" in answer.headers) == (503, True)
+    assert time.monotonic() - began < 30  # with the patience of a training run it would be minutes
 
 
 def test_training_goes_on_only_from_a_finished_job_of_the_same_org_and_base(http, job, settings, store):
