@@ -463,7 +463,7 @@ def test_health_and_docs_need_no_token(http):
     assert http.get("/readyz").json() == {"status": "ready"}
     for path in ("/docs", "/docs/", "/openapi.json/"):
         assert http.get(path).status_code == 200
-    for path in ("/healthz", "/readyz"):  # as load balancers ask
+    for path in ("/healthz", "/healthz/", "/readyz", "/readyz/"):  # as load balancers ask
         assert http.head(path).status_code == 200
     for path in ("/redoc", "/docs/oauth2-redirect"):
         assert http.get(path).status_code == 404
