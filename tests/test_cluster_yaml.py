@@ -4,7 +4,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from serve_app.body_limit import CALLBACK
+from serve_app.proxy import CALLBACK
 
 CONFIG = yaml.safe_load((Path(__file__).parent.parent / "cluster.yaml").read_text())
 
@@ -18,7 +18,7 @@ def test_ray_would_refuse_a_broken_one():
         validate_config(prepare_config(CONFIG | {"head_node_type": "missing"}))
 
 
-def test_long_bodies_are_refused_on_every_node():
+def test_every_node_has_what_stands_before_the_proxy():
     for nodes in ("head", "worker"):
         (start,) = [command for command in CONFIG[f"{nodes}_start_ray_commands"] if " ray start " in command]
         assert all(f"{name}={value} " in start for name, value in CALLBACK.items())

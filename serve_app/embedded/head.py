@@ -54,7 +54,7 @@ def _start_ray(settings: Settings, ray_dir: str, num_cpus: int) -> tuple[str, st
     from ray import serve
 
     from serve_app.app import deploy
-    from serve_app.body_limit import CALLBACK
+    from serve_app.proxy import CALLBACK
 
     # Everything listens on 127.0.0.1, and `ray job submit` reads no token unless it is told to: RAY_AUTH_MODE=token for both
     # closes it to other users of this machine.

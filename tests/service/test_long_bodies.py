@@ -1,14 +1,16 @@
-"""Bodies over the limit, sent to Serve's proxy over a socket: refused before they are read, and held nowhere."""
+"""Serve's proxy over a socket: bodies over the limit are refused before they are read, and what dies behind it is a problem."""
 
 import json
 import select
 import socket
 import time
+from pathlib import Path
 from urllib.parse import urlsplit
 
-import psutil
+import httpx
 import pytest
 
+from tests.conftest import ORG
 from tests.running import Running, members
 
 pytestmark = pytest.mark.service
@@ -56,13 +58,18 @@ def send_until_answered(client, most_bytes):
     return sent
 
 
-def problem_on(client):
-    """The problem that this socket has been answered with, which tells that the connection ends."""
+def answer_on(client):
+    """The status, headers and JSON that this socket is answered with."""
     answer = client.makefile("rb")
     status = int(answer.readline().split()[1])
     headers = dict(line.decode().lower().strip().split(": ", 1) for line in iter(answer.readline, b"\r\n"))
+    return status, headers, json.loads(answer.read(int(headers["content-length"])))
+
+
+def problem_on(client):
+    """The status of the refusal on this socket, which tells how long a body may be and that the connection ends."""
+    status, headers, problem = answer_on(client)
     assert (headers["content-type"], headers["connection"]) == ("application/problem+json", "close")
-    problem = json.loads(answer.read(int(headers["content-length"])))
     assert problem["status"] == status
     assert "1048576 bytes" in problem["detail"]
     return status
@@ -95,8 +102,24 @@ def test_the_service_goes_on_after_clients_that_hang_up_in_their_bodies(service)
         with request(service, "POST /job/", "Content-Type: application/json", "Content-Length: 1000000") as client:
             client.sendall(b'{"org":')
             time.sleep(0.05)
-    assert service.client.list_jobs(service.env["TUNEYARD_ORG"])["jobs"] == []
-    logs = [p for p in (service.home / "logs").rglob("*") if p.is_file()]
-    assert logs
+    assert service.client.list_jobs(ORG)["jobs"] == []
+    folder = Path(service.state()["ray_dir"], "session_latest", "logs")
+    logs = [p for p in folder.rglob("*") if p.is_file()]
+    assert any("ServeReplica" in p.read_text(errors="replace") for p in logs)
     assert not [p for p in logs if b"unexpected error" in p.read_bytes()]
-    assert psutil.pid_exists(service.state()["pid"])
+
+
+def test_a_request_whose_replica_dies_is_a_problem_to_come_again_after(service):
+    (replica,) = titled(service, "ServeReplica")
+    replica.suspend()
+    with request(service, f"GET /job/list/?org_id={ORG}") as client:
+        time.sleep(1)  # until it is at the replica
+        replica.kill()
+        status, headers, problem = answer_on(client)
+    assert (status, headers["content-type"], problem["status"]) == (503, "application/problem+json", 503)
+    assert int(headers["retry-after"]) > 0
+    deadline = time.monotonic() + ANSWER_S
+    while httpx.get(f"{service.up['url']}/readyz", timeout=ANSWER_S).status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert service.client.list_jobs(ORG)["jobs"] == []

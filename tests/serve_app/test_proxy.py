@@ -1,4 +1,4 @@
-"""Long bodies before Serve's proxy, over a socket; what the proxy makes of it is in tests/service."""
+"""What stands before Serve's proxy, over a socket; what the proxy makes of it is in tests/service."""
 
 import asyncio
 import contextlib
@@ -10,7 +10,7 @@ import httpx
 import pytest
 import uvicorn
 
-from serve_app.body_limit import BodyLimit
+from serve_app.proxy import BodyLimit, Problems
 
 LIMIT = 1000
 WAIT_S = 10
@@ -18,8 +18,8 @@ WAIT_S = 10
 
 @contextlib.contextmanager
 def served(app):
-    """The address of an HTTP server with this app behind the limit."""
-    server = uvicorn.Server(uvicorn.Config(BodyLimit(app, LIMIT), port=0, lifespan="off", log_level="critical"))
+    """The address of an HTTP server with this app behind both."""
+    server = uvicorn.Server(uvicorn.Config(BodyLimit(Problems(app), LIMIT), port=0, lifespan="off", log_level="critical"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + WAIT_S
@@ -100,5 +100,36 @@ def test_other_protocols_pass():
     async def app(scope, receive, send):
         passed.append(scope["type"])
 
-    asyncio.run(BodyLimit(app, LIMIT)({"type": "websocket"}, None, None))
+    asyncio.run(BodyLimit(Problems(app), LIMIT)({"type": "websocket"}, None, None))
     assert passed == ["websocket"]
+
+
+def answering(*messages):
+    """An app that sends these and ends."""
+
+    async def app(scope, receive, send):
+        for message in messages:
+            await send(message)
+
+    return app
+
+
+def plain(status, kind="text/plain; charset=utf-8"):
+    start = {"type": "http.response.start", "status": status, "headers": [(b"content-type", kind.encode())]}
+    return answering(start, {"type": "http.response.body", "body": b"words of Serve"})
+
+
+@pytest.mark.parametrize("app", [answering(), plain(404), plain(408), plain(503)], ids=["nothing", "404", "408", "503"])
+def test_what_the_proxy_says_itself_becomes_a_problem_to_come_again_after(app):
+    with served(app) as (host, port):
+        answer = httpx.post(f"http://{host}:{port}/job/", content=b"x")
+    assert (answer.status_code, answer.headers["content-type"]) == (503, "application/problem+json")
+    assert int(answer.headers["Retry-After"]) > 0
+    assert "Serve" not in answer.text
+
+
+@pytest.mark.parametrize(("status", "kind"), [(200, "text/plain"), (503, "application/problem+json"), (404, "text/html")])
+def test_what_the_service_says_passes(status, kind):
+    with served(plain(status, kind)) as (host, port):
+        answer = httpx.get(f"http://{host}:{port}")
+    assert (answer.status_code, answer.headers["content-type"], answer.text) == (status, kind, "words of Serve")

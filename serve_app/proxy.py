@@ -1,4 +1,4 @@
-"""Long bodies, refused in Serve's proxy, which else would hold all that a client sends until a replica takes it or answers."""
+"""What stands before Serve's proxy, in its process: the limit of bodies, and problems where the proxy has only its own words."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.body import declares_more, too_long
-from serve_app.errors import problem
+from serve_app.errors import RETRY_AFTER_S, ApiError, problem
 from serve_app.settings import Settings
 
-CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.body_limit.for_proxy"}  # where Ray is started
+CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.proxy.for_proxy"}  # where Ray is started
 LINGER_S = 2.0
 
 
 def for_proxy() -> list[Middleware]:
-    """What Serve puts before its proxy, in whose process it calls this."""
-    return [Middleware(BodyLimit, limit_bytes=Settings.load().max_body_bytes)]
+    """What Serve puts before its proxy, in whose process it calls this; the last one comes first."""
+    return [Middleware(Problems), Middleware(BodyLimit, limit_bytes=Settings.load().max_body_bytes)]
 
 
 class BodyLimit:
     """Answers 413 to a request of any path whose body is longer: at once when that is declared, else as soon as it is.
 
-    What is behind it sees such a body end as if the client had hung up.
+    The proxy would hold all that a client sends until a replica takes it or answers. What is behind this sees such a body end as
+    if the client had hung up.
     """
 
     def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
@@ -70,3 +71,33 @@ class BodyLimit:
                 while (await receive()).get("more_body"):
                     pass
         await send({"type": "http.response.body", "body": b""})
+
+
+class Problems:
+    """Answers 503 in place of the proxy, which has plain text or nothing to say when a replica dies or none is there yet.
+
+    The service itself answers nothing in plain text.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = dropped = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started, dropped
+            if message["type"] == "http.response.start":
+                kind = Headers(raw=message["headers"]).get("content-type", "")
+                dropped = message["status"] >= 400 and kind.startswith("text/plain")
+            if not dropped:
+                started = True
+                await send(message)
+
+        await self._app(scope, receive, watched)
+        if not started:
+            detail = "the service can't answer just now, as when a part of it starts again; try again shortly"
+            await problem(ApiError(503, detail, headers={"Retry-After": RETRY_AFTER_S}))(scope, receive, send)
