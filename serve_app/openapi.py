@@ -8,8 +8,10 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 
-from train_loop.spec import JobSpec
+from train_loop.section import Marker, models_in
+from train_loop.spec import DatasetDetails, JobSpec
 
 PROBLEM = {
     "type": "object",
@@ -65,7 +67,7 @@ def _document(app: FastAPI, routers: Iterable[APIRouter]) -> dict[str, Any]:
     job = JobSpec.model_json_schema(ref_template="#/components/schemas/{model}")
     components = schema.setdefault("components", {})
     components.setdefault("schemas", {}).update(job.pop("$defs"), JobSpec=job, Problem=PROBLEM)
-    components["schemas"]["DatasetDetails"]["properties"]["source_type"]["enum"].remove("local")  # never taken by HTTP
+    _offer_what_is_taken(JobSpec, components["schemas"])
     components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}}
     components["responses"] = {f"Problem{status}": _response(*said) for status, said in REFUSALS.items()}
     schema["security"] = [{"token": []}]
@@ -73,6 +75,18 @@ def _document(app: FastAPI, routers: Iterable[APIRouter]) -> dict[str, Any]:
         operation["responses"] = _responses(operation)
     _restore_examples(routers, schema["paths"])
     return schema
+
+
+def _offer_what_is_taken(section: type[BaseModel], schemas: dict[str, Any]) -> None:
+    """Leave out of the enumerations what isn't built yet, and what is for runs without the service."""
+    for name, field in section.model_fields.items():
+        schema = schemas[section.__name__]["properties"][name]
+        if "enum" in schema:
+            refused = [m.refuses for m in field.metadata if isinstance(m, Marker)]
+            local = section is DatasetDetails and name == "source_type"
+            schema["enum"] = [v for v in schema["enum"] if not any(r(v) for r in refused) and not (local and v == "local")]
+        for inner in models_in(field.annotation):
+            _offer_what_is_taken(inner, schemas)
 
 
 def _response(description: str, headers: dict[str, Any]) -> dict[str, Any]:

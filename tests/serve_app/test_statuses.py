@@ -14,6 +14,7 @@ from serve_app.lifecycle import Status
 from serve_app.store.jobs import JobStore
 from tests.conftest import ORG, Idle, with_fields
 from tests.serve_app.conftest import documented_statuses
+from train_loop.section import models_in
 from train_loop.spec import JobSpec
 
 LONG = b"x" * (2 << 20)
@@ -149,6 +150,27 @@ def test_where_a_dataset_may_be_is_where_the_service_takes_it_from(http, job):
     assert offered == ["s3", "gcs", "hf"]
     refused = http.post("/job/", json=with_fields(job, {"dataset_details.source_type": "local"})).json()["errors"]
     assert [e["allowed"] for e in refused] == [offered]
+
+
+def enumerations(section, schemas, above=""):
+    """By dotted name, the values that the document offers for each field of a job that has some."""
+    for name, field in schemas[section.__name__]["properties"].items():
+        if "enum" in field:
+            yield f"{above}{name}", field["enum"]
+        for inner in models_in(section.model_fields[name].annotation):
+            yield from enumerations(inner, schemas, f"{above}{name}.")
+
+
+def test_nothing_is_offered_that_is_not_built_yet(http, job):
+    schemas = http.get("/openapi.json").json()["components"]["schemas"]
+    offered = dict(enumerations(JobSpec, schemas))
+    assert offered["train_config.torch_dtype"] == ["bfloat16", "float16", "float32"]
+    assert len(offered) > 15
+    for name, values in offered.items():
+        for value in values:
+            answer = http.post("/job/plan/", json=with_fields(job, {name: value}))
+            assert answer.status_code == 422  # for there is no cluster to plan on
+            assert "supported" not in answer.json()["detail"], (name, value)
 
 
 @pytest.mark.parametrize("path", ["/job/", "/job/plan/"])
