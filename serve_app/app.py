@@ -10,13 +10,11 @@ from typing import Any
 import ray
 import structlog
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
-from fastapi.routing import APIRoute
 from ray import serve
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from starlette.routing import Route
 
-from serve_app import errors, logs
+from serve_app import errors, logs, openapi
 from serve_app.auth import Verifier
 from serve_app.cluster import DISPATCHER, ON_HEAD, actor_name, poke_dispatcher
 from serve_app.dispatcher import Dispatcher
@@ -30,29 +28,6 @@ from serve_app.store.jobs import Job, JobStore
 from train_loop.errors import UserError
 from train_loop.spec import JobSpec
 
-PROBLEM = {
-    "type": "object",
-    "description": "RFC 9457. `detail` is one plain sentence; `errors` names every field at fault.",
-    "required": ["type", "title", "status", "detail"],
-    "properties": {
-        "type": {"type": "string"},
-        "title": {"type": "string"},
-        "status": {"type": "integer"},
-        "detail": {"type": "string"},
-        "errors": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["field", "message"],
-                "properties": {"field": {"type": "string"}, "message": {"type": "string"}, "input": {}, "allowed": {}},
-            },
-        },
-    },
-}
-REFUSAL = {
-    "description": "Refused, or not possible now.",
-    "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
-}
 ROOMS = (health, journal, jobs, secrets)
 MAX_ONGOING = 200  # requests at one replica
 MAX_STREAMS = 150  # of those, for the others are to be answered while as many follow their jobs
@@ -126,33 +101,8 @@ def build_app(settings: Settings, store: JobStore, runtime: Runtime) -> FastAPI:
         (route,) = [r for r in app.routes if isinstance(r, Route) and r.path == path]
         app.add_route(f"{path}/", route.endpoint, include_in_schema=False)
     errors.install(app)
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            job = JobSpec.model_json_schema(ref_template="#/components/schemas/{model}")
-            components = schema.setdefault("components", {})
-            components.setdefault("schemas", {}).update(job.pop("$defs"), JobSpec=job)
-            components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}}
-            schema["security"] = [{"token": []}]
-            components["schemas"]["Problem"] = PROBLEM
-            for operation in (o for path in schema["paths"].values() for o in path.values()):
-                operation["responses"].pop("422", None)  # FastAPI's own shape, which this service never answers with
-                operation["responses"] |= {"4XX": REFUSAL, "503": REFUSAL}
-            _restore_examples(schema["paths"])
-            app.openapi_schema = schema
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]
+    openapi.install(app, [room.router for room in ROOMS])
     return app
-
-
-def _restore_examples(paths: dict[str, Any]) -> None:
-    """Show the answers' examples whole: FastAPI leaves what is null out of them, too, and an answer always has its fields."""
-    for route in (r for room in ROOMS for r in room.router.routes if isinstance(r, APIRoute) and r.include_in_schema):
-        shown = route.responses[200]["content"].get("application/json", {})
-        for method in route.methods or ():
-            paths[route.path][method.lower()]["responses"]["200"]["content"]["application/json"] |= shown
 
 
 def _ingress() -> FastAPI:

@@ -104,7 +104,7 @@ class AwsIdentity:
             raise _error(
                 "secret_malformed",
                 f"the secret {arn} must be a JSON object with the fields of an aws or s3 secret: access_key_id and "
-                "secret_access_key (session_token, region, endpoint_url), or role_arn (external_id, region); no others.",
+                "secret_access_key, or role_arn; with session_token or external_id, region, endpoint_url; and no others.",
             )
         return parsed
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 from urllib.parse import parse_qsl
 
 from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect
 
 from serve_app.errors import ApiError, field_error, invalid, unknown
 
+BODY_S = 60.0
 MAX_DEPTH = 64
 MAX_PARTS = 64
 NAME_CHARS = 100
@@ -28,7 +31,7 @@ async def read_fields(
     """The fields of a JSON object or a form, in which `plain` ones are text and `json_parts` hold JSON; and the form's parts at
     fault, of which one that isn't JSON stays the text that it is.
 
-    Raises ApiError: 400 not a form or JSON, 413 too long, 415 another kind of body, 422 a JSON body that can't be used.
+    Raises ApiError: 400 not a form or JSON, 408 too slow, 413 too long, 415 of another kind, 422 a JSON body that can't be used.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in ("application/json", "multipart/form-data", "application/x-www-form-urlencoded"):
@@ -37,6 +40,8 @@ async def read_fields(
     try:
         text = body.decode()
     except UnicodeDecodeError:
+        if kind == "application/json":
+            raise ApiError(400, "the body isn't JSON: it must be text in UTF-8") from None
         raise invalid([field_error("body", "not valid UTF-8")]) from None
     if kind == "application/json":
         payload = decode_json(text, None)
@@ -47,16 +52,31 @@ async def read_fields(
     return _decode_parts(pairs, plain, json_parts)
 
 
+def too_long(limit_bytes: int) -> ApiError:
+    """The refusal of a longer body."""
+    return ApiError(413, f"the body must be at most {limit_bytes} bytes")
+
+
+def declares_more(headers: Mapping[str, str], limit_bytes: int) -> bool:
+    """Whether a request's headers (in any case) tell that its body will be longer."""
+    declared = headers.get("content-length", "0")
+    return not declared.isdecimal() or len(declared) > 18 or int(declared) > limit_bytes
+
+
 async def _read(request: Request, limit_bytes: int) -> bytes:
-    too_long = ApiError(413, f"the body must be at most {limit_bytes} bytes")
-    declared = request.headers.get("content-length", "0")
-    if not declared.isdecimal() or len(declared) > 18 or int(declared) > limit_bytes:
-        raise too_long  # before it is read
+    if declares_more(request.headers, limit_bytes):
+        raise too_long(limit_bytes)  # before it is read
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit_bytes:
-            raise too_long
+    try:
+        async with asyncio.timeout(BODY_S):  # or some who send next to nothing take all of a replica's places
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit_bytes:
+                    raise too_long(limit_bytes)
+    except TimeoutError:
+        raise ApiError(408, f"the body wasn't there after {BODY_S:g} s") from None
+    except ClientDisconnect:
+        raise ApiError(400, "the connection ended before the body did") from None
     if not body:
         raise ApiError(400, "the body is empty: send a form or a JSON object")
     return bytes(body)

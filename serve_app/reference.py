@@ -16,27 +16,32 @@ its trailing slash. Every call but `/healthz`, `/readyz`, `/openapi.json` and `/
 named in the path: `/job/{request_id}` with `/events`, `/logs`, `/metrics`, `/artifacts`, `/cancel`, `/resume`.
 
 Refusals are `application/problem+json` (RFC 9457): `detail` is one sentence, `errors` names every field at fault with `field`,
-`message` and, where there is one, `input` and `allowed`. 400 not a form or JSON, 401, 403 another org, 404, 409, 413 over 1 MiB,
-415, 422 fields, 429 and 503 with `Retry-After`.
+`message` and, where there is one, `input` and `allowed`. Those that each call may answer with are listed there; they mean:
 """
 
 
 def markdown(schema: dict[str, Any]) -> str:
     """The reference as Markdown."""
     components = schema["components"]["schemas"]
-    lines, shown = [INTRO, "## Calls", ""], set[str]()
+    lines, shown = [INTRO, *_refusals(schema["components"]["responses"]), "## Calls", ""], set[str]()
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():
             lines += [f"### {method.upper()} {path}", "", operation["description"], ""]
             rows = [_parameter(p) for p in operation.get("parameters", ())]
             if rows:
                 lines += ["| parameter | where | type | |", "|---|---|---|---|", *rows, ""]
-            lines += [*_body(operation), *_answer(operation, shown)]
+            lines += [*_body(operation, shown), *_answer(operation, shown)]
     of_job = list(_reachable(["JobSpec"], components))
     lines += ["## Fields of a job", "", *_tables(of_job, components, given=True)]
     answers = [_type(_answer_schema(o)) for path in schema["paths"].values() for o in path.values()]
     of_answers = [name for name in _reachable(answers, components) if name not in of_job]
     return "\n".join([*lines, "## Fields of the answers", "", *_tables(of_answers, components, given=False)]).rstrip() + "\n"
+
+
+def _refusals(responses: dict[str, Any]) -> list[str]:
+    """A line for each status."""
+    rows = [(name.removeprefix("Problem"), said["description"], ", ".join(said["headers"])) for name, said in responses.items()]
+    return ["| status | | header |", "|---|---|---|", *(f"| {s} | {d} | {h} |" for s, d, h in rows), ""]
 
 
 def _tables(names: Iterable[str], components: dict[str, Any], *, given: bool) -> list[str]:
@@ -111,13 +116,21 @@ def _parameter(parameter: dict[str, Any]) -> str:
     return f"| {parameter['name']} | {parameter['in']}{needed} | {_cell(_type(parameter['schema']))} | {said} |"
 
 
-def _body(operation: dict[str, Any]) -> list[str]:
+def _body(operation: dict[str, Any], shown: set[str]) -> list[str]:
     content = operation.get("requestBody", {}).get("content", {})
     if not content:
         return []
     schema = content["application/json"]["schema"]
     what = _type(schema) if "$ref" in schema else ", ".join(f"`{name}` ({_type(p)})" for name, p in schema["properties"].items())
-    return [f"Body ({', '.join(content)}): {what}.", "", *_example(content["application/json"])]
+    return [f"Body ({', '.join(content)}): {what}.", "", *_example(content["application/json"]), *_form(content, shown)]
+
+
+def _form(content: dict[str, Any], shown: set[str]) -> list[str]:
+    if "multipart/form-data" not in content or "form" in shown:
+        return []
+    shown.add("form")
+    parts = content["multipart/form-data"]["example"]
+    return ["As a form, with every section:", "", "```", *(f"{name}={value}" for name, value in parts.items()), "```", ""]
 
 
 def _answer_schema(operation: dict[str, Any]) -> dict[str, Any]:
@@ -130,7 +143,9 @@ def _answer(operation: dict[str, Any], shown: set[str]) -> list[str]:
     name = _type(_answer_schema(operation))
     example = [] if name in shown else _example(operation["responses"]["200"]["content"]["application/json"])
     shown.add(name)
-    return [f"Answer: {name}.", "", *example]
+    refused = [status for status in operation["responses"] if status >= "400"]
+    refusals = f" Refusals: {', '.join(refused)}." if refused else ""
+    return [f"Answer: {name}.{refusals}", "", *example]
 
 
 def _example(content: dict[str, Any]) -> list[str]:

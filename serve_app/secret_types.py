@@ -140,6 +140,16 @@ class S3Keys(SecretData):
         return self
 
 
+class S3Role(AwsRole):
+    """Type s3: the same role, whose buckets are reached by an endpoint of their own, such as one of a VPC."""
+
+    endpoint_url: str | None = Field(
+        None,
+        max_length=MAX_VALUE_CHARS,
+        description="Where the storage is: one of the operator's allowed endpoints; default AWS.",
+    )
+
+
 class GcsServiceAccount(SecretData):
     """Type gcs: the key of a Google Cloud service account."""
 
@@ -196,9 +206,10 @@ TYPES: dict[str, tuple[type[SecretData], ...]] = {
     "gcs": (GcsServiceAccount,),
     "hf": (HfToken,),
     "mlflow": (MlflowServer,),
-    "s3": (S3Keys,),
+    "s3": (S3Keys, S3Role),
     "wandb": (WandbProject,),
 }
+ROLES: dict[str, type[AwsRole]] = {"aws": AwsRole, "s3": S3Role}
 # The types that open what is at each source_type.
 OPENS = {"s3": ("aws", "s3"), "gcs": ("gcs",), "hf": ("hf",)}
 TRACKERS = ("mlflow", "wandb")  # those that report_to may name
@@ -214,12 +225,10 @@ def parse(type_: str, data: Mapping[str, Any]) -> SecretData:
     if type_ not in TYPES:
         raise invalid([field_error("type", "unknown type of secret", allowed=sorted(TYPES))])
     model = TYPES[type_][0]
-    if type_ == "aws" and _has_role(data):
-        model = AwsRole
+    if type_ in ROLES and _has_role(data):
+        model = ROLES[type_]
         if data.get("access_key_id") or data.get("secret_access_key"):
             raise invalid([field_error("data.role_arn", "give either a role or keys, not both")])
-    elif type_ == "s3" and _has_role(data):
-        raise invalid([field_error("data.role_arn", "a role is AWS's own: use a secret of type aws")])
     parsed = _validate(model, data)
     if isinstance(parsed, SecretData):
         return parsed
@@ -228,7 +237,12 @@ def parse(type_: str, data: Mapping[str, Any]) -> SecretData:
 
 def parse_untyped(data: Mapping[str, Any]) -> SecretData | None:
     """The data of a secret of type aws or s3 that doesn't say which, or None if it is neither."""
-    model = S3Keys if data.get("endpoint_url") else AwsRole if _has_role(data) else AwsKeys
+    at_endpoint = bool(data.get("endpoint_url"))
+    model: type[SecretData] = AwsKeys
+    if _has_role(data):
+        model = S3Role if at_endpoint else AwsRole
+    elif at_endpoint:
+        model = S3Keys
     parsed = _validate(model, data)
     return parsed if isinstance(parsed, SecretData) else None
 

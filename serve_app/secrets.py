@@ -23,6 +23,7 @@ from serve_app.secret_types import (
     HfToken,
     MlflowServer,
     S3Keys,
+    S3Role,
     SecretData,
     WandbProject,
     parse,
@@ -156,11 +157,15 @@ class SecretVault:
             case AwsRole() if not is_listed(org_id, data.role_arn, self._allowed_roles):
                 listed = f"the operator's list (TUNEYARD_ALLOWED_ROLE_ARNS) doesn't let this org use {data.role_arn}."
                 raise _error("role_not_allowed", listed)
-            case AwsRole():
-                return self._aws.assume(org_id, data)
-            case S3Keys() if data.endpoint_url and not endpoints.is_allowed_now(data.endpoint_url, self._allowed_endpoints):
+            case S3Keys() | S3Role() if data.endpoint_url and not endpoints.is_allowed_now(
+                data.endpoint_url, self._allowed_endpoints
+            ):
                 host = endpoints.host_of(data.endpoint_url)
                 raise _error("endpoint_refused", f"the endpoint {host} of this secret may not be used here.")
+            case S3Role() if data.endpoint_url:
+                return self._aws.assume(org_id, data) | {"endpoint_url": data.endpoint_url}
+            case AwsRole():
+                return self._aws.assume(org_id, data)
             case AwsKeys() | S3Keys():
                 return data.values()
         wanted = " or ".join(OPENS[source_type])

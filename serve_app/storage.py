@@ -12,10 +12,11 @@ from pyarrow.fs import FileSelector, FileType
 from pydantic import BaseModel, ValidationError
 
 from serve_app.settings import Settings
-from train_loop.data.sources import Credentials, filesystem_for
+from train_loop.data.sources import Credentials, Timeouts, filesystem_for
 from train_loop.layout import ADAPTER_FOLDER, MANIFEST, MERGED_FOLDER, RECORDS
 
 LINK_S = 900
+WHILE_ASKED = Timeouts(connect_s=2, silence_s=5, attempts=1)  # somebody waits, and holds one of the replica's threads
 
 
 def run_uri(settings: Settings, org_id: str, request_id: str) -> str:
@@ -38,10 +39,11 @@ def storage_credentials(settings: Settings) -> Credentials | None:
 def artifacts(settings: Settings, org_id: str, request_id: str) -> list[dict[str, Any]]:
     """The run's files that are meant for users: name, uri, size_bytes, sha256 (None while the run goes on), url.
 
-    A url works for LINK_S seconds; None where the storage is a plain folder. Raises OSError when the storage is away.
+    A url works for LINK_S seconds; None where the storage is a plain folder. Raises OSError, within seconds, when the storage is
+    away.
     """
     uri = run_uri(settings, org_id, request_id)
-    storage, path = filesystem_for(uri, storage_credentials(settings))
+    storage, path = filesystem_for(uri, storage_credentials(settings), timeouts=WHILE_ASKED)
     found = {
         i.path.removeprefix(f"{path}/"): i.size
         for i in storage.get_file_info([f"{path}/{n}" for n in (MANIFEST, *RECORDS)])

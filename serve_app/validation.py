@@ -18,7 +18,7 @@ from serve_app.run_keys import model_keys
 from serve_app.secret_types import OPENS, TRACKERS
 from serve_app.secrets import Secret, SecretVault
 from serve_app.settings import Settings
-from serve_app.storage import storage_credentials
+from serve_app.storage import WHILE_ASKED, storage_credentials
 from serve_app.store.jobs import JobStore
 from train_loop.advice import advice
 from train_loop.errors import Cause, DatasetError, ModelError, RunFault, UserError
@@ -148,7 +148,11 @@ def _dataset_errors(spec: JobSpec, vault: SecretVault) -> list[dict[str, Any]]:
     details = spec.dataset_details
     if details.source_type == "local":
         return [
-            field_error("dataset_details.source_type", "local paths are for runs without the service; use s3", allowed=["s3"])
+            field_error(
+                "dataset_details.source_type",
+                "local paths are for runs without the service; use s3, gcs or hf",
+                allowed=["s3", "gcs", "hf"],
+            )
         ]
     return _opening_errors(spec.org, "dataset_details", details, vault)
 
@@ -219,7 +223,7 @@ def _config(spec: JobSpec, settings: Settings, vault: SecretVault, blamed: Set[s
         return {}
     # The mirror is the operator's: it needs no keys of the user's.
     keys = Keys(storage=storage_credentials(settings)) if closed else model_keys(spec, vault, settings)
-    config = model_config(details, model_places(spec, settings.model_mirror, keys))
+    config = model_config(details, model_places(spec, settings.model_mirror, keys, timeouts=WHILE_ASKED))
     if config is None and not closed:
         where = f"not in the model mirror ({settings.model_mirror}, setting TUNEYARD_MODEL_MIRROR)"
         config = _hub_config(details, keys.hub_token, f"{name_in_mirror(details)} is {where}", settings.hub_offline)
@@ -291,10 +295,14 @@ def _tracker_errors(spec: JobSpec, vault: SecretVault) -> list[dict[str, Any]]:
 def _start_errors(spec: JobSpec, jobs: JobStore) -> list[dict[str, Any]]:
     """What keeps training from going on from the adapter that init_from names."""
     field, name = "train_config.adapter_config.init_from", spec.train_config.adapter_config.init_from
-    if name is None or name.startswith("s3://"):
+    if name is None or name.startswith(("s3://", "gs://")):
         return []
     if not UUID.fullmatch(name):
-        return [field_error(field, "init_from must be the request_id of a job of this org, or an s3://bucket/folder")]
+        return [
+            field_error(
+                field, "init_from must be the request_id of a job of this org, or an s3://bucket/folder or gs://bucket/folder"
+            )
+        ]
     job = jobs.get(name)
     if job is None or job.org_id != spec.org:
         return [field_error(field, "no such job in this org")]

@@ -12,6 +12,7 @@ from train_loop.data.sources import (
     Credentials,
     DatasetKeys,
     GoogleKey,
+    Timeouts,
     dataset_filesystem,
     filesystem_for,
     google_filesystem,
@@ -71,21 +72,27 @@ class RunFiles:
             storage, run_path = self.storage()
             return storage, f"{run_path.rpartition('/')[0]}/{name}/{ADAPTER_FOLDER}"
         keys, details = self.keys(), spec.dataset_details
-        found = next((k for k in (keys.model, keys.dataset) if isinstance(k, Credentials)), None)
-        # The machine's own role only for who runs this without the service; there a private dataset in S3 always has keys.
-        own = details.source_type == "s3" and details.ownership == "private"
-        return filesystem_for(name, found, details.region, anonymous=found is None and not own)
+        source_type, opener = ("gcs", GoogleKey) if name.startswith("gs://") else ("s3", Credentials)
+        found = next((k for k in (keys.model, keys.dataset) if isinstance(k, opener)), None)
+        # The machine's own role only for who runs this without the service; there a private dataset in a bucket always has keys.
+        own = details.source_type == source_type and details.ownership == "private"
+        anonymous = found is None and not own
+        if source_type == "gcs":
+            return google_filesystem(found if isinstance(found, GoogleKey) else None, anonymous=anonymous), path_of(name)
+        return filesystem_for(name, found if isinstance(found, Credentials) else None, details.region, anonymous=anonymous)
 
 
-def model_places(spec: JobSpec, mirror: str, keys: Keys, cache_bytes: int = DEFAULT_BYTES) -> ModelPlaces:
-    """Where the job's base model is looked for, and what opens it."""
+def model_places(
+    spec: JobSpec, mirror: str, keys: Keys, cache_bytes: int = DEFAULT_BYTES, timeouts: Timeouts = Timeouts()
+) -> ModelPlaces:
+    """Where the job's base model is looked for, and what opens it; `timeouts` are those of S3."""
     details = spec.model_details
     anonymous = keys.model is None and details.ownership == "public"
 
     def open_model(uri: str) -> tuple[FileSystem, str]:
         if details.source_type != "gcs":
             found = keys.model if isinstance(keys.model, Credentials) else None
-            return filesystem_for(uri, found, details.region, anonymous=anonymous)
+            return filesystem_for(uri, found, details.region, anonymous=anonymous, timeouts=timeouts)
         try:
             google = keys.model if isinstance(keys.model, GoogleKey) else None
             return google_filesystem(google, anonymous=anonymous), path_of(uri)
@@ -94,7 +101,7 @@ def model_places(spec: JobSpec, mirror: str, keys: Keys, cache_bytes: int = DEFA
 
     return ModelPlaces(
         mirror,
-        open_mirror=lambda uri: filesystem_for(uri, keys.storage),
+        open_mirror=lambda uri: filesystem_for(uri, keys.storage, timeouts=timeouts),
         open_model=open_model,
         hub_token=keys.hub_token,
         org_id=spec.org,
@@ -104,7 +111,7 @@ def model_places(spec: JobSpec, mirror: str, keys: Keys, cache_bytes: int = DEFA
 
 def fetch_start(spec: JobSpec, files: RunFiles, scratch: Path) -> Path | None:
     """A local folder with the adapter that init_from names, or None without one. Raises ModelError."""
-    name = spec.train_config.adapter_config.init_from
+    at, name = "train_config.adapter_config.init_from", spec.train_config.adapter_config.init_from
     if name is None:
         return None
     folder = Path(tempfile.mkdtemp(dir=scratch, prefix="start-"))
@@ -112,7 +119,9 @@ def fetch_start(spec: JobSpec, files: RunFiles, scratch: Path) -> Path | None:
         storage, path = files.start(spec, name)
         for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             download_file(storage, f"{path}/{file}", folder / file)
+    except DatasetError as error:
+        raise ModelError(f"init_from {name} can't be read: {error.message}", field=at, code=error.code) from None
     except OSError as error:
         what = "there is no adapter" if isinstance(error, FileNotFoundError) else "the storage refused the keys"
-        raise ModelError(f"init_from {name} can't be read: {what}.", field="train_config.adapter_config.init_from") from error
+        raise ModelError(f"init_from {name} can't be read: {what}.", field=at) from error
     return folder

@@ -231,7 +231,7 @@ class AdapterConfig(Section):
     init_from: Annotated[str, Field(min_length=1, max_length=2048)] | None = Field(
         None,
         description="Adapter that training continues from: request_id of a job of this org that is COMPLETED, or an "
-        "s3://bucket/folder that the model's or the dataset's secret opens.",
+        "s3://bucket/folder or gs://bucket/folder that the model's or the dataset's secret opens.",
     )
 
 
@@ -301,7 +301,7 @@ class DatasetDetails(Section):
         NotYet("preference"),
     ] = Field("sharegpt", description="Shape of a row; auto tells it by the keys of each.")
     source_type: Literal["s3", "gcs", "hf", "local"] = Field(
-        "s3", description="Where the dataset lives; local is a path, for runs without the service."
+        "s3", description="Where the dataset lives; runs without the service take local, a path, too."
     )
     ownership: Literal["public", "private"] = Field("private", description="private s3 and gcs need secret_id.")
     secret_id: str | None = Field(

@@ -54,6 +54,7 @@ def _start_ray(settings: Settings, ray_dir: str, num_cpus: int) -> tuple[str, st
     from ray import serve
 
     from serve_app.app import deploy
+    from serve_app.proxy import CALLBACK
 
     # Everything listens on 127.0.0.1, and `ray job submit` reads no token unless it is told to: RAY_AUTH_MODE=token for both
     # closes it to other users of this machine.
@@ -62,6 +63,7 @@ def _start_ray(settings: Settings, ray_dir: str, num_cpus: int) -> tuple[str, st
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     # Ray makes all its workers nice, the ingress like the training; only the training should be.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ |= CALLBACK
     http_port, dashboard_port = remembered_ports(settings.home / "ports.json", 2)
     context = ray.init(
         address="local",

@@ -5,6 +5,7 @@ Typed dictionaries, not models: an answer is built once, rendered as it is, and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Any, NotRequired
 
@@ -23,10 +24,12 @@ def reply(answer: Any) -> Response:
     return Response(to_json(answer, inf_nan_mode="null"), media_type="application/json")
 
 
-def documented(model: Any, said: str, example: Any = None, **more: Any) -> dict[int | str, dict[str, Any]]:
-    """A route's `responses`: what 200 holds."""
+def documented(
+    model: Any, said: str, example: Any = None, *, refused: Sequence[int] = (), **more: Any
+) -> dict[int | str, dict[str, Any]]:
+    """A route's `responses`: what 200 holds, and with which statuses it refuses that others with a token or a body don't have."""
     content: dict[str, Any] = {} if example is None else {"application/json": {"example": example}}
-    return {200: {"model": model, "description": said, "content": content | more}}
+    return {200: {"model": model, "description": said, "content": content | more}, **{status: {} for status in refused}}
 
 
 class Like:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from serve_app.lifecycle import Phase, Status
@@ -15,6 +16,10 @@ SPEC: dict[str, Any] = {
     "train_config": {"hyperparameters": {"num_epochs": 1, "learning_rate": 0.0001}, "adapter_config": {"r": 16, "alpha": 16}},
     "dataset_details": {"dataset_path": "s3://my-bucket/chats.jsonl", "secret_id": "<from POST /secret/>", "region": "us-west-2"},
     "infra_config": {"gpu_type": "h100", "gpu_count": 2, "node_count": 2},
+}
+FORM: dict[str, str] = {  # the same, every section given
+    name: value if isinstance(value, str) else json.dumps(value)
+    for name, value in {**SPEC, "dataset_config": {"preprocessing": {"prompt": {"max_length": 2048}}}}.items()
 }
 JOB_ID = "6f1c2a0e-8f0b-4b62-9d34-0f6f3a4f9a11"
 SUBMITTED = {

@@ -17,14 +17,16 @@ NO_TOKEN: dict[str, Any] = {"security": []}
 @router.get("/healthz", openapi_extra=NO_TOKEN, responses=documented(Health, "It does."))
 @router.get("/healthz/", include_in_schema=False)
 @router.head("/healthz", include_in_schema=False)
+@router.head("/healthz/", include_in_schema=False)
 def healthz() -> Response:
     """The process answers."""
     return reply({"status": "ok"})
 
 
-@router.get("/readyz", openapi_extra=NO_TOKEN, responses=documented(Health, "They do."))
+@router.get("/readyz", openapi_extra=NO_TOKEN, responses=documented(Health, "They do.", refused=[503]))
 @router.get("/readyz/", include_in_schema=False)
 @router.head("/readyz", include_in_schema=False)
+@router.head("/readyz/", include_in_schema=False)
 def readyz(here: Here) -> Response:
     """The store answers and the dispatcher lives; 503 says which doesn't."""
     here.store.ping()

@@ -21,29 +21,37 @@ from serve_app.validation import PLAIN, SECTIONS, validate
 from train_loop.spec import EXPERIMENT_NAME, JobSpec
 
 router = APIRouter(tags=["jobs"])
+_of_job = JobSpec.model_json_schema(ref_template="#/components/schemas/{model}")["properties"]
+FORM_PARTS: dict[str, dict[str, Any]] = {
+    "org": UUID_SCHEMA,
+    "experiment_name": {"type": "string", "pattern": EXPERIMENT_NAME},
+    **{name: {"type": "string", "contentMediaType": "application/json", "contentSchema": _of_job[name]} for name in SECTIONS},
+}
 FORM = {
     "type": "object",
     "required": ["org", "experiment_name", "model_details", "dataset_details", "infra_config"],
-    "properties": {"org": UUID_SCHEMA, "experiment_name": {"type": "string", "pattern": EXPERIMENT_NAME}}
-    | {name: {"type": "string", "contentMediaType": "application/json"} for name in SECTIONS},
+    "properties": {name: part | {"examples": [examples.FORM[name]]} for name, part in FORM_PARTS.items()},
     "additionalProperties": False,
 }
 BODY = {
     "requestBody": {
         "required": True,
         "content": {
-            "multipart/form-data": {"schema": FORM},
-            "application/x-www-form-urlencoded": {"schema": FORM},
+            "multipart/form-data": {"schema": FORM, "example": examples.FORM},
+            "application/x-www-form-urlencoded": {"schema": FORM, "example": examples.FORM},
             "application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}, "example": examples.SPEC},
         },
     }
 }
 
-A_JOB = documented(JobAnswer, "The job.", examples.JOB)
+A_JOB = documented(JobAnswer, "The job.", examples.JOB, refused=[404])
+A_CHANGED_JOB = documented(JobAnswer, "The job.", examples.JOB, refused=[404, 409])
 NAMED = json_body(examples.NAMED, org_id=UUID_SCHEMA, request_id=UUID_SCHEMA)
 
 
-@router.post("/job/", openapi_extra=BODY, responses=documented(Submitted, "The job is durable.", examples.SUBMITTED))
+@router.post(
+    "/job/", openapi_extra=BODY, responses=documented(Submitted, "The job is durable.", examples.SUBMITTED, refused=[409])
+)
 @router.post("/job", include_in_schema=False)
 async def submit(
     request: Request,
@@ -152,7 +160,7 @@ def list_jobs(
     return reply({"jobs": render(here, found), "next_cursor": following})
 
 
-@router.post("/job/cancel/", openapi_extra=NAMED, responses=A_JOB)
+@router.post("/job/cancel/", openapi_extra=NAMED, responses=A_CHANGED_JOB)
 @router.post("/job/cancel", include_in_schema=False)
 async def cancel(request: Request, asking: Asking, here: Here) -> Response:
     """Stop a job. Again is fine; a job that has ended otherwise is a 409."""
@@ -180,7 +188,7 @@ def _cancel(here: Service, asking: Principal, request_id: str, org_id: str | Non
     return render_one(here, job)
 
 
-@router.post("/job/resume/", openapi_extra=NAMED, responses=A_JOB)
+@router.post("/job/resume/", openapi_extra=NAMED, responses=A_CHANGED_JOB)
 @router.post("/job/resume", include_in_schema=False)
 async def resume(request: Request, asking: Asking, here: Here) -> Response:
     """Queue a FAILED or CANCELED job again, to go on from its last checkpoint; any other is a 409."""
@@ -204,7 +212,7 @@ def get_by_path(asking: Asking, here: Here, request_id: str) -> Response:
     return reply(render_one(here, find_job(here, asking, request_id, None)))
 
 
-@router.post("/job/{request_id}/cancel", responses=A_JOB)
+@router.post("/job/{request_id}/cancel", responses=A_CHANGED_JOB)
 @router.post("/job/{request_id}/cancel/", include_in_schema=False)
 def cancel_by_path(asking: Asking, here: Here, request_id: str) -> Response:
     """Stop a job, its id in the path."""
@@ -212,7 +220,7 @@ def cancel_by_path(asking: Asking, here: Here, request_id: str) -> Response:
     return reply(_cancel(here, asking, request_id))
 
 
-@router.post("/job/{request_id}/resume", responses=A_JOB)
+@router.post("/job/{request_id}/resume", responses=A_CHANGED_JOB)
 @router.post("/job/{request_id}/resume/", include_in_schema=False)
 def resume_by_path(asking: Asking, here: Here, request_id: str) -> Response:
     """Queue a FAILED or CANCELED job again, its id in the path."""

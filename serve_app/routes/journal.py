@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Annotated, Any
 
+import structlog
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
@@ -27,7 +28,9 @@ router = APIRouter(tags=["jobs"])
 FOLLOW_POLL_S = 1.0
 HEARTBEAT_S = 15.0
 MAX_PAGE = 10_000
+LOGGED_CHARS = 300
 SSE = "text/event-stream"
+log = structlog.get_logger()
 
 
 def readable_job(asking: Asking, here: Here, request_id: str, org_id: str) -> Job:
@@ -107,7 +110,9 @@ async def _stream(here: Service, job: Job, name: str, first: Fetch, more: Fetch,
         await asyncio.sleep(FOLLOW_POLL_S)
 
 
-@router.get("/job/events/", responses=documented(Events, "The page, or the stream.", examples.EVENTS, **STREAM) | ENDED)
+@router.get(
+    "/job/events/", responses=documented(Events, "The page, or the stream.", examples.EVENTS, refused=[404], **STREAM) | ENDED
+)
 @router.get("/job/events", include_in_schema=False)
 async def events(request: Request, here: Here, job: ByQuery, after: After = 0, last_event_id: LastEventId = None) -> Response:
     """The job's event log, oldest first; `Accept: text/event-stream` follows it."""
@@ -119,7 +124,7 @@ async def events(request: Request, here: Here, job: ByQuery, after: After = 0, l
     return await _answer(request, here, job, "events", fetch, fetch, after, last_event_id)
 
 
-@router.get("/job/logs/", responses=documented(Logs, "The lines, or the stream.", examples.LOGS, **STREAM) | ENDED)
+@router.get("/job/logs/", responses=documented(Logs, "The lines, or the stream.", examples.LOGS, refused=[404], **STREAM) | ENDED)
 @router.get("/job/logs", include_in_schema=False)
 async def logs(
     request: Request,
@@ -143,20 +148,21 @@ async def logs(
     return await _answer(request, here, job, "logs", partial(fetch, tail=newest), fetch, after, last_event_id)
 
 
-@router.get("/job/metrics/", responses=documented(Points, "The points.", examples.POINTS))
+@router.get("/job/metrics/", responses=documented(Points, "The points.", examples.POINTS, refused=[404]))
 @router.get("/job/metrics", include_in_schema=False)
 def metrics(here: Here, job: ByQuery, after_step: AfterStep = -1) -> Response:
     """The job's metric points in order of steps."""
     return reply({"points": here.store.journal.points(job.request_id, after_step)})
 
 
-@router.get("/job/artifacts/", responses=documented(Artifacts, "The files.", examples.ARTIFACTS))
+@router.get("/job/artifacts/", responses=documented(Artifacts, "The files.", examples.ARTIFACTS, refused=[404]))
 @router.get("/job/artifacts", include_in_schema=False)
 def list_artifacts(here: Here, job: ByQuery) -> Response:
     """The job's files, each with a link that works for 15 minutes; the adapter's appear once the job is COMPLETED."""
     try:
         return reply({"files": artifacts(here.settings, job.org_id, job.request_id)})
-    except OSError:
+    except OSError as error:
+        log.warning("the object storage can't be listed", error=str(error)[:LOGGED_CHARS])
         raise ApiError(503, "the object storage can't be reached; try again shortly", headers={"Retry-After": "5"}) from None
 
 

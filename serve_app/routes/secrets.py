@@ -67,7 +67,7 @@ def list_secrets(asking: Asking, here: Here, org_id: str) -> Response:
     return reply({"secrets": [_render(s) for s in here.vault.list(org)]})
 
 
-@router.delete("/secret/{secret_id}", responses=documented(Deleted, "It is gone."))
+@router.delete("/secret/{secret_id}", responses=documented(Deleted, "It is gone.", refused=[404]))
 @router.delete("/secret/{secret_id}/", include_in_schema=False)
 def delete(asking: Asking, here: Here, secret_id: str, org_id: str) -> Response:
     """Delete a secret. Jobs that name it and haven't started will fail."""

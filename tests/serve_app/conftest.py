@@ -1,6 +1,10 @@
 """The HTTP interface over a real store; nothing runs the jobs here."""
 
+import re
+from functools import cache
+
 import pytest
+from cryptography.fernet import Fernet
 from starlette.testclient import TestClient
 
 from serve_app.app import build_app
@@ -39,9 +43,27 @@ def store(request, settings):
     store.engine.dispose()
 
 
+@cache
+def documented_statuses():
+    """By (method, path), the statuses that the document has for an operation."""
+    app = build_app(Settings(jwt_secret="x" * 32, secret_key=Fernet.generate_key().decode()), None, None)
+    paths = app.openapi()["paths"]
+    return {(m.upper(), path): set(map(int, o["responses"])) for path, methods in paths.items() for m, o in methods.items()}
+
+
+def assert_documented(answer):
+    """That the document has the answer's status; of what it doesn't show, such as a path without its slash, nothing is known."""
+    path = answer.request.url.path
+    for (method, template), statuses in documented_statuses().items():
+        if method == answer.request.method and re.fullmatch(re.sub(r"{\w+}", "[^/]+", template.rstrip("/")) + "/?", path):
+            assert answer.status_code in statuses, f"{method} {path} answered {answer.status_code}"
+            return
+
+
 @pytest.fixture
 def http(settings, store):
     with TestClient(build_app(settings, store, Idle()), raise_server_exceptions=False) as client:
+        client.event_hooks = {"response": [assert_documented]}
         client.headers["Authorization"] = f"Bearer {mint_token(settings, ORG, 'tester', 600)}"
         yield client
 

@@ -176,6 +176,22 @@ def test_a_declared_body_that_is_too_long_is_refused_before_it_is_read(http, set
         assert (sent[0]["status"] == 413) is refused
 
 
+def test_a_client_that_hangs_up_in_its_body_is_no_error_of_ours(http):
+    messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+    sent = []
+
+    async def receive():
+        return next(messages)
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json"), (b"authorization", http.headers["Authorization"].encode())]
+    scope = {"type": "http", "method": "POST", "path": "/job/", "query_string": b"", "headers": headers}
+    asyncio.run(http.app(scope, receive, send))
+    assert sent[0]["status"] == 400
+
+
 def test_an_empty_idempotency_key_is_refused_as_it_would_be_everybodys(http, job):
     refused = fields(http.post("/job/", json=job, headers={"Idempotency-Key": ""}))
     assert refused.keys() == {"idempotency-key"}
@@ -408,7 +424,9 @@ NASTY = [
     ({"content": b"", "headers": {"content-type": "application/json"}}, 400),
     ({"content": b"{", "headers": {"content-type": "application/json"}}, 400),
     ({"content": b"[1]", "headers": {"content-type": "application/json"}}, 400),
-    ({"content": b"\xff\xfe", "headers": {"content-type": "application/json"}}, 422),
+    ({"content": b"\xff\xfe", "headers": {"content-type": "application/json"}}, 400),
+    ({"content": '{"org": "\u00e4"}'.encode("latin-1"), "headers": {"content-type": "application/json"}}, 400),
+    ({"content": "{}".encode("utf-16"), "headers": {"content-type": "application/json"}}, 400),
     ({"content": b"9" * 5000, "headers": {"content-type": "application/json"}}, 422),
     ({"content": b'{"org": 1e999}', "headers": {"content-type": "application/json"}}, 422),
     ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400),
@@ -433,13 +451,19 @@ def test_no_body_is_a_server_error(http, store, request_, status):
     assert store.list_jobs(ORG) == ([], None)
 
 
+def test_json_in_another_encoding_is_refused_in_a_sentence(http):
+    for path in ("/job/", "/job/plan/", "/job/cancel/", "/job/resume/", "/secret/"):
+        answer = http.post(path, content="{}".encode("utf-16"), headers={"content-type": "application/json; charset=utf-16"})
+        assert (answer.status_code, answer.json()["detail"]) == (400, "the body isn't JSON: it must be text in UTF-8")
+
+
 def test_health_and_docs_need_no_token(http):
     del http.headers["Authorization"]
     assert http.get("/healthz").json() == {"status": "ok"}
     assert http.get("/readyz").json() == {"status": "ready"}
     for path in ("/docs", "/docs/", "/openapi.json/"):
         assert http.get(path).status_code == 200
-    for path in ("/healthz", "/readyz"):  # as load balancers ask
+    for path in ("/healthz", "/healthz/", "/readyz", "/readyz/"):  # as load balancers ask
         assert http.head(path).status_code == 200
     for path in ("/redoc", "/docs/oauth2-redirect"):
         assert http.get(path).status_code == 404

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
@@ -211,6 +213,17 @@ def test_a_submission_is_to_come_again_when_the_models_storage_or_the_hub_is_awa
             assert said in told
 
 
+def test_a_models_storage_that_hangs_holds_nobody_up(http, job):
+    with socket.create_server(("127.0.0.1", 0)) as never_answers:
+        endpoint = f"http://127.0.0.1:{never_answers.getsockname()[1]}"
+        secret = made(http, "s3", {"access_key_id": "a", "secret_access_key": CANARY, "endpoint_url": endpoint})
+        away = {"base_model": URI, "source_type": "s3", "ownership": "private", "secret_id": secret}
+        began = time.monotonic()
+        answer = http.post("/job/", json=with_fields(job, {"model_details": away}))
+    assert (answer.status_code, "Retry-After" in answer.headers) == (503, True)
+    assert time.monotonic() - began < 30  # with the patience of a training run it would be minutes
+
+
 def test_training_goes_on_only_from_a_finished_job_of_the_same_org_and_base(http, job, settings, store):
     def insert(name, org=ORG, done=True, **changes):
         spec = JobSpec.model_validate(with_fields(job, {"experiment_name": name, "org": org} | changes))
@@ -233,6 +246,8 @@ def test_training_goes_on_only_from_a_finished_job_of_the_same_org_and_base(http
     for path in ("/etc", "../../other/adapter", "file:///etc"):
         assert "request_id" in fields(submit(path))[START]["message"]
     assert submit(insert("first")).status_code == 200
+    for uri in ("s3://bucket/adapter", "gs://bucket/adapter/"):
+        assert submit(uri, f"from-{uri[:2]}").status_code == 200
 
 
 def test_all_that_a_run_leaves_is_among_the_artifacts_with_its_hash(settings, store, job, tmp_path):

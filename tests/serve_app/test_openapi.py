@@ -125,7 +125,7 @@ def test_every_operation_is_described(api):
     for found in api.get_all_operations():
         operation = found.ok()
         assert operation.definition.raw.get("description"), operation.label
-        assert {"200", "4XX"} <= set(operation.definition.raw["responses"]), operation.label
+        assert "200" in operation.definition.raw["responses"], operation.label
 
 
 NUMBERS = st.integers() | st.floats() | st.just(10**400)

@@ -116,6 +116,8 @@ def refused(vault, secret_id, org=ORG):
         ("aws", ROLE),
         ("aws", {"role_arn": ROLE_ARN}),
         ("s3", KEYS | {"endpoint_url": "http://127.0.0.1:9", "region": "garage"}),
+        ("s3", ROLE),
+        ("s3", {"role_arn": ROLE_ARN, "endpoint_url": "http://127.0.0.1:9"}),
         ("gcs", GCS),
         ("hf", HF),
         ("mlflow", MLFLOW),
@@ -157,7 +159,10 @@ def account(**changes):
         ("s3", KEYS | {"region": "a b", "endpoint_url": "http://127.0.0.1"}, "data.region", "letters"),
         ("s3", KEYS | {"acess_key_id": CANARY}, "data.acess_key_id", "did you mean access_key_id?"),
         ("s3", KEYS | {"acess_key_id": None}, "data.acess_key_id", "unknown field"),
-        ("s3", ROLE, "data.role_arn", "type aws"),
+        ("s3", ROLE | KEYS, "data.role_arn", "not both"),
+        ("s3", ROLE | {"role_arn": CANARY}, "data.role_arn", "arn:aws:iam::"),
+        ("s3", ROLE | {"endpoint_url": "http://evil.example"}, "data.endpoint_url", "TUNEYARD_ALLOWED_S3_ENDPOINTS"),
+        ("s3", ROLE | {"endpoint_url": "http://127.0.0.1:9", "region": "garage"}, "data.region", "us-west-2"),
         ("aws", KEYS | {"endpoint_url": "http://127.0.0.1"}, "data.endpoint_url", "unknown field"),
         ("aws", KEYS | {"region": CANARY}, "data.region", "us-west-2"),
         ("aws", KEYS | ROLE, "data.role_arn", "not both"),
@@ -283,9 +288,14 @@ def test_keys_come_back_as_they_were_given(vault):
     assert Credentials.from_secret(got) == Credentials(**given)
 
 
-def test_a_role_becomes_temporary_keys_of_the_orgs_own_session(vault, cloud):
-    got = vault.reveal(ORG, vault.create(ORG, "n", "aws", ROLE).secret_id)
-    assert set(got) == {"access_key_id", "secret_access_key", "session_token", "region"}
+AT_ENDPOINT = {"endpoint_url": "https://storage.example"}
+
+
+@pytest.mark.parametrize(("type_", "more"), [("aws", {}), ("s3", {}), ("s3", AT_ENDPOINT)])
+def test_a_role_becomes_temporary_keys_of_the_orgs_own_session(vault, cloud, type_, more):
+    got = vault.reveal(ORG, vault.create(ORG, "n", type_, ROLE | more).secret_id)
+    assert set(got) == {"access_key_id", "secret_access_key", "session_token", "region", *more}
+    assert more.items() <= got.items()
     keys = Credentials.from_secret(got)
     asked = boto3.client(
         "sts",
@@ -324,11 +334,12 @@ def test_a_vault_asks_for_a_roles_keys_once(store, cloud, settings, monkeypatch)
     assert vault.reveal(ORG, role) == keys
 
 
-@pytest.mark.parametrize("data", [KEYS, KEYS | {"endpoint_url": "https://storage.example"}, ROLE], ids=["aws", "s3", "role"])
+@pytest.mark.parametrize("data", [KEYS, KEYS | AT_ENDPOINT, ROLE, ROLE | AT_ENDPOINT], ids=["aws", "s3", "role", "s3-role"])
 def test_an_arn_gives_the_keys_that_secrets_manager_holds(vault, cloud, data):
     arn = put(cloud, f"tuneyard/{ORG}/keys", json.dumps(data))
     got = vault.reveal(ORG, arn)
-    assert "session_token" in got if data is ROLE else got == data
+    assert "session_token" in got if "role_arn" in data else got == data
+    assert got.get("endpoint_url") == data.get("endpoint_url")
 
 
 # --- how it fails ---
@@ -345,6 +356,8 @@ def test_a_role_must_be_on_the_operators_list_when_stored_and_when_used(settings
     assert [e["field"] for e in caught.value.errors] == ["data.role_arn"]
     assert "TUNEYARD_ALLOWED_ROLE_ARNS" in caught.value.detail
     assert refused(vault(), made).code == "role_not_allowed"
+    by_s3 = vault("arn:aws:iam::*:role/of-{org}").create(ORG, "n", "s3", role).secret_id
+    assert refused(vault(), by_s3).code == "role_not_allowed"
     held = put(cloud, "any", json.dumps(role))  # nor by way of Secrets Manager
     assert refused(vault("arn:aws:iam::*:role/of-{org}"), held, OTHER_ORG).code == "role_not_allowed"
     assert settings.allowed_role_arns == ["*"]
@@ -378,8 +391,9 @@ def test_what_is_no_secret_in_secrets_manager_is_refused_without_its_contents(va
     "endpoint", ["http://169.254.169.254", "http://evil.example", f"http://a:{CANARY}@storage.example", "http://[x"]
 )
 def test_an_endpoint_in_secrets_manager_obeys_the_endpoint_rules(vault, cloud, endpoint):
-    arn = put(cloud, f"tuneyard/{ORG}/keys", json.dumps(KEYS | {"endpoint_url": endpoint}))
-    assert refused(vault, arn).code == "endpoint_refused"
+    for name, data in (("keys", KEYS), ("role", ROLE)):
+        arn = put(cloud, f"tuneyard/{ORG}/{name}", json.dumps(data | {"endpoint_url": endpoint}))
+        assert refused(vault, arn).code == "endpoint_refused"
 
 
 def test_a_secret_that_secrets_manager_has_not(vault):

@@ -20,6 +20,7 @@ from train_loop.model.source import model_config, model_folder, weights_hash
 from train_loop.run_files import Keys, RunFiles, model_places
 from train_loop.spec import JobSpec
 
+INIT_FROM = "train_config.adapter_config.init_from"
 ID = "tuneyard/smollm"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -166,6 +167,53 @@ def test_a_folder_in_google_storage_is_fetched_with_a_service_account(local_job,
     assert fetch("gs://bucket/nothing", right).startswith("model_details.base_model model_error there is no model")
     refused = fetch(f"gs://bucket/models/{ID}", right | {"private_key": CANARY})
     assert refused.startswith("model_details.secret_id storage_access_denied Google gave no token")
+
+
+START = """
+import hashlib, sys
+from pathlib import Path
+from train_loop.data.sources import GoogleKey
+from train_loop.errors import ModelError
+from train_loop.run_files import Keys, RunFiles, fetch_start
+from train_loop.spec import JobSpec
+spec, of, scratch = JobSpec.model_validate_json(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+secret = sys.stdin.read()
+files = RunFiles("s3://runs/org/run", "/nowhere", lambda: Keys(**{of: GoogleKey(secret)} if secret else {}))
+try:
+    print({path.name: path.read_text() for path in sorted(fetch_start(spec, files, scratch).iterdir())})
+except ModelError as error:
+    print(error.field, error.code, error.message)
+"""
+
+
+@pytest.mark.parametrize("of", ["model", "dataset"])
+def test_an_adapter_in_google_storage_is_fetched_with_the_models_or_the_datasets_key(local_job, serve, tmp_path, of):
+    files = {f"theirs/adapter_{name}": name.encode() for name in ("config.json", "model.safetensors")}
+    url = serve(Google.of(files=files))
+    right = google_account(url)
+
+    def fetch(uri, account, url=url):
+        # In a process of its own: the server answers in this one.
+        done = subprocess.run(
+            [sys.executable, "-c", START, json.dumps(local_job({INIT_FROM: uri})), of, str(tmp_path)],
+            env=os.environ | {"CLOUD_STORAGE_EMULATOR_ENDPOINT": url},
+            input=json.dumps(account) if account else "",
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        )
+        assert CANARY not in done.stdout + done.stderr
+        return done.stdout.strip()
+
+    found = {"adapter_config.json": "config.json", "adapter_model.safetensors": "model.safetensors"}
+    assert fetch("gs://bucket/theirs", right) == fetch("gs://bucket/theirs/", right) == str(found)
+    assert fetch("gs://bucket/none", right).endswith("init_from gs://bucket/none can't be read: there is no adapter.")
+    refused = fetch("gs://bucket/theirs", right | {"private_key": CANARY})
+    assert refused.startswith(
+        f"{INIT_FROM} storage_access_denied init_from gs://bucket/theirs can't be read: Google gave no token"
+    )
+    assert fetch("gs://bucket/theirs", None, serve(Google.of(files=files, authorization=None))) == str(found)  # open to all
 
 
 USE = """

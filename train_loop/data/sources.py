@@ -15,7 +15,6 @@ from train_loop.errors import DatasetError, RunFault
 from train_loop.spec import COMPRESSED, DatasetDetails, FileSplit, JobSpec
 from train_loop.storage import DENIED, NO_BUCKET, NO_OBJECT, patiently
 
-CONNECT_TIMEOUT_S = 5
 REQUEST_TIMEOUT_S = 20
 FIRST_CONTACT_S = 90  # an outage of the dataset's storage that is waited for before its address is taken to be wrong
 PATH = "dataset_details.dataset_path"
@@ -28,6 +27,15 @@ SUFFIXES = {
 SECRET = "dataset_details.secret_id"
 MAX_ETAGS = 32  # files that are asked for theirs, one request each
 GCS_SCOPES = ["https://www.googleapis.com/auth/devstorage.read_only"]
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """How long one request to S3 may take to connect and then be without an answer, and how often it is made."""
+
+    connect_s: float = 5
+    silence_s: float = REQUEST_TIMEOUT_S
+    attempts: int = 3
 
 
 @dataclass(frozen=True)
@@ -149,15 +157,20 @@ def _hub(token: HubToken | None) -> pafs.FileSystem:
 
 
 def filesystem_for(
-    uri: str, credentials: Credentials | None, region: str | None = None, *, anonymous: bool = False
+    uri: str,
+    credentials: Credentials | None,
+    region: str | None = None,
+    *,
+    anonymous: bool = False,
+    timeouts: Timeouts = Timeouts(),
 ) -> tuple[pafs.FileSystem, str]:
     """The file system of `uri` and the path in it. Without credentials S3 uses the machine's own (role, profile)."""
     if not uri.startswith("s3://"):
         return pafs.LocalFileSystem(), path_of(uri)
     options: dict[str, object] = {
-        "connect_timeout": CONNECT_TIMEOUT_S,
-        "request_timeout": REQUEST_TIMEOUT_S,
-        "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=3),
+        "connect_timeout": timeouts.connect_s,
+        "request_timeout": timeouts.silence_s,
+        "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=timeouts.attempts),
         "region": (credentials and credentials.region) or region or "us-east-1",
     }
     if credentials is not None:
