@@ -46,7 +46,7 @@ def _on_head(address: str, work: Any, *arguments: Any) -> dict[str, Any]:
     """What `work` answers in a process of the head's: there the service's settings are read, so there they are checked."""
     import ray
     from ray._private.services import canonicalize_bootstrap_address
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError, GetTimeoutError, RayError
 
     from serve_app.cluster import ON_HEAD
