@@ -1,4 +1,7 @@
-"""`tuneyard serve` on a Ray of the operator's own: `ray start --head` with a token, PostgreSQL, S3, an issuer's public key."""
+"""`tuneyard serve` on a Ray of the operator's own: `ray start` with a token, PostgreSQL, S3, an issuer's public key.
+
+The head has no CPUs to train on, and the machine that has some knows nothing of the service's settings.
+"""
 
 import json
 import os
@@ -12,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import jwt
+import psutil
 import pytest
 import sqlalchemy as sa
 from cryptography.fernet import Fernet
@@ -34,12 +38,12 @@ HP = "train_config.hyperparameters"
 
 
 class Head:
-    """A Ray head that `ray start` left running, and what its service is to have."""
+    """A Ray head and another node that `ray start` left running, and what their service is to have."""
 
     def __init__(self, folder: Path, mirror: Path, database_url: str, s3) -> None:
         self.mark, self.home, self.store = uuid.uuid4().hex, folder / "home", JobStore.open(database_url)
         self.ray_dir = Path(f"/tmp/tuneyard-test-{self.mark[:8]}")  # sockets below it must stay under 108 characters
-        self.gcs_port, self.http_port, dashboard_port, client_port, agent_port = free_ports(5)
+        self.gcs_port, self.http_port, dashboard_port, client_port, *agent_ports = free_ports(6)
         self.key = ec.generate_private_key(ec.SECP256R1())
         public = self.key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
         self.secret_key = Fernet.generate_key().decode()
@@ -75,15 +79,22 @@ class Head:
             "TUNEYARD_HUB_OFFLINE": "true",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         }
-        self.command = [
-            *("ray", "start", "--head", "--node-ip-address=127.0.0.1", f"--port={self.gcs_port}", f"--temp-dir={self.ray_dir}"),
-            *("--min-worker-port=0", "--max-worker-port=0", f"--ray-client-server-port={client_port}", "--num-cpus=2"),
-            *(f"--dashboard-agent-listen-port={agent_port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"),
+        start = ["ray", "start", "--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0"]
+        listen, other = (f"--dashboard-agent-listen-port={port}" for port in agent_ports)
+        dashboard = ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"]
+        where = [f"--port={self.gcs_port}", f"--ray-client-server-port={client_port}", f"--temp-dir={self.ray_dir}"]
+        self.commands = [
+            ([*start, "--head", *where, *dashboard, listen, "--num-cpus=0"], self.on_head),
+            (
+                [*start, f"--address=127.0.0.1:{self.gcs_port}", other, "--num-cpus=2"],
+                self.env | {"TUNEYARD_INSTANCE": self.mark},
+            ),
         ]
 
     def start(self) -> None:
-        done = subprocess.run(self.command, env=self.on_head, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+        for command, env in self.commands:
+            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
 
     def end(self) -> None:
         for process in members(self.mark):
@@ -224,6 +235,9 @@ def test_a_job_goes_on_while_the_service_is_replaced_and_taken_off(head, s3):
     assert "off this cluster" in head.serve("--stop").stderr
     assert head.pids("Dispatcher") == head.pids("ServeReplica") == head.pids("ServeController") == set()
     assert head.pids("JobActor") == {actor}
+    (worker,) = until(lambda: head.pids("RayTrainWorker"), "a worker")
+    homes = {psutil.Process(pid).environ()["TUNEYARD_HOME"] for pid in (actor, worker)}
+    assert homes == {str(head.home), head.env["TUNEYARD_HOME"]}
     until(lambda: head.store.get(request_id).completed_at, "the end of the job")
     assert json.loads(head.serve("--json").stdout) == {"url": f"http://127.0.0.1:{head.http_port}"}
     done = client.get(request_id, ORG)
