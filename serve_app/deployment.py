@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.context import _get_global_client  # nothing public tells on which address Serve listens
 
 from serve_app.app import Ingress
@@ -37,11 +38,15 @@ def deploy(settings: Settings, host: str, port: int) -> None:
     store.require_current()
     store.engine.dispose()
     _require_address(host, port)
-    # Where the settings are read: a machine that only trains needs none of them, and no key.
-    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+    try:
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+    except RayError:  # only where Serve didn't run before
+        serve.shutdown()
+        raise RuntimeError(f"Ray Serve can't listen on {host}:{port} of the head: is the port taken?") from None
     dispatcher = _new_dispatcher(settings.ray_namespace)
     # Ray keeps idle workers, with the code that they have loaded, for whoever has the same environment.
     fresh = {"env_vars": {"TUNEYARD_DEPLOYMENT": uuid.uuid4().hex}}
+    # On the head, where the settings are read: a machine that only trains needs none of them, and no key.
     placed = {"num_cpus": 0, "resources": ON_HEAD, "runtime_env": fresh}
     ingress: Any = Ingress
     ingress = ingress.options(num_replicas=settings.ingress_replicas, ray_actor_options=placed)
@@ -60,8 +65,8 @@ def undeploy(settings: Settings) -> bool:
     deployed = APPLICATION in serve.status().applications
     if deployed:
         serve.delete(APPLICATION)
-        if not serve.status().applications:
-            serve.shutdown()
+    if not serve.status().applications:
+        serve.shutdown()
     return deployed or dispatcher is not None
 
 
