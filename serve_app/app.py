@@ -17,7 +17,6 @@ from starlette.routing import Route
 from serve_app import errors, logs, openapi
 from serve_app.auth import Verifier
 from serve_app.cluster import DISPATCHER, ON_HEAD, actor_name, poke_dispatcher
-from serve_app.dispatcher import Dispatcher
 from serve_app.planner import TIMEOUT_S, plan_in_worker
 from serve_app.quota import Places, RateLimit
 from serve_app.routes import health, jobs, journal, secrets
@@ -59,7 +58,7 @@ class RayRuntime:
         poke_dispatcher(self._settings.ray_namespace)
 
     def plan(self, spec: JobSpec) -> dict[str, Any]:
-        task: Any = ray.remote(num_cpus=0, max_retries=0)(plan_in_worker).remote(spec.model_dump_json())
+        task: Any = ray.remote(num_cpus=0, max_retries=0, resources=ON_HEAD)(plan_in_worker).remote(spec.model_dump_json())
         try:
             made: dict[str, Any] = ray.get(task, timeout=TIMEOUT_S)
         except GetTimeoutError:
@@ -112,25 +111,7 @@ def _ingress() -> FastAPI:
     return build_app(settings, store, RayRuntime(settings))
 
 
-@serve.deployment(name="ingress", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=MAX_ONGOING)
+@serve.deployment(name="ingress", max_ongoing_requests=MAX_ONGOING)
 @serve.ingress(_ingress)
 class Ingress:
     """HTTP in; the FastAPI app is built in the replica."""
-
-
-def deploy(settings: Settings) -> None:
-    """Start the ingress and the dispatcher on the Ray cluster this process is connected to; return once both answer.
-
-    Raises RuntimeError, and starts nothing, when the settings don't allow a service.
-    """
-    store = JobStore.open(settings.database_url)
-    Verifier.from_settings(settings)
-    SecretVault.from_settings(store, settings)
-    settings.require_shared_store(sum(node["Alive"] for node in ray.nodes()))
-    store.require_current()
-    named = {"name": DISPATCHER, "namespace": settings.ray_namespace}
-    options = named | {"lifetime": "detached", "get_if_exists": True, "resources": ON_HEAD}
-    dispatcher = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)(Dispatcher).options(**options).remote()
-    ingress: Any = Ingress
-    serve.run(ingress.bind(), name="tuneyard", route_prefix="/")
-    ray.get(dispatcher.ping.remote())

@@ -112,6 +112,9 @@ class Settings(BaseSettings):
     max_gpus_per_org: int | None = Field(None, ge=1, description="Workers of one org's running jobs; default no limit.")
     max_queued_jobs_per_org: int = Field(1000, ge=1, description="Jobs of one org waiting; one more is a 429.")
     rate_limit: str = Field("1200/minute", description="Requests of one org to one ingress replica, as <n>/<second|minute|hour>.")
+    ingress_replicas: int | None = Field(
+        None, ge=1, description="Processes that answer HTTP, all on the head; default 2 (a redeploy leaves one), embedded 1."
+    )
     max_plans: int = Field(4, ge=1, description="Plans made at once for one ingress replica, each by a process with torch in it.")
     max_plans_per_org: int = Field(2, ge=1, description="Of those, for one org.")
     max_streams_per_org: int = Field(50, ge=1, description="Logs and events that an org follows at once at one ingress replica.")
@@ -159,6 +162,7 @@ class Settings(BaseSettings):
             "model_mirror": self.model_mirror or str(home / "models"),
             "profiles": self.profiles or (EMBEDDED_PROFILES if self.embedded else CLUSTER_PROFILES),
             "jwt_secret": self.jwt_secret or _read_secret(home / "jwt.key"),
+            "ingress_replicas": self.ingress_replicas or (1 if self.embedded else 2),
             "autoscales": not self.embedded if self.autoscales is None else self.autoscales,
             "secret_key": self.secret_key or _read_secret(home / "secret.key"),
         }

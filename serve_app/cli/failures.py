@@ -9,7 +9,7 @@ EXIT_CODES = {
     0: "done",
     1: "refused or failed",
     2: "wrong usage",
-    3: "the service can't be reached",
+    3: "the service (for serve: Ray) can't be reached",
     130: "interrupted",
 }
 FAILED, UNREACHABLE, INTERRUPTED = 1, 3, 130
@@ -22,6 +22,7 @@ def in_words(error: Exception) -> tuple[str, int]:
     from pydantic import ValidationError
 
     from serve_app.client import ApiError, DownloadError
+    from serve_app.store.jobs import STORE_AWAY
     from train_loop.errors import UserError
 
     if isinstance(error, ApiError | DownloadError):
@@ -33,11 +34,22 @@ def in_words(error: Exception) -> tuple[str, int]:
     if isinstance(error, ValidationError) and error.title == "Settings":
         # Without the values: a setting may be a secret.
         return "\n".join(f"TUNEYARD_{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()), FAILED
+    if isinstance(error, STORE_AWAY):
+        # Without the whole text, which holds the statement.
+        return (
+            f"the job store can't be reached (TUNEYARD_DATABASE_URL): {first_line(getattr(error, 'orig', None) or error)}",
+            FAILED,
+        )
     if isinstance(error, OSError):
         return f"{error.filename or 'this machine'}: {error.strerror or error}", FAILED
     # Without its text, which may hold what must not be shown.
     shown = f"a bug in Tuneyard, {type(error).__name__} at {_place(error)}; python -X dev -m serve_app.cli shows the traceback"
     return shown, FAILED
+
+
+def first_line(error: BaseException) -> str:
+    """What it says in one line, or what it is."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _place(error: Exception) -> str:

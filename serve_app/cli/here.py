@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from serve_app.cli.common import AsJson, app, show
+from serve_app.cli.common import AsJson, app, die, show
 
 
 @app.command()
@@ -71,5 +71,9 @@ def db_upgrade(as_json: AsJson = False) -> None:
     from serve_app.settings import Settings
     from serve_app.store.jobs import JobStore
 
-    JobStore.open(Settings.load().database_url).migrate()
+    try:
+        store = JobStore.open(Settings.load().database_url)
+    except RuntimeError as error:
+        die(str(error))
+    store.migrate()
     show({"upgraded": True}) if as_json else typer.echo("the job store is up to date")

@@ -51,9 +51,8 @@ def _start_ray(settings: Settings, ray_dir: str, num_cpus: int) -> tuple[str, st
     # Read when Ray is imported: only as a one-machine Ray, its default outside Linux, does it stay off the network.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
-    from ray import serve
 
-    from serve_app.app import deploy
+    from serve_app.deployment import deploy
     from serve_app.proxy import CALLBACK
 
     # Everything listens on 127.0.0.1, and `ray job submit` reads no token unless it is told to: RAY_AUTH_MODE=token for both
@@ -80,8 +79,7 @@ def _start_ray(settings: Settings, ray_dir: str, num_cpus: int) -> tuple[str, st
     )
     # Without this file a job submitted to this Ray gets the address of whichever Ray its supervisor finds on the machine.
     Path(ray_dir, "ray_current_cluster").write_text(context.address_info["gcs_address"])
-    serve.start(http_options={"host": "127.0.0.1", "port": http_port})
-    deploy(settings)
+    deploy(settings, "127.0.0.1", http_port)
     return f"http://127.0.0.1:{http_port}", f"http://{context.dashboard_url}"
 
 

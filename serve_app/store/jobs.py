@@ -146,9 +146,13 @@ class JobStore:
 
     @classmethod
     def open(cls, url: str) -> JobStore:
-        """Connect to `url`; nothing is created."""
+        """Connect to `url`; nothing is created. Raises RuntimeError for a URL of no database that is known here."""
         if not url.startswith("sqlite"):
-            return cls(sa.create_engine(url, pool_pre_ping=True))
+            try:
+                return cls(sa.create_engine(url, pool_pre_ping=True))
+            except (sa.exc.ArgumentError, ImportError):
+                wanted = "postgresql+psycopg://user:password@host/name"
+                raise RuntimeError(f"TUNEYARD_DATABASE_URL isn't of a database that Tuneyard knows: give {wanted}") from None
         engine = sa.create_engine(url, connect_args={"timeout": 30})
 
         @sa.event.listens_for(engine, "connect")

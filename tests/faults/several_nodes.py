@@ -37,10 +37,9 @@ def main(home: Path) -> None:
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
     os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.5"  # 5 s are more than a small job has
     import ray
-    from ray import serve
     from ray.cluster_utils import Cluster
 
-    from serve_app.app import deploy
+    from serve_app.deployment import deploy
 
     http_port, dashboard_port = free_ports(2)
     cluster = Cluster(
@@ -54,8 +53,7 @@ def main(home: Path) -> None:
         },
     )
     ray.init(address=cluster.address, namespace=settings.ray_namespace, log_to_driver=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": http_port})
-    deploy(settings)
+    deploy(settings, "127.0.0.1", http_port)
     found = {
         "url": f"http://127.0.0.1:{http_port}",
         "ray_address": cluster.address,

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import ray
 
-from serve_app.app import deploy
+from serve_app.deployment import deploy
 from serve_app.embedded.lifetime import _since_boot_s, read_state
 from serve_app.job_actor import JobActor
 from serve_app.logs import Redactor
@@ -60,6 +60,6 @@ def test_a_service_without_sound_keys_starts_nothing(settings, store, monkeypatc
     else:
         monkeypatch.setenv(f"TUNEYARD_{variable}", value)
     with pytest.raises(RuntimeError, match=said) as caught:
-        deploy(Settings.load())
+        deploy(Settings.load(), "127.0.0.1", 8000)
     assert CANARY not in str(caught.value)
     assert not ray.is_initialized()

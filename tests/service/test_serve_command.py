@@ -1,0 +1,274 @@
+"""`tuneyard serve` on a Ray of the operator's own: `ray start` with a token, PostgreSQL, S3, an issuer's public key.
+
+The head has no CPUs to train on, and the machine that has some knows nothing of the service's settings.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import httpx
+import jwt
+import psutil
+import pytest
+import sqlalchemy as sa
+from cryptography.fernet import Fernet
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from serve_app.client import Client
+from serve_app.embedded.ports import free_ports
+from serve_app.embedded.s3 import BUCKET
+from serve_app.settings import write_private
+from serve_app.store.jobs import JobStore
+from serve_app.store.tables import leases
+from tests.conftest import CANARY, DOCUMENTED, ORG, TINY, postgres_server, rows, with_fields
+from tests.running import TUNEYARD, members
+from tests.service.test_canaries import Canaries
+
+pytestmark = pytest.mark.service
+PATIENCE_S = 180
+HP = "train_config.hyperparameters"
+
+
+class Head:
+    """A Ray head and another node that `ray start` left running, and what their service is to have."""
+
+    def __init__(self, folder: Path, mirror: Path, database_url: str, s3) -> None:
+        self.mark, self.home, self.store = uuid.uuid4().hex, folder / "home", JobStore.open(database_url)
+        self.ray_dir = Path(f"/tmp/tuneyard-test-{self.mark[:8]}")  # sockets below it must stay under 108 characters
+        self.gcs_port, self.http_port, dashboard_port, client_port, *agent_ports = free_ports(6)
+        self.key = ec.generate_private_key(ec.SECP256R1())
+        public = self.key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+        self.secret_key = Fernet.generate_key().decode()
+        self.s3_keys = {
+            "endpoint_url": s3.endpoint_url,
+            "access_key_id": s3.access_key_id,
+            "secret_access_key": s3.secret_access_key,
+        }
+        self.settings = {
+            "database_url": database_url,
+            "jwt_public_key": public,
+            "secret_key": self.secret_key,
+            "storage_uri": f"s3://{BUCKET}/on-a-cluster",
+            "storage_region": "us-east-1",
+            **{f"storage_{name}": value for name, value in self.s3_keys.items()},
+            "allowed_s3_endpoints": ["127.0.0.1"],
+            "profiles": {"cpu": {"resources": {"CPU": 0.5}}},
+            "data_cpus": 0.25,
+        }
+        write_private(folder / "auth_token", uuid.uuid4().hex + uuid.uuid4().hex)
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "TUNEYARD_", "RAY_"))}
+        # Of the service's settings only the mirror is here: `tuneyard serve` may be typed in any shell.
+        self.env = clean | {
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "TUNEYARD_HOME": str(folder / "somewhere-else"),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(folder / "auth_token"),
+        }
+        self.on_head = self.env | {
+            "TUNEYARD_HOME": str(self.home),
+            "TUNEYARD_INSTANCE": self.mark,
+            "TUNEYARD_MODEL_MIRROR": str(mirror),
+            "TUNEYARD_HUB_OFFLINE": "true",
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        }
+        start = ["ray", "start", "--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0"]
+        listen, other = (f"--dashboard-agent-listen-port={port}" for port in agent_ports)
+        dashboard = ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"]
+        where = [f"--port={self.gcs_port}", f"--ray-client-server-port={client_port}", f"--temp-dir={self.ray_dir}"]
+        self.commands = [
+            ([*start, "--head", *where, *dashboard, listen, "--num-cpus=0"], self.on_head),
+            (
+                [*start, f"--address=127.0.0.1:{self.gcs_port}", other, "--num-cpus=2"],
+                self.env | {"TUNEYARD_INSTANCE": self.mark},
+            ),
+        ]
+
+    def start(self) -> None:
+        for command, env in self.commands:
+            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+
+    def end(self) -> None:
+        for process in members(self.mark):
+            process.kill()
+        shutil.rmtree(self.ray_dir, ignore_errors=True)
+
+    def has(self, **changes) -> None:
+        """Have these settings on the head, without those that are None."""
+        chosen = {name: value for name, value in (self.settings | changes).items() if value is not None}
+        write_private(self.home / "settings.json", json.dumps(chosen))
+
+    def serve(self, *arguments, env=None, check=True):
+        listen = [] if "--stop" in arguments else ["--host", "127.0.0.1", "--port", str(self.http_port)]
+        command = [TUNEYARD, "serve", "--address", f"127.0.0.1:{self.gcs_port}", *listen, *arguments]
+        done = subprocess.run(command, env=env or self.env, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+        assert done.returncode == 0 or not check, done.stderr
+        return done
+
+    def upgrade(self) -> None:
+        subprocess.run([TUNEYARD, "db", "upgrade"], env=self.on_head, check=True, capture_output=True, timeout=PATIENCE_S)
+
+    def client(self) -> Client:
+        claims = {"sub": "tester", "org": ORG, "exp": int(time.time()) + 3600}
+        return Client(f"http://127.0.0.1:{self.http_port}", jwt.encode(claims, self.key, "ES256"))
+
+    def pids(self, actor: str) -> set[int]:
+        """The processes of this kind of actor, as Ray titles them."""
+        return {p.pid for p in members(self.mark) if (p.info["cmdline"] or [""])[0].startswith(f"ray::{actor}")}
+
+    def leader(self) -> str | None:
+        """Which dispatcher has the lease."""
+        with self.store.read() as connection:
+            return connection.execute(sa.select(leases.c.owner)).scalar_one_or_none()
+
+
+def until(condition, what):
+    deadline = time.monotonic() + PATIENCE_S
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.2)
+    return found
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory, mirror, s3):
+    with postgres_server() as server:
+        server.psql("CREATE DATABASE cluster;")
+        url = server.get_uri(database="cluster").replace("postgresql://", "postgresql+psycopg://")
+        head = Head(tmp_path_factory.mktemp("cluster"), mirror, url, s3)
+        try:
+            head.start()
+            yield head
+        finally:
+            head.end()
+            head.store.engine.dispose()
+
+
+def test_without_a_cluster_or_its_token_it_says_so(head):
+    (nobody,) = free_ports(1)
+    nowhere = head.serve("--address", f"127.0.0.1:{nobody}", check=False)
+    assert (nowhere.returncode, nowhere.stderr.count("\n")) == (3, 1)
+    assert "Ray can't be reached" in nowhere.stderr
+    stranger = {k: v for k, v in head.env.items() if k != "RAY_AUTH_TOKEN_PATH"} | {"RAY_AUTH_TOKEN": "0" * 64}
+    refused = head.serve(env=stranger, check=False)
+    assert refused.returncode == 1
+    assert "set RAY_AUTH_MODE=token" in refused.stderr.splitlines()[-1]  # before it, a line of Ray's own
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"jwt_public_key": None, "jwt_secret": "weak"}, "TUNEYARD_JWT_SECRET must be at least 32 bytes"),
+        ({"secret_key": None}, "TUNEYARD_SECRET_KEY isn't set"),
+        ({"database_url": None}, "set TUNEYARD_DATABASE_URL to a PostgreSQL"),
+        ({"database_url": f"mysql://me:{CANARY}@127.0.0.1/tuneyard"}, "give postgresql+psycopg://"),
+        ({"database_url": f"postgresql+psycopg://me:{CANARY}@127.0.0.1:9/nowhere"}, "the job store can't be reached"),
+        ({"max_running_jobs": 0}, "TUNEYARD_MAX_RUNNING_JOBS"),
+        ({}, "run tuneyard db upgrade"),
+    ],
+)
+def test_settings_of_the_head_that_do_not_allow_a_service_are_named_and_nothing_is_started(head, changes, said):
+    head.has(**changes)
+    refused = head.serve(check=False)
+    assert (refused.returncode, refused.stderr.count("\n"), refused.stdout) == (1, 1, ""), refused.stderr
+    assert said in refused.stderr
+    assert CANARY not in refused.stderr
+    assert head.pids("ServeController") == head.pids("Dispatcher") == set()
+
+
+class Asking(threading.Thread):
+    """Asks for /healthz again and again, and keeps what was no good answer."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(daemon=True)
+        self.url, self.bad, self.count, self.stop = url, [], 0, threading.Event()
+
+    def run(self) -> None:
+        while not self.stop.wait(0.05):
+            self.count += 1
+            try:
+                answer = httpx.get(f"{self.url}/healthz", timeout=30)
+            except httpx.TransportError as error:
+                self.bad.append(repr(error))
+            else:
+                if answer.status_code != 200:
+                    self.bad.append(answer.text)
+
+
+def test_a_job_goes_on_while_the_service_is_replaced_and_taken_off(head, s3):
+    """One job, from its submission to its end: the service is deployed again under it, taken off, and put back."""
+    head.has()
+    head.upgrade()
+    assert head.http_port == int(head.serve().stdout.split()[3].rpartition(":")[2])
+    client = head.client()
+    assert httpx.get(f"http://127.0.0.1:{head.http_port}/readyz").json() == {"status": "ready"}
+    elsewhere = head.serve("--port", "1", check=False)
+    assert elsewhere.returncode == 1
+    assert f"give --host 127.0.0.1 --port {head.http_port}" in elsewhere.stderr
+
+    upload(s3, "\n".join(json.dumps(row) for row in rows(40)).encode())
+    request_id = client.submit(job(client.create_secret(ORG, "keys", "s3", head.s3_keys)["secret_id"]))["request_id"]
+    until(lambda: client.get(request_id, ORG)["status"] == "RUNNING", "running")
+    (actor,), before, leader = until(lambda: head.pids("JobActor"), "an actor"), head.pids("Dispatcher"), head.leader()
+    ingress = head.pids("ServeReplica")
+    assert (len(before), len(ingress)) == (1, 2)
+
+    asking = Asking(f"http://127.0.0.1:{head.http_port}")
+    asking.start()
+    head.serve()
+    asking.stop.set()
+    asking.join()
+    assert (asking.bad, asking.count > 20) == ([], True)
+    assert len(head.pids("Dispatcher") - before) == len(head.pids("Dispatcher")) == 1
+    until(lambda: len(head.pids("ServeReplica") - ingress) == len(head.pids("ServeReplica")) == 2, "new replicas alone")
+    until(lambda: head.leader() != leader, "the new dispatcher has the lease")
+    assert head.pids("JobActor") == {actor}
+
+    assert "off this cluster" in head.serve("--stop").stderr
+    assert head.pids("Dispatcher") == head.pids("ServeReplica") == head.pids("ServeController") == set()
+    assert head.pids("JobActor") == {actor}
+    (worker,) = until(lambda: head.pids("RayTrainWorker"), "a worker")
+    homes = {psutil.Process(pid).environ()["TUNEYARD_HOME"] for pid in (actor, worker)}
+    assert homes == {str(head.home), head.env["TUNEYARD_HOME"]}
+    until(lambda: head.store.get(request_id).completed_at, "the end of the job")
+    assert json.loads(head.serve("--json").stdout) == {"url": f"http://127.0.0.1:{head.http_port}"}
+    done = client.get(request_id, ORG)
+    assert (done["status"], done["attempt"]) == ("COMPLETED", 1), done
+
+
+def test_the_head_s_keys_are_in_no_process_and_no_file_of_ray(head):
+    keys = Canaries({"secret key": head.secret_key, "storage key": head.s3_keys["secret_access_key"]})
+    assert keys.in_processes(head.mark) == {}
+    found, count = keys.in_files(head.ray_dir)
+    assert (found, count > 20) == ({}, True)
+
+
+def upload(s3, content: bytes) -> None:
+    import boto3
+
+    keys = {"aws_access_key_id": s3.access_key_id, "aws_secret_access_key": s3.secret_access_key}
+    client = boto3.client("s3", endpoint_url=s3.endpoint_url, region_name="us-east-1", **keys)
+    client.put_object(Bucket=BUCKET, Key="rows.jsonl", Body=content)
+
+
+def job(secret_id: str):
+    changes = {
+        "experiment_name": "on-a-cluster",
+        "model_details.base_model": TINY,
+        "dataset_details.secret_id": secret_id,
+        "dataset_details.dataset_path": f"s3://{BUCKET}/rows.jsonl",
+        "dataset_config.preprocessing.prompt.max_length": 128,
+        f"{HP}.max_steps": 60,
+        f"{HP}.logging_steps": 20,
+        f"{HP}.dataloader_num_workers": 0,
+        "infra_config": {"gpu_type": "cpu", "gpu_count": 1, "infra_type": "simplismart", "node_count": 1},
+    }
+    return with_fields(DOCUMENTED, changes)
