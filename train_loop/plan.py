@@ -317,7 +317,10 @@ def memory_of_a_worker(
     block = 8 * shape.hidden + _kept_by_adapters(spec, shape, width)
     block += width * (2 * shape.hidden + 3 * shape.attention + 2 * shape.key_value + 4 * shape.intermediate)
     if hp.gradient_checkpointing:
-        activations = batch_tokens * (shape.num_layers * shape.hidden * width + RECOMPUTED_BLOCKS * block)
+        # bitsandbytes keeps what goes into an 8-bit layer where checkpointing doesn't find it.
+        inputs = 2 * shape.hidden + shape.attention + shape.intermediate
+        kept = shape.hidden + (inputs if quantization is not None and quantization.quant_bits == 8 else 0)
+        activations = batch_tokens * (shape.num_layers * kept * width + RECOMPUTED_BLOCKS * block)
     else:
         activations = batch_tokens * shape.num_layers * block
     parts = {
