@@ -8,30 +8,26 @@ from importlib.metadata import version
 from typing import Any
 
 import ray
-import structlog
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import RayError
 from starlette.routing import Route
 
 from serve_app import errors, logs, openapi
 from serve_app.auth import Verifier
-from serve_app.cluster import DISPATCHER, ON_HEAD, actor_name, poke_dispatcher
-from serve_app.planner import TIMEOUT_S, plan_in_worker
+from serve_app.cluster import DISPATCHER, actor_name, poke_dispatcher
+from serve_app.planner import Planner
 from serve_app.quota import Places, RateLimit
 from serve_app.routes import health, jobs, journal, secrets
 from serve_app.routes.service import Runtime, Service
 from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
 from serve_app.store.jobs import Job, JobStore
-from train_loop.errors import UserError
 from train_loop.spec import JobSpec
 
 ROOMS = (health, journal, jobs, secrets)
 MAX_ONGOING = 200  # requests at one replica
 MAX_STREAMS = 150  # of those, for the others are to be answered while as many follow their jobs
-PLAN_LATER = {"Retry-After": "30"}
-log = structlog.get_logger()
 
 
 class RayRuntime:
@@ -39,6 +35,7 @@ class RayRuntime:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._planner = Planner()
 
     def live_statuses(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
         asked = {}
@@ -57,24 +54,8 @@ class RayRuntime:
     def poke(self) -> None:
         poke_dispatcher(self._settings.ray_namespace)
 
-    def plan(self, spec: JobSpec) -> dict[str, Any]:
-        task: Any = ray.remote(num_cpus=0, max_retries=0, resources=ON_HEAD)(plan_in_worker).remote(spec.model_dump_json())
-        try:
-            made: dict[str, Any] = ray.get(task, timeout=TIMEOUT_S)
-        except GetTimeoutError:
-            ray.cancel(task, force=True)
-            message = f"the plan took longer than {TIMEOUT_S:g} s: is prompt.template very slow, or the storage?"
-            raise errors.ApiError(503, message, headers=PLAN_LATER) from None
-        except RayTaskError:
-            raise  # a fault of ours
-        except RayError as error:
-            log.warning("a plan's worker died", error=type(error).__name__)
-            message = "the process that made the plan was ended, as when memory runs out; try again a little later"
-            raise errors.ApiError(503, message, headers=PLAN_LATER) from None
-        if "error" in made:
-            raise UserError(**made["error"])
-        plan: dict[str, Any] = made["plan"]
-        return plan
+    def plan(self, spec: JobSpec, deadline: float) -> dict[str, Any]:
+        return self._planner.plan(spec, deadline)
 
     def not_ready(self) -> str | None:
         try:

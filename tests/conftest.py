@@ -115,7 +115,7 @@ class Idle:
     def poke(self) -> None:
         return None
 
-    def plan(self, spec: Any) -> dict[str, Any]:
+    def plan(self, spec: Any, deadline: float) -> dict[str, Any]:
         raise UserError("nothing can be planned without a cluster", field="infra_config")
 
     def not_ready(self) -> str | None:

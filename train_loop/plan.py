@@ -10,7 +10,7 @@ import math
 import os
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ import torch
 
 from train_loop.advice import advice
 from train_loop.data.formats import Conversation, RowRejected, to_conversation
-from train_loop.data.glance import glance
+from train_loop.data.glance import Glance, glance
 from train_loop.data.packing import pack
 from train_loop.data.prepare import decode_row
 from train_loop.data.sampler import BatchPlan
@@ -94,15 +94,25 @@ def this_machine() -> Hardware:
     return Hardware("cpu", memory, CPU_FLOPS_PER_CORE * len(os.sched_getaffinity(0)))
 
 
-def make_plan(spec: JobSpec, places: ModelPlaces, hardware: Hardware, source: FileSystem | None = None) -> dict[str, Any]:
-    """The plan of a job, as JSON. `source` is the dataset's file system; None opens it without keys.
+def make_plan(
+    spec: JobSpec,
+    places: ModelPlaces,
+    hardware: Hardware,
+    source: FileSystem | None = None,
+    doing: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """The plan of a job, as JSON. `source` is the dataset's file system; None opens it without keys. `doing` hears what it is at.
 
-    Raises UserError, as the job would, where model or dataset can't be read.
+    Raises UserError, as the job would, where model or dataset can't be read; RunFault when the model's storage is away.
     """
+    doing(f"reading the config and tokenizer of {spec.model_details.base_model}")
     shape, tokenizer = _described(spec, model_folder(spec.model_details, places, weights=False))
     filesystem = source or filesystem_for(spec.dataset_details.dataset_path, None, anonymous=True)[0]
+    doing(f"reading rows of {spec.dataset_details.dataset_path}")
     files = find_files(spec, filesystem)
-    sample = look(spec, filesystem, [f for f in files if not f.is_eval], ChatTokenizer.of(spec, tokenizer))
+    seen = glance(filesystem, [f for f in files if not f.is_eval], spec.dataset_details.dataset_type)
+    doing("rendering some rows with the chat template")
+    sample = look(spec, files[0].uri, seen, ChatTokenizer.of(spec, tokenizer))
     hp, pre, workers = spec.train_config.hyperparameters, spec.dataset_config.preprocessing, spec.infra_config.num_workers
 
     train_rows, eval_rows = split_rows(spec, filesystem, files, sample.num_rows)
@@ -219,14 +229,13 @@ def split_rows(spec: JobSpec, filesystem: FileSystem, files: Sequence[SourceFile
     return max(1, min(round(num_rows * ratios[0]), num_rows - eval_rows)), eval_rows
 
 
-def look(spec: JobSpec, filesystem: FileSystem, files: Sequence[SourceFile], chat: ChatTokenizer) -> DatasetSample:
-    """Read some rows of the files. Raises DatasetError when nothing in them is usable."""
+def look(spec: JobSpec, uri: str, seen: Glance, chat: ChatTokenizer) -> DatasetSample:
+    """Render the rows of a dataset that were seen; `uri` is where. Raises DatasetError when none of them is usable."""
     untruncated = replace(chat, prompt=chat.prompt.model_copy(update={"max_length": 1 << 20}), truncation="right")
     lengths: list[int] = []
     supervised: list[int] = []
     shown: list[dict[str, Any]] = []
     rejects: list[str] = []
-    seen = glance(filesystem, files, spec.dataset_details.dataset_type)
     for line in seen.lines:
         try:
             conversation = to_conversation(decode_row(line), spec.dataset_details.dataset_format)
@@ -241,7 +250,7 @@ def look(spec: JobSpec, filesystem: FileSystem, files: Sequence[SourceFile], cha
             shown.append(show(conversation, sample, chat))
     if not lengths:
         raise DatasetError(
-            f"none of the {seen.num_read} rows looked at in {files[0].uri} can be used (dataset_format "
+            f"none of the {seen.num_read} rows looked at in {uri} can be used (dataset_format "
             f"{spec.dataset_details.dataset_format}): {rejects[0] if rejects else 'only blank lines'}.",
             field="dataset_details.dataset_format",
             code="no_usable_rows" if rejects else "dataset_empty",
@@ -308,7 +317,10 @@ def memory_of_a_worker(
     block = 8 * shape.hidden + _kept_by_adapters(spec, shape, width)
     block += width * (2 * shape.hidden + 3 * shape.attention + 2 * shape.key_value + 4 * shape.intermediate)
     if hp.gradient_checkpointing:
-        activations = batch_tokens * (shape.num_layers * shape.hidden * width + RECOMPUTED_BLOCKS * block)
+        # bitsandbytes keeps what goes into an 8-bit layer where checkpointing doesn't find it.
+        inputs = 2 * shape.hidden + shape.attention + shape.intermediate
+        kept = shape.hidden + (inputs if quantization is not None and quantization.quant_bits == 8 else 0)
+        activations = batch_tokens * (shape.num_layers * kept * width + RECOMPUTED_BLOCKS * block)
     else:
         activations = batch_tokens * shape.num_layers * block
     parts = {

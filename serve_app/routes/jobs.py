@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from typing import Annotated, Any
 
+from anyio import move_on_after, to_thread
 from fastapi import APIRouter, Header, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
@@ -13,6 +15,7 @@ from serve_app.auth import Principal
 from serve_app.body import read_fields, unknown_names
 from serve_app.errors import beside, field_error, invalid
 from serve_app.lifecycle import Status
+from serve_app.planner import LIMIT_S, too_late
 from serve_app.routes import examples
 from serve_app.routes.answers import JobAnswer, JobList, Plan, Submitted, documented, reply
 from serve_app.routes.service import UUID_SCHEMA, Asking, Here, Service, find_job, is_uuid, json_body, render, render_one, uuid_of
@@ -44,6 +47,7 @@ BODY = {
     }
 }
 
+ANSWERS_S = 0.5  # what a plan that is late has, to say what took it
 A_JOB = documented(JobAnswer, "The job.", examples.JOB, refused=[404])
 A_CHANGED_JOB = documented(JobAnswer, "The job.", examples.JOB, refused=[404, 409])
 NAMED = json_body(examples.NAMED, org_id=UUID_SCHEMA, request_id=UUID_SCHEMA)
@@ -70,14 +74,20 @@ async def submit(
 async def plan(request: Request, asking: Asking, here: Here) -> Response:
     """What a job would take: workers, memory, tokens, steps, time, price, warnings, rendered samples. Creates nothing."""
     asking.require_scope("jobs:read")
-    payload, wrong = await read_fields(request, here.settings.max_body_bytes, PLAIN, SECTIONS)
-    return reply(await run_in_threadpool(_plan, here, asking, payload, wrong))
+    deadline = time.monotonic() + LIMIT_S
+    with move_on_after(LIMIT_S + ANSWERS_S):
+        payload, wrong = await read_fields(request, here.settings.max_body_bytes, PLAIN, SECTIONS)
+        made = await to_thread.run_sync(_plan, here, asking, payload, wrong, deadline, abandon_on_cancel=True)
+        return reply(made)
+    raise too_late("reading and checking the request")
 
 
-def _plan(here: Service, asking: Principal, payload: dict[str, Any], wrong: list[dict[str, Any]]) -> dict[str, Any]:
+def _plan(
+    here: Service, asking: Principal, payload: dict[str, Any], wrong: list[dict[str, Any]], deadline: float
+) -> dict[str, Any]:
     spec, _ = _accepted(here, asking, payload, wrong)
     with here.plans.hold(spec.org):
-        made = here.runtime.plan(spec)
+        made = here.runtime.plan(spec, deadline)
     return made | {"message": f"It would be: {in_short(spec, here)}"}
 
 

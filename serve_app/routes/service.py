@@ -32,8 +32,12 @@ class Runtime(Protocol):
         """Have the dispatcher look now. Never raises."""
         ...
 
-    def plan(self, spec: JobSpec) -> dict[str, Any]:
-        """The job's plan. Raises UserError where the job would fail at once, ApiError 503 where it takes too long or too much."""
+    def plan(self, spec: JobSpec, deadline: float) -> dict[str, Any]:
+        """The job's plan, if it can be made until `deadline`, of time.monotonic().
+
+        Raises UserError where the job would fail at once, RunFault where a storage is away, ApiError 503 where it takes too long
+        or too much.
+        """
         ...
 
     def not_ready(self) -> str | None:

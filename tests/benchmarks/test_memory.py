@@ -11,10 +11,19 @@ pytestmark = pytest.mark.service
 
 
 @pytest.mark.parametrize(
-    ("bits", "checkpointing", "max_length", "batch"), [(4, True, 512, 4), (None, True, 1024, 2), (None, False, 512, 2)]
+    ("bits", "checkpointing", "max_length", "batch", "trains"),
+    [
+        (4, True, 512, 4, "lora"),
+        (None, True, 1024, 2, "lora"),
+        (None, False, 512, 2, "lora"),
+        (None, True, 512, 2, "full"),
+        (None, False, 512, 2, "full"),
+    ],
 )
-def test_the_planned_peak_is_within_15_percent_of_the_measured_one(bits, checkpointing, max_length, batch, tmp_path, mirror):
+def test_the_planned_peak_is_within_15_percent_of_the_measured_one(
+    bits, checkpointing, max_length, batch, trains, tmp_path, mirror
+):
     write_rows(tmp_path / "rows.jsonl")
-    spec = job(tmp_path / "rows.jsonl", bits, checkpointing, max_length, batch, False)
+    spec = job(tmp_path / "rows.jsonl", bits, checkpointing, max_length, batch, False, trains)
     planned = make_plan(JobSpec.model_validate(spec), ModelPlaces(str(mirror)), this_machine())["memory"]["total_bytes"]
     assert planned == pytest.approx(measure(spec, str(mirror)), rel=0.15)

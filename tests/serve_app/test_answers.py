@@ -35,7 +35,7 @@ def http(settings, store, local_job, mirror, monkeypatch):
             live = {"phase": "training", "step": 1, "total_steps": 2, "epoch": 0.5, "metrics": METRICS}
             return {job.request_id: live for job in jobs}
 
-        def plan(self, spec):
+        def plan(self, spec, deadline):
             return make_plan(JobSpec.model_validate(local_job()), ModelPlaces(str(mirror)), this_machine())
 
     with TestClient(build_app(settings, store, Busy()), raise_server_exceptions=False) as client:

@@ -96,7 +96,7 @@ def here(settings: Settings, store: JobStore, s3: Any, monkeypatch: pytest.Monke
     settings = settings.model_copy(update=storage)
 
     class Planning(Idle):
-        def plan(self, spec: Any) -> dict[str, Any]:
+        def plan(self, spec: Any, deadline: float) -> dict[str, Any]:
             return plan_job(spec, settings, SecretVault.from_settings(store, settings))
 
     app = build_app(settings, store, Planning())

@@ -63,7 +63,7 @@ def test_the_documented_request_is_accepted_in_every_encoding(http, store, job, 
 
 def test_the_message_says_what_was_accepted_and_what_to_think_over(settings, store, job):
     class Planning(Idle):
-        def plan(self, spec):
+        def plan(self, spec, deadline):
             return {}
 
     public = {"dataset_details.ownership": "public", "dataset_details.secret_id": None}
@@ -766,7 +766,7 @@ def test_a_full_queue_is_429_until_there_is_room(settings, store, job, monkeypat
 
 def test_a_refusal_that_quotes_a_lone_surrogate_can_be_read(settings, store, job):
     class Quoting(Idle):
-        def plan(self, spec):
+        def plan(self, spec, deadline):
             render = ImmutableSandboxedEnvironment().from_string(spec.dataset_config.preprocessing.prompt.template).render
             raise UserError(f"the chat template says {render()}", field=TEMPLATE)
 
@@ -777,11 +777,29 @@ def test_a_refusal_that_quotes_a_lone_surrogate_can_be_read(settings, store, job
         assert said[TEMPLATE]["message"] == "the chat template says a?b"
 
 
-def test_plans_at_once_are_bounded_for_an_org_and_for_all(settings, store, job):
+def test_a_plan_is_answered_in_time_whatever_it_waits_for(settings, store, job, monkeypatch):
+    monkeypatch.setattr(jobs, "LIMIT_S", 0.5)
+    go_on = threading.Event()
+
+    class Stuck(Idle):
+        def plan(self, spec, deadline):
+            go_on.wait(600)
+
+    with TestClient(build_app(settings, store, Stuck())) as client:
+        client.headers["Authorization"] = f"Bearer {mint_token(settings, ORG, 'x', 60)}"
+        public = {"dataset_details.ownership": "public", "dataset_details.secret_id": None}
+        refused = client.post("/job/plan/", json=with_fields(job, public))
+        assert (refused.status_code, int(refused.headers["Retry-After"]) > 0) == (503, True)
+        assert "the plan isn't made after" in refused.json()["detail"]
+        go_on.set()
+
+
+def test_plans_at_once_are_bounded_for_an_org_and_for_all(settings, store, job, monkeypatch):
+    monkeypatch.setattr(jobs, "LIMIT_S", 300.0)
     started, go_on = threading.Semaphore(0), threading.Event()
 
     class Slow(Idle):
-        def plan(self, spec):
+        def plan(self, spec, deadline):
             started.release()
             go_on.wait(60)
             return {}

@@ -50,7 +50,7 @@ def api(settings, store, monkeypatch):
     """The document, over a service that can plan jobs."""
 
     class Planning(Idle):
-        def plan(self, spec):
+        def plan(self, spec, deadline):
             return plan_job(spec, settings, SecretVault.from_settings(store, settings))
 
     monkeypatch.setenv("TUNEYARD_RATE_LIMIT", "1000000/second")

@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from pyarrow.fs import LocalFileSystem
 
 from tests.conftest import TINY, rows, write_jsonl
 from tests.train_loop.models import make_base
-from train_loop.__main__ import main
+from train_loop.__main__ import Console, main
+from train_loop.context import LocalContext
 from train_loop.errors import DatasetError, ModelError
 from train_loop.model.adapters import add_adapter, trainable
-from train_loop.model.load import load_base
+from train_loop.model.load import compute_dtype, load_base
 from train_loop.model.source import ModelPlaces
-from train_loop.plan import Hardware, ModelShape, make_plan, memory_of_a_worker, this_machine
+from train_loop.plan import RECOMPUTED_BLOCKS, Hardware, ModelShape, make_plan, memory_of_a_worker, model_shape, this_machine
 from train_loop.spec import JobSpec
+from train_loop.trainee import load_trainee
 
 HP = "train_config.hyperparameters"
 
@@ -216,6 +219,36 @@ def test_samples_of_every_format_are_shown(local_job, mirror, tmp_path, dataset_
     assert sample["turns"] == turns
     if "tools" in row:
         assert "weather" in sample["segments"][0]["text"]
+
+
+def test_what_checkpointing_leaves_of_8_bit_layers_is_counted(local_job, mirror, tmp_path):
+    """bitsandbytes keeps their inputs beside what autograd saves, which is all that checkpointing drops."""
+    tokens = 64
+    changes = {"model_details.quantization": {"quant_bits": 8}, "train_config.torch_dtype": "bfloat16"}
+    spec = JobSpec.model_validate(local_job(changes))
+    ctx = LocalContext(mirror / TINY, LocalFileSystem(), str(tmp_path), tmp_path, Console())
+    trainee = load_trainee(spec, ctx)
+    trainee.model.train()
+    with trainee.autocast():
+        loss = trainee.model(input_ids=torch.zeros((1, tokens), dtype=torch.long)).logits.sum()
+    kept, seen, ahead = {}, set(), [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            ahead += [following for following, _ in node.next_functions]
+            if "MatMul8bit" in node.name():
+                storage = node.A.untyped_storage()
+                kept[storage.data_ptr()] = storage.nbytes()
+
+    shape, machine = model_shape(spec, mirror / TINY), this_machine()
+    flat = JobSpec.model_validate(local_job(changes | {f"{HP}.gradient_checkpointing": False}))
+    recomputing, keeping = (
+        memory_of_a_worker(s, shape, tokens, machine, evaluates=False)["activations_bytes"] for s in (spec, flat)
+    )
+    width = compute_dtype("bfloat16", torch.device("cpu"))[0].itemsize
+    blocks = keeping * RECOMPUTED_BLOCKS / shape.num_layers + tokens * shape.num_layers * shape.hidden * width
+    assert recomputing - blocks == pytest.approx(sum(kept.values()), rel=0.01)
 
 
 def test_full_training_takes_more_memory_and_sharding_less(local_job, mirror):
