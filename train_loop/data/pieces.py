@@ -101,9 +101,9 @@ class Pieces:
         """The pieces' tokens after each other; None where they don't cover all of the text."""
         known = self._known
         found = list(map(known.get, pieces))
-        if None in found:
+        if missing := [i for i, tokens in enumerate(found) if tokens is None]:
             before = self._before
-            new = dict.fromkeys(piece for piece, tokens in zip(pieces, found, strict=True) if tokens is None)
+            new = dict.fromkeys(pieces[i] for i in missing)
             again = {piece: tokens for piece in new if (tokens := before.get(piece)) is not None}
             made = self._made_apart([piece for piece in new if piece not in again])
             if made is None:
@@ -112,7 +112,8 @@ class Pieces:
             if len(known) > MAX_KNOWN:
                 self._before, self._known = known, {}
             known.update((piece, tokens) for piece, tokens in made.items() if len(piece) <= LONG_CHARS)
-            found = [made[piece] if tokens is None else tokens for piece, tokens in zip(pieces, found, strict=True)]
+            for i in missing:
+                found[i] = made[pieces[i]]
         return b"".join(found)  # type: ignore[arg-type]
 
     def _made_apart(self, pieces: list[str]) -> dict[str, bytes] | None:
