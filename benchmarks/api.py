@@ -70,8 +70,8 @@ def service(database_url: str | None) -> Iterator[tuple[dict[str, Any], JobStore
             run("down")
 
 
-def train_a_job(state: dict[str, Any], token: str) -> str:
-    """Have a job train for as long as anybody asks; its request_id once it takes steps."""
+def put_rows(state: dict[str, Any], client: Client, name: str, count: int) -> dict[str, Any]:
+    """Have so many rows in the service's own storage: a job's `dataset_details`."""
     keys = {"access_key_id": state["s3_access_key_id"], "secret_access_key": state["s3_secret_access_key"]}
     s3 = boto3.client(
         "s3",
@@ -81,10 +81,17 @@ def train_a_job(state: dict[str, Any], token: str) -> str:
         aws_secret_access_key=keys["secret_access_key"],
     )
     row = {"conversations": [{"from": "human", "value": "What is one plus one?"}, {"from": "gpt", "value": "Two. " * 40}]}
-    s3.put_object(Bucket=state["s3_bucket"], Key="rows.jsonl", Body="".join(json.dumps(row) + "\n" for _ in range(500)).encode())
+    s3.put_object(
+        Bucket=state["s3_bucket"], Key=f"{name}.jsonl", Body="".join(json.dumps(row) + "\n" for _ in range(count)).encode()
+    )
+    secret_id = client.create_secret(ORG, name, "s3", keys | {"endpoint_url": state["s3_endpoint_url"]})["secret_id"]
+    return {"dataset_path": f"s3://{state['s3_bucket']}/{name}.jsonl", "secret_id": secret_id}
+
+
+def train_a_job(state: dict[str, Any], token: str) -> str:
+    """Have a job train for as long as anybody asks; its request_id once it takes steps."""
     client = Client(state["url"], token)
-    secret_id = client.create_secret(ORG, "bench", "s3", keys | {"endpoint_url": state["s3_endpoint_url"]})["secret_id"]
-    details = {"dataset_path": f"s3://{state['s3_bucket']}/rows.jsonl", "secret_id": secret_id}
+    details = put_rows(state, client, "rows", 500)
     job = SPEC | {"experiment_name": "trains", "dataset_details": details, "infra_config": {"gpu_type": "cpu", "gpu_count": 2}}
     request_id: str = client.submit(job)["request_id"]
     while client.get(request_id, ORG)["step"] < 3:

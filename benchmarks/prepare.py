@@ -3,8 +3,9 @@
 From real ShareGPT conversations in one JSONL file to what training reads. Ours is the job's own preparation on Ray Data, and then
 the packed micro-batches of an epoch, which the workers of a job make beside training. The peer is `datasets`, whose batched map
 tokenises under the same chat template, and TRL's packing; on several cores at whichever setting a short probe finds faster.
-Sides take turns, each time in fresh processes that may use so many cores, and have prepared some rows before the clock starts:
-what is imported by then isn't counted. Memory is that of all processes of a side, what they share once.
+Sides take turns, each time in fresh processes that may use so many cores, and have prepared some rows on each of them before the
+clock starts: what is imported by then isn't counted. Memory is that of all processes of a side, what they share once, and CPU
+time what all of them have used since the clock started.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Task:
     side: str  # ours, or datasets + TRL
     cores: int
     rows: str  # JSONL file
-    warm_up: str
+    warm_up: str  # folder of JSONL files
     model: str  # folder of the base
     num_proc: int | None = None  # of the peer's maps; None is in its own process
     rayon: bool = False  # whether its tokenizer uses several threads
@@ -180,7 +181,8 @@ def peer(task: Task, rows: str, folder: str) -> tuple[Stages, dict[str, int]]:
 
     stages = Stages()
     with timed(stages, "reading"):
-        dataset = load_dataset("json", data_files=rows, split="train", cache_dir=folder)
+        files = [str(path) for path in Path(rows).glob("*.jsonl")] if Path(rows).is_dir() else rows
+        dataset = load_dataset("json", data_files=files, split="train", cache_dir=folder)
     with timed(stages, "tokens"):
         dataset = dataset.map(tokenise, batched=True, remove_columns=dataset.column_names, num_proc=task.num_proc)
     with timed(stages, "packing"):
@@ -209,13 +211,24 @@ def be(task: Task) -> None:
         print(json.dumps({"ended": time.monotonic(), "stages": stages, **done}), flush=True)
 
 
-def resident(root: psutil.Process) -> int:
-    """Bytes that a process and its descendants hold."""
-    held = 0
-    for process in [root, *root.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            held += process.memory_full_info().pss
-    return held
+@dataclass(frozen=True)
+class Use:
+    """What the processes of a side hold and have used at a time; those that have ended count as nothing."""
+
+    at: float
+    held_bytes: int
+    cpu_s: float
+
+    @classmethod
+    def of(cls, root: psutil.Process) -> Use:
+        """Now, of a process and its descendants."""
+        held, used = 0, 0.0
+        for process in [root, *root.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                used += times.user + times.system
+                held += process.memory_full_info().pss
+        return cls(time.monotonic(), held, used)
 
 
 def run(task: Task) -> dict[str, Any]:
@@ -223,7 +236,7 @@ def run(task: Task) -> dict[str, Any]:
     threads = {"OMP_NUM_THREADS": str(task.cores), "RAYON_NUM_THREADS": str(task.cores)}
     quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": str(task.rayon).lower()}
     command = [sys.executable, "-m", "benchmarks.prepare", "--side", json.dumps(asdict(task))]
-    samples: list[tuple[float, int]] = []
+    samples: list[Use] = []
     with (
         tempfile.TemporaryFile("w+") as log,
         subprocess.Popen(command, env=os.environ | threads | quiet, stdout=subprocess.PIPE, stderr=log, text=True) as running,
@@ -235,7 +248,7 @@ def run(task: Task) -> dict[str, Any]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 root = psutil.Process(running.pid)
                 while not over.wait(SAMPLE_S):
-                    samples.append((time.monotonic(), resident(root)))
+                    samples.append(Use.of(root))
 
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -247,14 +260,17 @@ def run(task: Task) -> dict[str, Any]:
             log.seek(0)
             raise SystemExit(f"{task.side} failed:\n{log.read()[-4000:]}")
     began, done = said[0]["began"], said[1]
+    before, since = ([use for use in samples if (use.at <= began) is is_before] for is_before in (True, False))
+    since = [use for use in since if use.at <= done["ended"]]
     seconds = sum(done["stages"].values())
     return {
         **asdict(task),
         **done,
         "seconds": seconds,
         "mb_per_s": Path(task.rows).stat().st_size / 1e6 / seconds,
-        "before_bytes": max((held for at, held in samples if at <= began), default=0),
-        "peak_bytes": max((held for at, held in samples if began <= at <= done["ended"]), default=0),
+        "before_bytes": max((use.held_bytes for use in before), default=0),
+        "peak_bytes": max((use.held_bytes for use in since), default=0),
+        "cpu_s": max((use.cpu_s for use in since), default=0.0) - max((use.cpu_s for use in before), default=0.0),
     }
 
 
@@ -270,16 +286,18 @@ def told(turn: dict[str, Any]) -> dict[str, Any]:
     """The turn, told apart from the results."""
     how = f" ({turn['num_proc'] or 'no'} processes, {'several threads' if turn['rayon'] else 'one thread'})"
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in turn["stages"].items())
-    print(f"{turn['side']}{how * (turn['side'] != 'ours')}: {turn['mb_per_s']:.2f} MB/s; {stages}", file=sys.stderr, flush=True)
+    speed = f"{turn['mb_per_s']:.2f} MB/s, {turn['cpu_s']:.1f} s of CPU"
+    print(f"{turn['side']}{how * (turn['side'] != 'ours')}: {speed}; {stages}", file=sys.stderr, flush=True)
     return turn
 
 
 def table(found: dict[int, dict[str, list[dict[str, Any]]]]) -> str:
     """Medians as Markdown. Ratios are those of the turns after each other."""
     lines = [
-        "| cores | side | MB/s | times its speed on one core | peak MiB | before MiB | rows | tokens | supervised | ours / it |"
+        "| cores | side | MB/s | times its speed on one core | CPU s | peak MiB | before MiB | rows | tokens | supervised | "
+        "ours / it | CPU: it / ours |"
     ]
-    lines.append("|---" * 10 + "|")
+    lines.append("|---" * 12 + "|")
     for cores, sides in found.items():
         for side, turns in sides.items():
 
@@ -288,10 +306,11 @@ def table(found: dict[int, dict[str, list[dict[str, Any]]]]) -> str:
 
             ratio = statistics.median(a["mb_per_s"] / b["mb_per_s"] for a, b in zip(sides["ours"], turns, strict=True))
             gain = f"{median('mb_per_s') / median('mb_per_s', found[1][side]):.2f}" if 1 in found else "-"
-            cells = [cores, side, f"{median('mb_per_s'):.2f}", gain]
+            spent = statistics.median(b["cpu_s"] / a["cpu_s"] for a, b in zip(sides["ours"], turns, strict=True) if a["cpu_s"])
+            cells = [cores, side, f"{median('mb_per_s'):.2f}", gain, f"{median('cpu_s'):.1f}"]
             cells += [f"{median(field) / 2**20:.0f}" for field in ("peak_bytes", "before_bytes")]
             cells += [f"{turns[0][field]:,}" for field in ("rows", "tokens", "supervised")]
-            lines.append(f"| {' | '.join(map(str, cells))} | {ratio:.2f} |")
+            lines.append(f"| {' | '.join(map(str, cells))} | {ratio:.2f} | {spent:.2f} |")
     return "\n".join(lines)
 
 
@@ -311,9 +330,11 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     found: dict[int, dict[str, list[dict[str, Any]]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        whole, warm_up, probed = (Path(folder, f"{name}.jsonl") for name in ("rows", "first", "probed"))
+        whole, probed, warm_up = Path(folder, "rows.jsonl"), Path(folder, "probed.jsonl"), Path(folder, "first")
         write_rows(whole, options.mb * 1e6)
-        write_first(whole, warm_up, WARM_UP_ROWS)
+        warm_up.mkdir()
+        for core in range(max(options.cores)):
+            write_first(whole, warm_up / f"{core}.jsonl", WARM_UP_ROWS)
         write_first(whole, probed, int(PROBED * sum(1 for _ in whole.open("rb"))))
         for cores in (n for n in options.cores if n <= len(CORES)):
             mine, its = (Task(name, cores, str(whole), str(warm_up), str(Path(options.mirror, SMOLLM2))) for name in SIDES)

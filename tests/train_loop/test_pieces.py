@@ -2,6 +2,7 @@
 
 import pickle
 import threading
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -70,6 +71,46 @@ def by_itself(tokenizer, text):
 def test_the_tokens_of_a_text_are_those_of_its_pieces(cut_up, text):
     for tokenizer, its in cut_up:
         np.testing.assert_array_equal(its.tokens(text), by_itself(tokenizer, text))
+
+
+@given(texts)
+@example(TEXT)
+def test_a_text_is_its_pieces_and_each_ends_where_no_word_goes_on(cut_up, text):
+    for _, its in cut_up:
+        found = its._piece.findall(text)
+        assert "".join(found) == text
+        assert {*accumulate(map(len, found))} <= {*(cut.start() for cut in its._cut.finditer(text)), len(text)}
+
+
+def test_no_added_token_is_cut(tokenizer):
+    other = variant(tokenizer, lambda backend: backend.add_tokens(["[A-B]", "x.y"]))
+    for text in ("a.b <|im_end|>[A-B] x.y-z", "(x.y)[A-B][A-B]\nx.y<|im_start|>a"):
+        np.testing.assert_array_equal(pieces_of(other).tokens(text), by_itself(other, text))
+
+
+def test_a_limit_in_the_tokenizers_file_is_none_here(tokenizer):
+    other = variant(tokenizer, lambda backend: backend.enable_truncation(8))
+    np.testing.assert_array_equal(pieces_of(other).tokens(TEXT), by_itself(tokenizer, TEXT))
+
+
+def test_what_was_known_before_still_is(tokenizer, monkeypatch):
+    monkeypatch.setattr(pieces, "MAX_KNOWN", 20)
+    its, made = pieces_of(tokenizer), []
+    keep = its._made_apart
+    monkeypatch.setattr(its, "_made_apart", lambda new: made.extend(new) or keep(new))
+    its.tokens(" ".join(f"a{i}" for i in range(30)))
+    its.tokens("begin again")
+    made.clear()
+    for text in ("x a7 a8", "x a9"):
+        np.testing.assert_array_equal(its.tokens(text), by_itself(tokenizer, text))
+    assert made == ["x"]
+
+
+def test_a_text_of_which_some_makes_no_token_keeps_its_places(tokenizer):
+    lost = [c for c in map(chr, range(32)) if not tokenizer(c, add_special_tokens=False)["input_ids"]]
+    assert lost
+    for text in (f"a {lost[0]}b c", f"a{lost[0]} b", f"{lost[0]} a", f"a {lost[0]}", lost[0]):
+        np.testing.assert_array_equal(pieces_of(tokenizer).tokens(text), by_itself(tokenizer, text))
 
 
 @given(texts.map(lambda text: text * 20), st.integers(1, 99))

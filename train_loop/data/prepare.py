@@ -28,10 +28,12 @@ from train_loop.data.shards import (
     LAZY,
     SPLITS,
     STREAMED,
+    TOKENS,
     PreparedDataset,
     ShardInfo,
     split_bounds,
     split_place,
+    token_lists,
     write_shard,
 )
 from train_loop.data.sources import SourceFile
@@ -125,7 +127,9 @@ def parse_block(
         columns["offset"].append(line.offset)
         columns["line"].append(number)
         columns["u"].append(place_of(spec, part.file, line.offset))
-    table = pa.table(columns, schema=schema)
+    # Arrow would make an object of Python of each token.
+    tokens = {name: token_lists(columns[name]) for name in TOKENS if name in columns}
+    table = pa.table(columns | tokens, schema=schema)
     return table, BlockSummary(
         part=part.index,
         block=block,

@@ -8,15 +8,31 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
 from typing import Any
+
+from jinja2 import nodes
 
 MAX_LAYOUT_CHARS = 1 << 20  # a template's own; longer texts must be mostly what the row says
 LAYOUT_PER_CHAR = 4
 # Compiled templates are shared, and what notes where their marks are serves one rendering at a time. Streamed rows are read by
 # several threads.
 ONE_AT_A_TIME = threading.Lock()
+# What a loop knows of itself that doesn't tell how much is to come.
+LOOKS_BACK = {"first", "index", "index0", "previtem", "depth", "depth0"}
+OUT_OF_ORDER: tuple[type[nodes.Node], ...] = (
+    nodes.Macro,
+    nodes.CallBlock,
+    nodes.FilterBlock,
+    nodes.Include,
+    nodes.Import,
+    nodes.FromImport,
+    nodes.Extends,
+    nodes.Block,
+)
 
 
 class Flood(Exception):
@@ -25,10 +41,15 @@ class Flood(Exception):
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation's text, and which parts of it the template marks as generated: (start, end) in characters."""
+    """A conversation's text, and which parts of it the template marks as generated: (start, end) in characters.
+
+    `begins`: where in it each message begins, and where the last one ends; only if of the first messages alone the same text is
+    rendered up to there, and then what follows the last one. Else empty.
+    """
 
     text: str
     generated: list[tuple[int, int]]
+    begins: list[int]
 
 
 def render(
@@ -46,12 +67,63 @@ def render(
     pieces: list[str] = []
     generated: list[tuple[int, int]] = []
     size, limit = 0, MAX_LAYOUT_CHARS
+    heard = _Heard(said, pieces) if grows(template) else None
     with ONE_AT_A_TIME, compiled.environment.activate_tracker(pieces, generated):
-        for piece in compiled.generate(messages=said, tools=tools, documents=None, add_generation_prompt=prompt, **names):
+        for piece in compiled.generate(
+            messages=heard or said, tools=tools, documents=None, add_generation_prompt=prompt, **names
+        ):
             pieces.append(piece)
             size += len(piece)
             if size > limit:
                 limit = max(limit, LAYOUT_PER_CHAR * len(json.dumps([messages, tools], ensure_ascii=False)))
                 if size > limit:
                     raise Flood
-    return Rendered("".join(pieces), generated)
+    if heard is None or len(heard.asked_at) != len(messages) + 1:
+        return Rendered("".join(pieces), generated, [])
+    ends = [0, *accumulate(map(len, pieces))]
+    return Rendered("".join(pieces), generated, [ends[count] for count in heard.asked_at])
+
+
+class _Heard(list[Mapping[str, Any]]):
+    """Messages that note how many pieces there are when a loop asks for each, and when it finds no more."""
+
+    def __init__(self, messages: Iterable[Mapping[str, Any]], pieces: Sequence[str]) -> None:
+        super().__init__(messages)
+        self.pieces, self.asked_at = pieces, list[int]()
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for message in super().__iter__():
+            self.asked_at.append(len(self.pieces))
+            yield message
+        self.asked_at.append(len(self.pieces))
+
+
+@cache
+def grows(template: str) -> bool:
+    """Whether what the template renders of a message surely depends on none after it, and what it renders after them on none.
+
+    So it is where the template is one loop over the messages that looks at no other than the first, nor at what is to come.
+    """
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    compiled: Any = _compile_jinja_template(template)
+    tree: nodes.Template = compiled.environment.parse(template)
+    loops = [i for i, node in enumerate(tree.body) if isinstance(node, nodes.For)]
+    if len(loops) != 1 or any(tree.find(kind) is not None for kind in OUT_OF_ORDER):
+        return False
+    loop, after = tree.body[loops[0]], nodes.Template(tree.body[loops[0] + 1 :])
+    assert isinstance(loop, nodes.For)
+    if loop.iter != nodes.Name("messages", "load") or loop.test is not None or loop.else_ or loop.recursive:
+        return False
+    names = list(tree.find_all(nodes.Name))
+    first = sum(n.node == nodes.Name("messages", "load") and n.arg == nodes.Const(0) for n in tree.find_all(nodes.Getitem))
+    back = sum(n.node == nodes.Name("loop", "load") and n.attr in LOOKS_BACK for n in tree.find_all(nodes.Getattr))
+    later = [name.name for name in after.find_all(nodes.Name)]
+    changed = {name.name for name in names if name.ctx != "load"}
+    return (
+        sum(name.name == "messages" for name in names) == first + 1
+        and sum(name.name == "loop" for name in names) == back
+        and sum(name.name == "add_generation_prompt" for name in names) == later.count("add_generation_prompt")
+        and changed.isdisjoint(later)
+        and {"messages", "loop", "tools", "documents"}.isdisjoint(later)
+    )

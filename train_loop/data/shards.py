@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 SPLITS = ("train", "eval", "test")
 PLACE = [("file", pa.int32()), ("offset", pa.int64()), ("line", pa.int64()), ("u", pa.float64())]
 LAZY = pa.schema([*PLACE, ("conversation", pa.string())])
-EAGER = pa.schema([*PLACE, ("input_ids", pa.large_list(pa.int32())), ("labels", pa.large_list(pa.int32()))])
+TOKENS = ("input_ids", "labels")
+EAGER = pa.schema([*PLACE, *((name, pa.large_list(pa.int32())) for name in TOKENS)])
 STREAMED = pa.schema([*PLACE, ("size", pa.int64())])
 
 
@@ -99,6 +100,12 @@ class PreparedDataset:
         data["shards"] = [ShardInfo(**s) for s in data["shards"]]
         data["files"] = [SourceFile(**f) for f in data["files"]]
         return cls(**data)
+
+
+def token_lists(rows: Sequence[np.ndarray]) -> pa.LargeListArray:
+    """A column of EAGER: of each row `[n]`, int32."""
+    ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
+    return pa.LargeListArray.from_arrays(np.append(0, ends), np.concatenate([np.empty(0, np.int32), *rows]))
 
 
 def write_shard(storage: FileSystem, path: str, table: pa.Table) -> None:

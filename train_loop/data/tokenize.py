@@ -103,7 +103,7 @@ class ChatTokenizer:
         turns = [i for i, w in zip(_of_assistant(messages), wanted, strict=True) if w]
         # The last one, as `encode` does; it may be cut off, and the first one not.
         for i in dict.fromkeys([turns[-1], turns[0]]):
-            if (span := self._span(text, messages, i, tools)) and self._keeps_a_token(text, *span, self._frame[1]):
+            if (span := self._span(rendered, messages, i, tools)) and self._keeps_a_token(text, *span, self._frame[1]):
                 return True
         return False
 
@@ -229,6 +229,15 @@ class ChatTokenizer:
         end = last[: max((end for _, end in edges if end <= common), default=0)].rstrip() or last.rstrip()
         return head, end, last[len(end) :]
 
+    @cached_property
+    def _opening(self) -> str | None:
+        """What a template that takes message after message puts after the last one, of a prompt."""
+        try:
+            probe = self._render([{"role": "user", "content": PROBE["user"]}], prompt=True)
+        except RowRejected:
+            return None
+        return probe.text[probe.begins[-1] :] if probe.begins else None
+
     def with_system(self, messages: list[Message]) -> list[Message]:
         """With prompt.system where there is none; where the template takes none, it opens the first user turn."""
         if self.prompt.system is not None and messages[0]["role"] != "system":
@@ -297,7 +306,8 @@ class ChatTokenizer:
     def _by_prefixes(
         self, messages: list[Message], tools: Sequence[Any] | None, wanted: list[bool]
     ) -> tuple[np.ndarray, np.ndarray]:
-        text = self._render(messages, tools).text
+        rendered = self._render(messages, tools)
+        text = rendered.text
         input_ids, starts, ends = self._tokens(text, whole=False)
         everything = self.train_on == "all"  # then turns of weight 0 are taken out
         spoken = np.full(len(input_ids), everything)
@@ -307,7 +317,7 @@ class ChatTokenizer:
         in_order = turns if self.truncation == "right" else turns[::-1]
         # The last one first, whether it is cut off or not: there a template shows that it can't be used.
         for i, is_wanted in sorted(in_order, key=lambda turn: turn != turns[-1]):
-            if (span := self._span(text, messages, i, tools)) is not None:
+            if (span := self._span(rendered, messages, i, tools)) is not None:
                 first, behind = np.searchsorted(starts, span[0]), np.searchsorted(ends, span[1], side="right")
                 # Where nothing ends a turn, the next one's beginning is what the model says to stop.
                 behind += not self._frame[1] and behind < len(input_ids) and input_ids[behind] in self._special
@@ -316,16 +326,20 @@ class ChatTokenizer:
                     break  # the turns from here on are cut off
         return input_ids, spoken
 
-    def _span(self, text: str, messages: list[Message], i: int, tools: Sequence[Any] | None) -> tuple[int, int] | None:
-        """Where in `text` the assistant's turn `i` is, from the end of its prompt to the end of its turn.
+    def _span(self, whole: Rendered, messages: list[Message], i: int, tools: Sequence[Any] | None) -> tuple[int, int] | None:
+        """Where in the `whole` text the assistant's turn `i` is, from the end of its prompt to the end of its turn.
 
         None where the template shows it otherwise than it was said. Raises DatasetError if it does so with the last one.
         """
         head, end, layout = self._frame
         is_last = i == len(messages) - 1
+        text, begins = whole.text, whole.begins
         try:
-            before = self._render(messages[:i], tools, prompt=True).text
-            turn = text if is_last else self._render(messages[: i + 1], tools).text
+            if begins and i > 0 and tools is None and (opening := self._opening) is not None:
+                before, turn = text[: begins[i]] + opening, text[: begins[i + 1]] + text[begins[-1] :]
+            else:
+                before = self._render(messages[:i], tools, prompt=True).text
+                turn = text if is_last else self._render(messages[: i + 1], tools).text
         except RowRejected:  # of a conversation that isn't over yet, as this template sees it
             if is_last:
                 raise

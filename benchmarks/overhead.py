@@ -1,0 +1,191 @@
+"""What a job costs besides its training: `python -m benchmarks.overhead`.
+
+Jobs on an embedded service, one worker on a CPU, one after the other. First the time from submitting to the end of the first
+step, phase by phase: of the service's first job, of a later one, and of one whose rows another job has prepared. Next to it
+Ray's own floor: from TorchTrainer.fit() until a worker that does nothing is entered, the first and the second time. Then, from
+the times of the steps: how long a save holds the loop, and what a metric point of every step costs. Phases are seen by asking,
+POLL_S apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.api import ORG, SPEC, put_rows, service
+from benchmarks.setting import machine
+from serve_app.client import Client
+
+POLL_S = 0.05
+ROWS = 500
+SAVE_STEPS = 10
+# What comes before each phase is what a job waited for until then.
+WAITS = {
+    "started": "the dispatcher",
+    "preparing_data": "the job's actor",
+    "waiting_for_resources": "the rows",
+    "loading_model": "the workers",
+    "training": "the model",
+    "first step": "the first step",
+}
+Seen = dict[str, float]  # Unix time by what was seen then
+
+
+def waits(seen: Seen) -> dict[str, float]:
+    """Seconds by what a job waited for, from `submitted` on. What wasn't seen took no time of its own."""
+    at, found = seen["submitted"], {}
+    for name, what in WAITS.items():
+        now = max(at, seen.get(name, at))
+        found[what], at = now - at, now
+    return found
+
+
+def stalls(points: Sequence[dict[str, Any]], every: int) -> tuple[float, list[float]]:
+    """Median seconds of a step that follows no save, and of each save how long the loop was held for it.
+
+    Of a job with a point for every step and a save after every so many. The first steps, to the first save, aren't looked at.
+    """
+    times = {point["step"]: point["time"] for point in points}
+    took = {step: at - times[step - 1] for step, at in times.items() if step > every and step - 1 in times}
+    plain = statistics.median(s for step, s in took.items() if step % every != 1)
+    return plain, [s - plain for step, s in took.items() if step % every == 1]
+
+
+def step_s(points: Sequence[dict[str, Any]]) -> float:
+    """Mean seconds of a step between the second point and the last."""
+    first, last = points[1], points[-1]
+    return float((last["time"] - first["time"]) / (last["step"] - first["step"]))
+
+
+def run(client: Client, name: str, details: dict[str, Any], model: str, **hyperparameters: Any) -> dict[str, Any]:
+    """One job to its end: what was seen when, and its points."""
+    spec = SPEC | {
+        "experiment_name": name,
+        "model_details": {"base_model": model},
+        "dataset_config": {"split": {"type": "none"}},
+        "dataset_details": details,
+        "train_config": {"hyperparameters": hyperparameters | {"per_device_train_batch_size": 1}},
+    }
+    seen: Seen = {"submitted": time.time()}
+    request_id = client.submit(spec)["request_id"]
+    while (job := client.get(request_id, ORG))["status"] in ("QUEUED", "RUNNING"):
+        seen.setdefault(job["phase"], time.time())
+        # Not while steps are timed.
+        time.sleep(POLL_S if "training" not in seen else 1)
+    if job["status"] != "COMPLETED":
+        raise SystemExit(f"{name}: {job['status']}, {job['message']}")
+    started = next(e for e in client.events(request_id, ORG)["events"] if e["kind"] == "started")
+    points = client.metrics(request_id, ORG)["points"]
+    seen |= {"started": dt.datetime.fromisoformat(started["time"]).timestamp(), "first step": points[0]["time"]}
+    print(f"{name}: first step after {seen['first step'] - seen['submitted']:.1f} s", file=sys.stderr, flush=True)
+    return {"name": name, "seen": seen, "points": points}
+
+
+def enter(config: dict[str, str]) -> None:
+    """A worker that does nothing."""
+    Path(config["entered"]).write_text(str(time.time()))
+
+
+def be_floor() -> None:
+    """In a Ray of its own, as the embedded service sets it: seconds until a worker of Ray Train is entered, twice."""
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.time()
+        ray.init("local", num_cpus=2, object_store_memory=256 << 20, log_to_driver=False, logging_level="error")
+        found["Ray itself"] = time.time() - began
+        for name in ("first", "second"):
+            entered, began = Path(folder, name), time.time()
+            TorchTrainer(
+                enter,
+                train_loop_config={"entered": str(entered)},
+                scaling_config=ScalingConfig(num_workers=1),
+                run_config=RunConfig(name=name, storage_path=folder),
+            ).fit()
+            found[name] = float(entered.read_text()) - began
+        ray.shutdown()
+    print(json.dumps(found))
+
+
+def floor() -> dict[str, float]:
+    """What Ray alone takes, in a process of its own."""
+    as_embedded = {"RAY_worker_niceness": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_AUTH_MODE": "disabled"}
+    command = [sys.executable, "-m", "benchmarks.overhead", "--floor"]
+    said = subprocess.run(command, env=os.environ | as_embedded, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found: dict[str, float] = json.loads(said.splitlines()[-1])
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """The three results as Markdown."""
+    jobs, ray = found["jobs"][:3], found["floor"]
+    took = [waits(job["seen"]) for job in jobs]
+    lines = ["| seconds until | " + " | ".join(job["name"] for job in jobs) + " |", "|---" * (1 + len(jobs)) + "|"]
+    for what in WAITS.values():
+        lines.append(f"| {what} | " + " | ".join(f"{each[what]:.2f}" for each in took) + " |")
+    totals = [sum(each.values()) for each in took]
+    lines.append("| in all | " + " | ".join(f"{total:.2f}" for total in totals) + " |")
+    floors = [ray["first"], ray["second"], ray["second"]]
+    lines.append("| Ray's floor for the workers | " + " | ".join(f"{each:.2f}" for each in floors) + " |")
+    over = [each["the workers"] / least for each, least in zip(took, floors, strict=True)]
+    lines.append("| workers / floor | " + " | ".join(f"{each:.2f}" for each in over) + " |")
+    lines.append("| in all / floor | " + " | ".join(f"{t / f:.2f}" for t, f in zip(totals, floors, strict=True)) + " |")
+    plain, held = stalls(found["jobs"][2]["points"], SAVE_STEPS)
+    every, seldom = (step_s(job["points"]) for job in found["jobs"][-2:])
+    lines += [
+        "",
+        f"A save holds the loop for {1000 * statistics.median(held):.0f} ms (median of {len(held)}), "
+        f"{statistics.median(held) / plain:.2f} steps of {1000 * plain:.0f} ms.",
+        f"A step with a point each takes {1000 * every:.1f} ms, with a point every {SAVE_STEPS} {1000 * seldom:.1f} ms: "
+        f"{every / seldom:.3f} of it.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="tuneyard/tiny-random-llama")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--out", type=Path, default=Path(".bench/overhead.json"))
+    parser.add_argument("--floor", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.floor:
+        be_floor()
+        return
+    steps, never = options.steps, options.steps + 1
+    found: dict[str, Any] = {**machine(), "model": options.model, "steps": steps, "floor": floor()}
+    with service(None) as (state, _, token):
+        client = Client(state["url"], token)
+        first, later = (put_rows(state, client, f"rows-{n}", n) for n in (ROWS, ROWS + 1))
+
+        def job(name: str, details: dict[str, Any], *, logging_steps: int = 1, save_steps: int = never) -> dict[str, Any]:
+            settings = {"max_steps": steps, "logging_steps": logging_steps, "save_steps": save_steps}
+            return run(client, name, details, options.model, **settings)
+
+        found["jobs"] = [
+            job("first job", first, save_steps=SAVE_STEPS),
+            job("later job", later, save_steps=SAVE_STEPS),
+            job("later job, rows prepared before", later, save_steps=SAVE_STEPS),
+            job("a point for every step", later),
+            job("few points", later, logging_steps=SAVE_STEPS),
+        ]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(found, indent=1))
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
