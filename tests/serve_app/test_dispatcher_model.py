@@ -114,7 +114,7 @@ ACTIONS = [
     *["actor_works"] * 5,
     *["time_goes_by"] * 3,
     *("cancel", "resume", "dispatcher_dies", "actor_dies", "actor_completes", "actor_fails", "actor_is_preempted"),
-    *("node_is_cut_off", "node_comes_back", "processes_linger"),
+    *("node_is_cut_off", "node_comes_back", "processes_linger", "others_take_room"),
 ]
 
 
@@ -228,8 +228,13 @@ class Service(RuleBasedStateMachine):
                     raise StaleAttempt
                 there[attempt] = True
                 return
-            job = self.store.report(request_id, number, phase="training", actor_node="node-0")
+            job = self.store.report(request_id, number, actor_node="node-0")
             assert (job.attempt, job.open) == (number, True)  # nobody else's to write
+            if attempt not in self.world.placed:
+                if not job.cancel_requested and not self.world.place(attempt, job.num_workers):
+                    self.store.record_fault(request_id, number, Cause.NO_ROOM, "no room.")
+                    return self._gone(attempt)
+                job = self.store.report(request_id, number, phase="training")
             if job.cancel_requested:
                 self._gone(attempt)  # saved and stopped; CANCELED is the dispatcher's to write
             elif act == "work":
@@ -271,6 +276,11 @@ class Service(RuleBasedStateMachine):
         """What ended actors started is slow to go, or has gone."""
         self.world.stuck = which if flag else 0
 
+    def others_take_room(self, which, flag):
+        """Somebody else's work comes to the same machines, as far as they are free, or goes."""
+        self.world.others = [0] * NODES
+        self.world.others = [min(which, free) for free in self.world.free()] + [0] * (NODES - self.world.nodes_up)
+
     # --- what must hold ---
 
     @invariant()
@@ -295,11 +305,12 @@ class Service(RuleBasedStateMachine):
 
     def _settle(self):
         """Without more faults everything comes to an end, and nothing is left."""
-        self.world.nodes_up, self.world.stuck = NODES, 0
+        self.world.nodes_up, self.world.stuck, self.world.others = NODES, 0, [0] * NODES
         self.world.unseen.clear()
+        passes = Passes(self.config, self.store, SimCluster(self.world), self.world.clock, self.world.awake_s)
         for _ in range(400):
-            one = SteppedPass("last", self.store, self.world, self.config)
-            one.finish()
+            if self.store.acquire_lease(DISPATCHER, "last", LEASE_S) is not None:
+                passes.run()
             for attempt in list(self.world.actors):
                 for act in ("work", "work", "complete"):
                     if attempt in self.world.actors:
