@@ -1,10 +1,12 @@
 """Dispatchers, job actors and the store as a state machine: everything may die between any two of its steps.
 
-The store and the dispatchers' passes are the real ones; the cluster is simulated. A pass runs in a thread that stops before every
-call of store or cluster, so hypothesis decides who goes next, interleaves two dispatchers (one that slept past its lease
-included) and kills them at every line. TUNEYARD_MODEL_RUNS sets how many histories are tried.
+Store, dispatchers' passes and job actors are the real ones; the cluster is simulated, and so is what the actors launch. A pass
+runs in a thread that stops before every call of store or cluster, so hypothesis decides who goes next, interleaves two
+dispatchers (one that slept past its lease included) and kills them at every line. An actor may die between any two of its steps.
+TUNEYARD_MODEL_RUNS sets how many histories are tried.
 """
 
+import asyncio
 import contextlib
 import datetime as dt
 import itertools
@@ -20,15 +22,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from serve_app.dispatcher import DISPATCHER, LEASE_S, Passes
+from serve_app.job_actor import JobActor
 from serve_app.lifecycle import FINAL, Status
 from serve_app.settings import Profile, Settings
 from serve_app.store.jobs import Conflict, JobStore, StaleAttempt
 from serve_app.store.tables import metadata
 from tests.conftest import DOCUMENTED, ORG, OTHER_ORG, with_fields
 from tests.serve_app.simulated import GPUS, NODES, SimCluster, World
-from train_loop.errors import Cause
+from train_loop.errors import Cause, RunFault, Stopped, UserError
 from train_loop.spec import JobSpec
 
+MANIFEST = {"steps": 9, "metrics": {}, "adapter_uri": "s3://runs/adapter", "adapter_files": []}
 RUNS = int(os.environ.get("TUNEYARD_MODEL_RUNS", "40"))
 
 
@@ -135,8 +139,12 @@ class Service(RuleBasedStateMachine):
         self.final = {}
         numbers = itertools.count()  # ids that are the same whenever hypothesis plays a history again
         ids = SimpleNamespace(uuid4=lambda: f"{next(numbers):08d}-0000-4000-8000-000000000000")
-        self.patched = mock.patch("serve_app.store.jobs.uuid", ids)
-        self.patched.start()
+        self.patches = contextlib.ExitStack()
+        self.patches.enter_context(mock.patch("serve_app.store.jobs.uuid", ids))
+        clock = SimpleNamespace(monotonic=self.world.awake_s)
+        self.patches.enter_context(mock.patch("serve_app.job_actor.time", clock))
+        self.launch = self.patches.enter_context(mock.patch("serve_app.job_actor.launch"))
+        self.actors, self.endings = {}, {}  # by attempt: the actor, and how it found out that it ends
 
     def teardown(self):
         for one in self.passes.values():
@@ -145,7 +153,7 @@ class Service(RuleBasedStateMachine):
         try:
             self._settle()
         finally:
-            self.patched.stop()
+            self.patches.close()
 
     # One rule, so that every history has everything in it: hypothesis leaves whole rules out of most of them.
     @rule(what=st.sampled_from(ACTIONS), which=st.integers(0, 7), flag=st.booleans())
@@ -157,6 +165,7 @@ class Service(RuleBasedStateMachine):
     def submit(self, which, flag):
         infra = {"gpu_type": "h100", "gpu_count": GPUS, "node_count": 1 + which % 2, "max_retries": which % 3}
         infra |= {"min_node_count": 1} if flag else {}
+        infra |= {"max_runtime_s": 60} if which == 7 else {}
         org = ORG if which < 5 else OTHER_ORG
         named = with_fields(DOCUMENTED, {"experiment_name": f"job-{len(self.jobs)}", "org": org, "infra_config": infra})
         self.jobs.append(self.store.insert(JobSpec.model_validate(named), "queued")[0].request_id)
@@ -223,33 +232,40 @@ class Service(RuleBasedStateMachine):
         there = self.world.actors if attempt in self.world.actors else self.world.unseen
         try:
             if not there[attempt]:
-                job = self.store.get(request_id)
-                if job.attempt != number or not job.open:
-                    raise StaleAttempt
-                there[attempt] = True
+                actor = JobActor.__new__(JobActor)  # without Ray and its threads
+                actor.open(self.config, self.store, request_id, number, "node-0")
+                self.actors[attempt], there[attempt] = actor, True
+                self.endings.pop(attempt, None)
                 return
-            job = self.store.report(request_id, number, actor_node="node-0")
+            actor = self.actors[attempt]
+            if attempt in self.endings:
+                actor.write(self.endings[attempt])
+                self._gone(attempt)
+                return
+            job = actor.report()
             assert (job.attempt, job.open) == (number, True)  # nobody else's to write
-            if attempt not in self.world.placed:
-                if not job.cancel_requested and not self.world.place(attempt, job.num_workers):
-                    self.store.record_fault(request_id, number, Cause.NO_ROOM, "no room.")
-                    return self._gone(attempt)
-                job = self.store.report(request_id, number, phase="training")
-            if job.cancel_requested:
-                self._gone(attempt)  # saved and stopped; CANCELED is the dispatcher's to write
+            if attempt not in self.world.placed and not actor.stop:
+                if not self.world.place(attempt, job.num_workers):
+                    return self._ends(attempt, RunFault(Cause.NO_ROOM, "no room."))
+                asyncio.run(actor.on_phase("training"))
+            if actor.stop:
+                self._ends(attempt, Stopped())
             elif act == "work":
-                self.store.report(request_id, number, step=job.step + 1)
+                asyncio.run(actor.on_progress({"step": job.step + 1}))
+                actor.report()
             elif act == "complete":
-                self.store.finish(request_id, number, Status.COMPLETED, message="done")
-                self._gone(attempt)
+                self._ends(attempt, None)
             elif act == "user_error":
-                self.store.finish(request_id, number, Status.FAILED, message="theirs")
-                self._gone(attempt)
+                self._ends(attempt, UserError("theirs"))
             else:
-                self.store.record_fault(request_id, number, Cause.PREEMPTED if act == "loss" else Cause.WORKER_DIED, "it broke.")
-                self._gone(attempt)
+                self._ends(attempt, RunFault(Cause.PREEMPTED if act == "loss" else Cause.WORKER_DIED, "it broke."))
         except StaleAttempt:
             self._gone(attempt)
+
+    def _ends(self, attempt, how):
+        """The launch ends like that; it is written down in the actor's next step, if it has one."""
+        self.launch.side_effect, self.launch.return_value = how, MANIFEST
+        self.endings[attempt] = self.actors[attempt].run()
 
     # --- machines and time ---
 
