@@ -453,9 +453,8 @@ class JobStore:
             )
             values: dict[str, Any] = {"faults": verdict.faults, "losses": verdict.losses, "updated_at": now}
             if cause is not Cause.NO_ROOM:
-                values["fault_step"] = max(
-                    job.step, job.fault_step
-                )  # an attempt that got less far than one before is no progress
+                # An attempt that got less far than one before is no progress.
+                values["fault_step"] = max(job.step, job.fault_step)
                 values["fault_cause"], values["waiting_since"] = str(cause), now
             if verdict.retry or job.cancel_requested:
                 text = f"Attempt {attempt} ended: {message} {verdict.sentence}"
