@@ -91,6 +91,18 @@ def test_an_elastic_job_goes_on_smaller_after_a_node_is_lost(bench):
     assert [e.kind for e in bench.store.journal.events(elastic)] == ["queued", "started", "node_lost", "started"]
 
 
+def test_an_elastic_job_does_not_go_on_smaller_because_what_it_held_is_free_node_by_node(bench):
+    elastic = bench.submit(nodes=2, min_node_count=1)
+    bench.passes.run()
+    bench.world.actors.clear()
+    bench.store.record_fault(elastic, 1, Cause.WORKER_DIED, "died.")
+    bench.world.others = [0, GPUS]  # its own workers' room, a moment after they are gone
+    bench.passes.run()
+    bench.world.others = [0, 0]
+    bench.passes.run()
+    assert (bench.job(elastic).attempt, bench.job(elastic).num_nodes) == (2, 2)
+
+
 def test_no_attempt_waits_for_a_machine_that_is_lost_and_not_missed_yet(bench):
     elastic = bench.submit(nodes=2, min_node_count=1)
     bench.passes.run()

@@ -241,6 +241,10 @@ class Service(RuleBasedStateMachine):
             if attempt in self.endings:
                 actor.write(self.endings[attempt])
                 self._gone(attempt)
+                job = self.store.get(request_id)
+                assert (
+                    not job.open or job.attempt != number or job.cancel_requested
+                )  # a canceled one is the dispatcher's to close
                 return
             job = actor.report()
             assert (job.attempt, job.open) == (number, True)  # nobody else's to write
@@ -306,6 +310,12 @@ class Service(RuleBasedStateMachine):
             assert self.final.get(request_id, job.status) is job.status
             if job.status in FINAL:
                 self.final[request_id] = job.status
+
+    @invariant()
+    def nothing_runs_of_a_canceled_job(self):
+        for request_id in self.jobs:
+            job = self.store.get(request_id)
+            assert job.status is not Status.CANCELED or not self.world.actors.get((request_id, job.attempt))
 
     @invariant()
     def no_more_runs_than_may(self):
