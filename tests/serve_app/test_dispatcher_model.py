@@ -239,12 +239,13 @@ class Service(RuleBasedStateMachine):
                 return
             actor = self.actors[attempt]
             if attempt in self.endings:
+                before = self.store.get(request_id)
                 actor.write(self.endings[attempt])
                 self._gone(attempt)
-                job = self.store.get(request_id)
-                assert (
-                    not job.open or job.attempt != number or job.cancel_requested
-                )  # a canceled one is the dispatcher's to close
+                after = self.store.get(request_id)
+                assert not after.open or after.attempt != number or after.cancel_requested
+                # That is the dispatcher's to write, once nothing of the run is left.
+                assert after.status is before.status or after.status is not Status.CANCELED
                 return
             job = actor.report()
             assert (job.attempt, job.open) == (number, True)  # nobody else's to write
