@@ -357,3 +357,14 @@ class Service(RuleBasedStateMachine):
 
 ServiceSurvives = Service.TestCase
 ServiceSurvives.settings = settings(max_examples=RUNS, stateful_step_count=40, suppress_health_check=list(HealthCheck))
+
+
+def test_a_run_that_stopped_because_it_was_asked_to_is_canceled_by_the_dispatcher():
+    """A history that chance seldom makes."""
+    service = Service()
+    for what, which in [("submit", 0), ("dispatch", 7), *[("actor_works", 0)] * 3, ("cancel", 0), *[("actor_works", 0)] * 2]:
+        service.happens(what=what, which=which, flag=False)
+    [job] = [service.store.get(request_id) for request_id in service.jobs]
+    assert (job.status, job.open, service.world.actors) == (Status.RUNNING, True, {})
+    service.teardown()
+    assert service.store.get(job.request_id).status is Status.CANCELED
