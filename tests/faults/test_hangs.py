@@ -14,8 +14,8 @@ SILENT_S = 20
 @pytest.fixture(scope="module")
 def impatient(tmp_path_factory, mirror):
     """A service that takes a silence of seconds for a hang."""
-    floor = {"TUNEYARD_HANG_FLOOR_S": str(SILENT_S)}
-    with Service(tmp_path_factory.mktemp("hangs"), mirror, **SETTINGS, **floor).up_with_data() as running:
+    limits = {"TUNEYARD_HANG_FLOOR_S": str(SILENT_S), "TUNEYARD_HANG_FACTOR": "3"}  # by default many times a slow machine's step
+    with Service(tmp_path_factory.mktemp("hangs"), mirror, **SETTINGS, **limits).up_with_data() as running:
         yield running
 
 
