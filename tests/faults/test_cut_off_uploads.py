@@ -48,6 +48,7 @@ def test_a_checkpoint_that_was_cut_off_is_never_picked_up(service):
     resumed = service.resumed_at(request_id)
     assert min(a for a in resumed if a > attempt) == attempt + 1
     assert resumed[attempt + 1] == whole < cut_off
-    assert [p["step"] for p in service.client.metrics(request_id, ORG)["points"]] == list(range(1, STEPS + 1))
+    points = service.client.metrics(request_id, ORG)["points"]
+    assert [p["step"] for p in points if p.get("loss") is not None] == list(range(1, STEPS + 1))
     files = service.run_files(request_id)
     assert checkpoints(files, whole=True) == checkpoints(files, whole=False)  # what was cut off is whole by now, or gone
