@@ -31,6 +31,7 @@ class Node:
 
     node_id: str
     resources: Mapping[str, float]  # in all, whoever uses them
+    free: Mapping[str, float]  # held by nobody: neither by us nor by others who use the same Ray
     draining: bool  # will go soon: takes no new work
 
 
@@ -80,7 +81,7 @@ class Cluster(Protocol):
         ...
 
     def leftovers(self, request_id: str) -> int:
-        """Actors that the job's runs started and that still live."""
+        """Actors and placement groups that the job's runs made and that are still there."""
         ...
 
     def nodes(self) -> list[Node]:
@@ -161,21 +162,23 @@ class RayCluster:
         from ray._private import state  # the public state API goes through the dashboard, which may be away or slow
 
         table = state.actors().values()
+        made = {group.creator_actor_id.hex() for group in _placement_groups() if group.state != group.REMOVED}
         own = {_address(a["Address"]) for a in table if (_attempt_of(a["Name"]) or ("", 0))[0] == request_id}
         count, seen = 0, {NOWHERE}
         # Whoever they started, and whoever those started (the Train controller and its workers).
         while own := own - seen:
             seen |= own
             children = [a for a in table if _address(a["OwnerAddress"]) in own and not a["IsDetached"]]
-            count += sum(a["State"] != "DEAD" for a in children)
+            count += sum((a["State"] != "DEAD") + (a["ActorID"] in made) for a in children)
             own = {_address(a["Address"]) for a in children}
         return count
 
     def nodes(self) -> list[Node]:
         from ray._private.state import state
 
-        draining = state.get_draining_nodes()
-        return [Node(node["NodeID"], node["Resources"], node["NodeID"] in draining) for node in ray.nodes() if node["Alive"]]
+        draining, free = state.get_draining_nodes(), state.available_resources_per_node()
+        alive = [(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+        return [Node(node_id, resources, free.get(node_id, {}), node_id in draining) for node_id, resources in alive]
 
     def unreachable(self, node_ids: Collection[str]) -> set[str]:
         return machines_lost(node_ids) if node_ids else set()
@@ -214,3 +217,12 @@ def _growth_of(path: Path) -> Growth | None:
 
 def _address(address: Mapping[str, Any]) -> tuple[str, int]:
     return address["IPAddress"], address["Port"]
+
+
+def _placement_groups() -> list[Any]:
+    """Ray's own records: what Ray hands out elsewhere doesn't say whose they are."""
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+
+    table = state._connect_and_get_accessor().get_placement_group_table()
+    return [PlacementGroupTableData.FromString(entry) for entry in table]

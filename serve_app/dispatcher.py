@@ -12,15 +12,15 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 
 import structlog
 
 from serve_app import logs
 from serve_app.cluster import DISPATCHER, Attempt, Cluster, Growth, Node, RayCluster, bundle_of
 from serve_app.housekeeping import clean
-from serve_app.lifecycle import NOTHING_TO_SAVE
-from serve_app.scheduler import HALF_LIFE_S, Bundle, Decision, Gang, Limits, Room, Shares, decide
+from serve_app.lifecycle import BEFORE_WORKERS, NOTHING_TO_SAVE
+from serve_app.scheduler import EPSILON, HALF_LIFE_S, Bundle, Decision, Gang, Limits, Room, Run, Shares, decide
 from serve_app.settings import Settings
 from serve_app.store.jobs import STORE_AWAY, Job, JobStore, StaleAttempt, utc_now
 from train_loop.errors import Cause
@@ -201,26 +201,34 @@ class Passes:
         waiting = self.store.waiting(LOOK_AHEAD_PER_ORG)
         open_jobs = [job for job in self.store.running() if job.open]
         shares = self._shares_now(open_jobs, now)
-        due = {job.request_id: job for job in waiting if (job.retry_at is None or job.retry_at <= now) and self._is_clear(job)}
+        due = {job.request_id: job for job in waiting if (job.retry_at is None or job.retry_at <= now) and self._is_ready(job)}
         taking = self._taking(nodes, due)
-        running = [(self._gang(job), job.num_nodes or 1) for job in open_jobs]
-        decision = decide([self._gang(j) for j in due.values()], running, taking, self._limits(), shares, now)
+        running = [Run(self._gang(job), job.num_nodes or 1, job.phase not in BEFORE_WORKERS) for job in open_jobs]
+        free = [node.free for node in taking]
+        decision = decide([self._gang(j) for j in due.values()], running, free, self._limits(), shares, now)
         for gang, num_nodes in decision.starts:
             self._start(due[gang.request_id], num_nodes)
         self._clear &= {(job.request_id, job.attempt) for job in waiting}
         told = {job.request_id: job.queue_position for job in waiting}
         self.store.set_queue_positions({k: place for k, place in decision.positions.items() if told[k] != place})
-        self._ask_for_room(running, decision)
-        self._look_at_capacity(taking, now)
+        self._ask_for_room(nodes, running, decision)
+        empty = Room.of(node.resources for node in taking)
+        self._look_at_capacity(empty, now)
         started = {gang.request_id for gang, _ in decision.starts}
-        self._refuse_what_never_fits([job for job in waiting if job.request_id not in started], taking, now)
+        self._refuse_what_never_fits([job for job in waiting if job.request_id not in started], empty, now)
 
-    def _taking(self, nodes: list[Node], due: dict[str, Job]) -> list[Mapping[str, float]]:
-        """What the machines have that take new work. One that a job has just lost may seem alive to Ray for half a minute."""
+    def _taking(self, nodes: list[Node], due: dict[str, Job]) -> list[Node]:
+        """The machines that take new work. One that a job has just lost may seem alive to Ray for half a minute."""
         lately_lost = any(job.losses for job in due.values())
         suspects = {node.node_id for node in nodes if lately_lost or node.node_id in self._unreachable}
         self._unreachable = self.cluster.unreachable(suspects)
-        return [node.resources for node in nodes if not node.draining and node.node_id not in self._unreachable]
+        return [node for node in nodes if not node.draining and node.node_id not in self._unreachable]
+
+    def _is_ready(self, job: Job) -> bool:
+        """Whether the job may start if it has room. What its earlier attempts held is free a moment after they are gone, node by
+        node: a job that takes what there is would take too little, so it has its turn in the next pass."""
+        gang, seen_before = self._gang(job), job.attempt == 0 or (job.request_id, job.attempt) in self._clear
+        return self._is_clear(job) and (seen_before or gang.min_nodes == gang.max_nodes)
 
     def _is_clear(self, job: Job) -> bool:
         """Whether nothing is left of the job's earlier attempts, for as long as that is worth waiting for."""
@@ -276,16 +284,21 @@ class Passes:
             max_nodes=infra["node_count"],
         )
 
-    def _ask_for_room(self, running: list[tuple[Gang, int]], decision: Decision) -> None:
-        """Show the autoscaler what runs and what waits for room; nothing when nobody waits, so that nodes go again."""
-        held = [*running, *decision.starts] if decision.lacking else []
-        wanted = [gang.bundle for gang, n in [*held, *decision.lacking] for _ in range(gang.per_node * n)]
+    def _ask_for_room(self, nodes: list[Node], running: list[Run], decision: Decision) -> None:
+        """Show the autoscaler what is held on each node, by whomever, and what we promised and what waits for room; nothing when
+        nobody waits, so that nodes go again."""
+        wanted: list[Bundle] = []
+        if decision.lacking:
+            promised = [(run.gang, run.num_nodes) for run in running if not run.placed]
+            gangs = [*promised, *decision.starts, *decision.lacking]
+            names = sorted({name for gang, _ in gangs for name in gang.bundle})
+            wanted += [held for node in nodes if (held := _held(node, names))]
+            wanted += [gang.bundle for gang, n in gangs for _ in range(gang.per_node * n)]
         if wanted != self._asked:
             self.cluster.ask_for(wanted)
             self._asked = wanted
 
-    def _refuse_what_never_fits(self, waiting: list[Job], taking: list[Mapping[str, float]], now: dt.datetime) -> None:
-        empty = Room.of(taking)
+    def _refuse_what_never_fits(self, waiting: list[Job], empty: Room, now: dt.datetime) -> None:
         too_large = {}
         for job in waiting:
             gang, kind = self._gang(job), job.spec["infra_config"]["gpu_type"]
@@ -312,16 +325,21 @@ class Passes:
             return there
         return None if self._growth is None else max(there, self._growth.count(bundle_of(profile)))
 
-    def _look_at_capacity(self, taking: list[Mapping[str, float]], now: dt.datetime) -> None:
+    def _look_at_capacity(self, empty: Room, now: dt.datetime) -> None:
         """See now and then how large the cluster may be, and let the ingress know what can be accepted without asking Ray."""
         if self._capacity is not None and (now - self._capacity_at).total_seconds() < CAPACITY_S:
             return
         self._growth = self.cluster.growth()
-        room = Room.of(taking)
         before = self._capacity or {}
-        most = {kind: self._most(kind, room) for kind in self.settings.profiles}
+        most = {kind: self._most(kind, empty) for kind in self.settings.profiles}
         # The most ever seen: a machine that is away for a while shouldn't have jobs refused.
         found = {kind: max(count, before.get(kind, 0)) for kind, count in most.items() if count is not None}
         if found != self._capacity:
             self.store.set_capacity(found)
         self._capacity, self._capacity_at = found, now
+
+
+def _held(node: Node, names: Sequence[str]) -> Bundle:
+    """What somebody holds of these resources of a node."""
+    held = {name: round(node.resources.get(name, 0.0) - node.free.get(name, 0.0), 4) for name in names}
+    return {name: amount for name, amount in held.items() if amount > EPSILON}

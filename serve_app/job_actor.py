@@ -55,9 +55,15 @@ class JobActor:
 
     def __init__(self, request_id: str, attempt: int) -> None:
         logs.configure()
-        self.settings = Settings.load()
-        self.store = JobStore.open(self.settings.database_url)
-        self.attempt = attempt
+        settings = Settings.load()
+        self.open(settings, JobStore.open(settings.database_url), request_id, attempt, ray.get_runtime_context().get_node_id())
+        self.flusher = threading.Thread(target=self._flush_until_ended, name="flush", daemon=True)
+        self.flusher.start()
+        threading.Thread(target=self._live, name="attempt", daemon=True).start()
+
+    def open(self, settings: Settings, store: JobStore, request_id: str, attempt: int, node_id: str) -> None:
+        """Take up the attempt, on that node of Ray's. Nothing goes on by itself yet. Raises StaleAttempt."""
+        self.settings, self.store, self.attempt, self.node_id = settings, store, attempt, node_id
         self.log = log.bind(request_id=request_id, attempt=attempt)
         job = self._patiently(lambda: self.store.get(request_id))
         if job is None or job.attempt != attempt or not job.open:
@@ -76,9 +82,6 @@ class JobActor:
         self.clock = StepClock(self.placement.hang_floor_s, self.placement.hang_factor)
         self.step_at = self.started
         self.ended = threading.Event()
-        self.flusher = threading.Thread(target=self._flush_until_ended, name="flush", daemon=True)
-        self.flusher.start()
-        threading.Thread(target=self._live, name="attempt", daemon=True).start()
 
     # --- asked by the ingress and the dispatcher ---
 
@@ -144,18 +147,22 @@ class JobActor:
 
     def _live(self) -> None:
         """From launch to the end of this process."""
-        ending = self._run()
+        ending = self.run()
         self.ended.set()
         self.flusher.join()
-        try:
-            self._patiently(self._report)
-            self._patiently(ending)
-        except StaleAttempt:
-            self.log.info("the attempt was closed from outside")
+        self.write(ending)
         poke_dispatcher(self.settings.ray_namespace)
         self._exit()
 
-    def _run(self) -> Ending:
+    def write(self, ending: Ending) -> None:
+        """Write down what is left to tell, and how the attempt ended."""
+        try:
+            self._patiently(self.report)
+            self._patiently(ending)
+        except StaleAttempt:
+            self.log.info("the attempt was closed from outside")
+
+    def run(self) -> Ending:
         """Run to the end, whatever it is; how to write it down."""
         request_id, attempt = self.job.request_id, self.attempt
         me = ActorMonitor(actor_name(request_id, attempt), self.settings.ray_namespace)
@@ -251,11 +258,12 @@ class JobActor:
 
     # --- the store ---
 
-    def _report(self) -> Job:
+    def report(self) -> Job:
+        """Write progress and heartbeat through to the store; the job there. Raises StaleAttempt."""
         notes = self.outbox.take()
         fields = {k: v for k, v in self.live.items() if k in REPORTED}
         fields["ran_s"] = self.job.ran_s + time.monotonic() - self.started
-        fields["actor_node"] = ray.get_runtime_context().get_node_id()
+        fields["actor_node"] = self.node_id
         try:
             job = self.store.report(self.job.request_id, self.attempt, notes, **fields)
         except STORE_AWAY:
@@ -276,7 +284,7 @@ class JobActor:
             if self.outbox or self.live != written or now - beat_at > BEAT_S:
                 seen = dict(self.live)
                 try:
-                    self._report()
+                    self.report()
                     written, beat_at = seen, now
                 except STORE_AWAY as error:
                     # Training goes on; what there is to tell waits.

@@ -29,8 +29,10 @@ class Phase(StrEnum):
     DONE = "done"
 
 
+# The run's workers may not hold their resources yet.
+BEFORE_WORKERS = frozenset({Phase.QUEUED, Phase.PREPARING_DATA, Phase.WAITING_FOR_RESOURCES})
 # A run that is to end there can be ended at once.
-NOTHING_TO_SAVE = frozenset({Phase.QUEUED, Phase.PREPARING_DATA, Phase.WAITING_FOR_RESOURCES, Phase.LOADING_MODEL})
+NOTHING_TO_SAVE = BEFORE_WORKERS | {Phase.LOADING_MODEL}
 
 
 TRANSITIONS: dict[Status, frozenset[Status]] = {

@@ -9,6 +9,7 @@ from train_loop.errors import Cause
 # The machines' fault and not the job's. They don't count against max_retries as long as the job gets on in between.
 LOSSES = frozenset({Cause.PREEMPTED, Cause.NODE_LOST, Cause.CLUSTER_AWAY})
 MAX_LOSSES = 20  # in a row without a step: such a job may be what kills the machines
+NO_ROOM_WAIT_S = 30.0  # what holds the room may not be seen by whoever admits, or others were faster
 FIRST_WAIT_S = 5.0
 LONGEST_WAIT_S = 300.0
 
@@ -31,6 +32,8 @@ def judge(
 
     The first retry comes at once, later ones after waits that double.
     """
+    if cause is Cause.NO_ROOM:
+        return Verdict(True, NO_ROOM_WAIT_S, faults, losses, "The job is back in the queue; that counts for nothing.")
     losses = 0 if progressed else losses
     if cause in LOSSES:
         losses += 1

@@ -1,4 +1,4 @@
-"""Which waiting jobs start now: a pure function of the queue, the running jobs and the cluster's nodes.
+"""Which waiting jobs start now: a pure function of the queue, the running jobs and what is free on the cluster's nodes.
 
 Order: effective priority (a step up for every AGING_S waited), then the org that has had least, then age. An org's use is the
 worker-seconds of its recent past, halved every HALF_LIFE_S, so shares even out over time and not only over what runs this moment.
@@ -39,6 +39,15 @@ class Gang:
     per_node: int  # workers of one node
     min_nodes: int
     max_nodes: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """An attempt under way."""
+
+    gang: Gang
+    num_nodes: int
+    placed: bool = False  # its workers hold what they need; before that it looks free on the nodes
 
 
 @dataclass(frozen=True)
@@ -89,11 +98,11 @@ class Room:
     free: list[dict[str, float]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, nodes: Iterable[Mapping[str, float]], taken: Iterable[tuple[Bundle, int]] = ()) -> Room:
-        """The nodes' totals less the running jobs' bundles, each put where it fits. Which node it really is on doesn't matter for
-        bundles of whole devices, the common case; with odd sizes the estimate may be off, and Ray then lets the gang wait."""
+    def of(cls, nodes: Iterable[Mapping[str, float]], promised: Iterable[tuple[Bundle, int]] = ()) -> Room:
+        """What nobody holds on the nodes, less the promised bundles, each put where it fits. Ray may put it elsewhere: this
+        doesn't matter for whole devices, the common case; with odd sizes the estimate may be off, and the gang comes back."""
         room = cls([dict(node) for node in nodes])
-        for bundle, count in taken:
+        for bundle, count in promised:
             room.take(bundle, count)
         return room
 
@@ -136,18 +145,18 @@ def order(waiting: Sequence[Gang], shares: Shares, workers: Mapping[str, int], n
 
 def decide(
     waiting: Sequence[Gang],
-    running: Sequence[tuple[Gang, int]],
-    nodes: Iterable[Mapping[str, float]],
+    running: Sequence[Run],
+    free: Iterable[Mapping[str, float]],
     limits: Limits,
     shares: Shares,
     now: dt.datetime,
 ) -> Decision:
-    """Who starts now. `running` comes with its numbers of nodes; `nodes` are the totals of those that take new work."""
+    """Who starts now. `free` is what nobody holds, neither we nor others, on each node that takes new work."""
     jobs_of, workers_of = defaultdict[str, int](int), defaultdict[str, int](int)
-    for gang, num_nodes in running:
-        jobs_of[gang.org_id] += 1
-        workers_of[gang.org_id] += gang.per_node * num_nodes
-    room = Room.of(nodes, [(gang.bundle, gang.per_node * num_nodes) for gang, num_nodes in running])
+    for run in running:
+        jobs_of[run.gang.org_id] += 1
+        workers_of[run.gang.org_id] += run.gang.per_node * run.num_nodes
+    room = Room.of(free, [(run.gang.bundle, run.gang.per_node * run.num_nodes) for run in running if not run.placed])
     decision = Decision([], {}, [])
     reserved: set[str] = set()  # resources that a job which has waited long is to have first
     full = False

@@ -59,7 +59,8 @@ class Cause(StrEnum):
     HANG = "hang"  # no step for many times what a step takes
     STORAGE_AWAY = "storage_away"  # the run's storage couldn't be read or written for minutes
     SUPERSEDED = "superseded"  # another attempt has begun, or may have
-    CLUSTER_AWAY = "cluster_away"  # Ray doesn't answer, or has no room for the workers
+    CLUSTER_AWAY = "cluster_away"  # Ray doesn't answer
+    NO_ROOM = "no_room"  # the workers couldn't be placed: nothing broke
     INTERNAL = "internal"  # an error of ours
 
 

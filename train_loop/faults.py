@@ -21,6 +21,7 @@ TELLING = (
     Cause.HANG,
     Cause.STORAGE_AWAY,
     Cause.CLUSTER_AWAY,
+    Cause.NO_ROOM,
     Cause.OUT_OF_MEMORY,
     Cause.WORKER_DIED,
     Cause.INTERNAL,
@@ -150,7 +151,7 @@ def _of_system(error: BaseException, spec: JobSpec) -> End:
     if isinstance(error, train_errors.WorkerHealthCheckTimeoutError | train_errors.CollectiveTimeoutError):
         return RunFault(Cause.HANG, f"A worker doesn't answer: {_first_line(error)}")
     if isinstance(error, train_errors.WorkerGroupStartupTimeoutError):
-        return RunFault(Cause.CLUSTER_AWAY, f"The cluster had no room for {error.num_workers} workers.")
+        return RunFault(Cause.NO_ROOM, f"The cluster had no room for {error.num_workers} workers.")
     if isinstance(error, train_errors.WorkerGroupStartupFailedError):
         return RunFault(Cause.WORKER_DIED, "A worker, or its machine, died while it started.")
     return classify(error, spec)

@@ -440,7 +440,10 @@ class JobStore:
             return _require(tx, request_id)
 
     def record_fault(self, request_id: str, attempt: int, cause: Cause, message: str) -> Job:
-        """Close an attempt that a fault has ended: another one comes, or the job is FAILED. Raises StaleAttempt."""
+        """Close an attempt that a fault has ended: another one comes, or the job is FAILED. Raises StaleAttempt.
+
+        Want of room is no fault: the job keeps the place in the queue that it had before.
+        """
         now = self._now()
         with self.write() as tx:
             job = _require_attempt(tx, request_id, attempt)
@@ -452,16 +455,14 @@ class JobStore:
                 max_retries=job.spec["infra_config"]["max_retries"],
                 last_cause=job.fault_cause,
             )
-            values: dict[str, Any] = {
-                "faults": verdict.faults,
-                "losses": verdict.losses,
-                "fault_step": max(job.step, job.fault_step),  # an attempt that got less far than one before is no progress
-                "fault_cause": str(cause),
-                "updated_at": now,
-            }
+            values: dict[str, Any] = {"faults": verdict.faults, "losses": verdict.losses, "updated_at": now}
+            if cause is not Cause.NO_ROOM:
+                # An attempt that got less far than one before is no progress.
+                values["fault_step"] = max(job.step, job.fault_step)
+                values["fault_cause"], values["waiting_since"] = str(cause), now
             if verdict.retry or job.cancel_requested:
                 text = f"Attempt {attempt} ended: {message} {verdict.sentence}"
-                values |= {"retry_at": now + dt.timedelta(seconds=verdict.wait_s), "waiting_since": now, "heartbeat_at": None}
+                values |= {"retry_at": now + dt.timedelta(seconds=verdict.wait_s), "heartbeat_at": None}
                 values |= {"phase": Phase.WAITING_FOR_RESOURCES, "message": text, "eta_s": None}
             else:
                 check(job.status, Status.FAILED)

@@ -6,7 +6,7 @@ import contextlib
 import datetime as dt
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -32,6 +32,10 @@ PHASES = (
     "saving",
     "exporting",
 )
+SAVE_STEPS = 4
+# By then the second checkpoint is under way, which waits for the first one: whoever is killed later has one to go on from.
+SAVED_STEP = 2 * SAVE_STEPS + 1
+IN_TRAINING = PHASES[PHASES.index("training") :]
 LOOK_S = 0.01  # between two looks at a job's phase: some phases of a tiny job last tens of milliseconds
 HP = "train_config.hyperparameters"
 
@@ -83,7 +87,7 @@ class Service(Running):
             "infra_config.max_retries": 50,
             "dataset_config.split.ratios": [0.8, 0.2],
             f"{HP}.max_steps": 36,
-            f"{HP}.save_steps": 4,
+            f"{HP}.save_steps": SAVE_STEPS,
             f"{HP}.eval_steps": 6,
             f"{HP}.learning_rate": 0.01,
         }
@@ -125,6 +129,25 @@ class Service(Running):
         points = self.client.metrics(job["request_id"], ORG)["points"]
         losses = {p["step"]: p["loss"] for p in points if p.get("loss") is not None}
         return Result(losses, files["adapter/adapter_model.safetensors"])
+
+    def run_files(self, request_id: str) -> set[str]:
+        """The names in the run's folder."""
+        prefix = f"runs/{ORG}/{request_id}/"
+        pages = self.s3().get_paginator("list_objects_v2").paginate(Bucket="tuneyard", Prefix=prefix)
+        return {entry["Key"].removeprefix(prefix) for page in pages for entry in page.get("Contents", [])}
+
+    def newest_checkpoint(self, request_id: str) -> int:
+        """The step of the newest whole one; 0 without one."""
+        return max(checkpoints(self.run_files(request_id), whole=True), default=0)
+
+    def resumed_at(self, request_id: str) -> dict[int, int]:
+        """From the checkpoint of which step each attempt went on, for those attempts that did."""
+        attempt, found = 0, dict[int, int]()
+        for event in self.client.events(request_id, ORG)["events"]:
+            attempt += event["kind"] == "started"
+            if event["kind"] == "resumed":
+                found[attempt] = int(event["message"].rpartition(" ")[2])
+        return found
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -176,6 +199,12 @@ class Service(Running):
         logs = Path(self.state()["ray_dir"], "session_latest", "logs", "train")
         entries = (json.loads(line) for path in logs.glob("*app-worker*.log") for line in path.read_text().splitlines()[:1])
         return {entry["process"] for entry in entries if "[rank=0," in entry["message"]}
+
+
+def checkpoints(names: Iterable[str], *, whole: bool) -> set[int]:
+    """The steps that a run's folder has files of, or has whole checkpoints of."""
+    folders = (name.removeprefix("checkpoints/step-").split("/") for name in names if name.startswith("checkpoints/step-"))
+    return {int(step) for step, file in folders if file == "complete.json" or not whole}
 
 
 # --- victims ---
@@ -271,11 +300,20 @@ class Table:
         return made
 
 
-def strike(service: Service, request_id: str, phase: str, victims: Sequence[Victim]) -> None:
-    """Wait for the phase, kill the victims, and wait for what is restarted."""
+@dataclass(frozen=True)
+class Left:
+    """What a killed attempt left behind."""
+
+    attempt: int
+    checkpoint: int  # the step of the newest whole one; 0 where the next attempt needs none
+
+
+def strike(service: Service, request_id: str, phase: str, victims: Sequence[Victim]) -> Left | None:
+    """Wait for the phase, kill the victims, and wait for what is restarted; what the attempt left, if it ended by that."""
 
     def there(job: dict[str, Any]) -> bool:
-        return job["phase"] == phase and all(victim.find(service) for victim in victims)
+        late_enough = phase not in IN_TRAINING or job["step"] >= SAVED_STEP
+        return job["phase"] == phase and late_enough and all(victim.find(service) for victim in victims)
 
     before = service.until(request_id, there, f"phase {phase} with {', '.join(v.name for v in victims)}")
     for victim in victims:
@@ -283,14 +321,18 @@ def strike(service: Service, request_id: str, phase: str, victims: Sequence[Vict
         if victim.mend is not None:
             victim.mend(service)
     if any(victim.restarts for victim in victims):
+        files = service.run_files(request_id)
+        left = 0 if "outcome.json" in files else max(checkpoints(files, whole=True), default=0)
+        assert left or phase not in IN_TRAINING or "outcome.json" in files, f"no checkpoint in phase {phase}: {sorted(files)}"
         # Killed before the attempt's actor has said a word, it is launched again, and is still the same attempt.
         service.until(
             request_id,
             lambda job: job["attempt"] > before["attempt"] or job["phase"] != phase,
             f"an attempt after the kill in {phase}",
         )
-    else:
-        service.wait_ready()
+        return Left(before["attempt"], left)
+    service.wait_ready()
+    return None
 
 
 Strike = tuple[str, Sequence[Victim]]  # in which phase, whom
@@ -299,11 +341,11 @@ Strike = tuple[str, Sequence[Victim]]  # in which phase, whom
 def survives(service: Service, table: Table, name: str, strikes: Sequence[Strike]) -> dict[str, Any]:
     """Run one job, strike in each of the phases, and hold its result against the undisturbed one.
 
-    Returns the job, which is COMPLETED.
+    Whatever was struck after a checkpoint must go on from it, or a later one. Returns the job, which is COMPLETED.
     """
     made = [Row(" + ".join(v.name for v in victims), phase) for phase, victims in strikes]
     table.rows += made
-    struck_at = []
+    struck_at, left = [], list[tuple[str, Left]]()
     service.put_rows()
     queued = strikes[0][0] == "queued"
     with service.held() if queued else contextlib.nullcontext():
@@ -312,9 +354,18 @@ def survives(service: Service, table: Table, name: str, strikes: Sequence[Strike
             strike(service, request_id, *strikes[0])
             struck_at.append(time.monotonic())
     for phase, victims in strikes[queued:]:
-        strike(service, request_id, phase, victims)
+        if (found := strike(service, request_id, phase, victims)) is not None:
+            left.append((phase, found))
         struck_at.append(time.monotonic())
-    return ends_well(service, table, request_id, made, struck_at)
+    job = ends_well(service, table, request_id, made, struck_at)
+    resumed = service.resumed_at(request_id)
+    assert all(step > 0 for step in resumed.values()), resumed
+    for phase, before in left:
+        first = min((attempt for attempt in resumed if attempt > before.attempt), default=None)
+        if before.checkpoint and (phase != "exporting" or first):  # what is exported needs no training any more
+            assert first is not None, f"after the kill in {phase} the run began anew; it had step {before.checkpoint}: {resumed}"
+            assert resumed[first] >= before.checkpoint, f"the kill in {phase} lost checkpoint {before.checkpoint}: {resumed}"
+    return job
 
 
 def ends_well(service: Service, table: Table, request_id: str, made: Sequence[Row], struck_at: Sequence[float]) -> dict[str, Any]:

@@ -22,6 +22,24 @@ class World:
         self.asked = []
         self.growth = None
         self.silent = set()  # machines that are gone and that the cluster hasn't missed yet
+        self.others = [0] * NODES  # GPUs of each machine that somebody else holds
+        self.placed = {}  # attempts → how many workers of theirs hold a GPU each
+
+    def free(self):
+        """GPUs of each machine that nobody holds."""
+        left = [GPUS - self.others[i] for i in range(self.nodes_up)]
+        for workers in (count for attempt, count in self.placed.items() if attempt in self.actors):
+            for i, gpus in enumerate(left):
+                here = min(workers, gpus)
+                left[i], workers = gpus - here, workers - here
+        return left
+
+    def place(self, attempt, workers):
+        """Give its workers their GPUs; whether there were as many."""
+        if sum(self.free()) < workers:
+            return False
+        self.placed[attempt] = workers
+        return True
 
     def clock(self):
         return self.now
@@ -56,7 +74,8 @@ class SimCluster:
         return self.world.stuck
 
     def nodes(self):
-        return [Node(f"node-{i}", {"GPU": float(GPUS)}, False) for i in range(self.world.nodes_up)]
+        free = [{"GPU": float(gpus)} if gpus else {} for gpus in self.world.free()]
+        return [Node(f"node-{i}", {"GPU": float(GPUS)}, gpus, False) for i, gpus in enumerate(free)]
 
     def unreachable(self, node_ids):
         return self.world.silent & set(node_ids)

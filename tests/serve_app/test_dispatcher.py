@@ -85,9 +85,22 @@ def test_an_elastic_job_goes_on_smaller_after_a_node_is_lost(bench):
     bench.world.nodes_up = 1
     bench.later(1)
     bench.passes.run()
+    bench.passes.run()  # by now all that it held is free
     job = bench.job(elastic)
     assert (job.attempt, job.num_nodes, job.faults) == (2, 1, 0)
     assert [e.kind for e in bench.store.journal.events(elastic)] == ["queued", "started", "node_lost", "started"]
+
+
+def test_an_elastic_job_does_not_go_on_smaller_because_what_it_held_is_free_node_by_node(bench):
+    elastic = bench.submit(nodes=2, min_node_count=1)
+    bench.passes.run()
+    bench.world.actors.clear()
+    bench.store.record_fault(elastic, 1, Cause.WORKER_DIED, "died.")
+    bench.world.others = [0, GPUS]  # its own workers' room, a moment after they are gone
+    bench.passes.run()
+    bench.world.others = [0, 0]
+    bench.passes.run()
+    assert (bench.job(elastic).attempt, bench.job(elastic).num_nodes) == (2, 2)
 
 
 def test_no_attempt_waits_for_a_machine_that_is_lost_and_not_missed_yet(bench):
@@ -97,6 +110,7 @@ def test_no_attempt_waits_for_a_machine_that_is_lost_and_not_missed_yet(bench):
     bench.world.actors.clear()
     bench.store.record_fault(elastic, 1, Cause.NODE_LOST, "gone.")
     bench.passes.run()
+    bench.passes.run()
     assert (bench.job(elastic).attempt, bench.job(elastic).num_nodes) == (2, 1)
     next_ = bench.submit("b")
     bench.passes.run()
@@ -104,6 +118,45 @@ def test_no_attempt_waits_for_a_machine_that_is_lost_and_not_missed_yet(bench):
     bench.world.silent = set()
     bench.passes.run()
     assert bench.job(next_).status is Status.RUNNING
+
+
+@pytest.mark.parametrize("phase", ["preparing_data", "waiting_for_resources", "training"])
+def test_a_job_waits_for_what_others_hold_of_the_cluster_and_starts_once_it_is_free(bench, phase):
+    bench.world.others = [GPUS, 0]
+    small = bench.submit("a", gpu_count=1)
+    bench.passes.run()
+    bench.store.report(small, 1, phase=phase)
+    if phase == "training":
+        assert bench.world.place((small, 1), 1)
+    large = bench.submit("b")
+    bench.passes.run()
+    assert set(bench.world.actors) == {(small, 1)}
+    bench.world.others = [GPUS - 1, 0]
+    bench.passes.run()
+    assert set(bench.world.actors) == {(small, 1), (large, 1)}
+
+
+def test_machines_are_asked_for_beyond_those_that_others_hold(bench):
+    bench.world.others = [GPUS, 1]
+    bench.submit("a")
+    bench.passes.run()
+    assert bench.world.asked == [{"GPU": float(GPUS)}, {"GPU": 1.0}, *[{"GPU": 1.0}] * GPUS]
+
+
+def test_a_job_without_room_is_back_in_the_queue_and_tried_again_after_a_while(bench):
+    request_id = bench.submit(max_retries=0)
+    waiting_since, tries = bench.job(request_id).waiting_since, 0
+    for _ in range(100):
+        bench.passes.run()
+        job = bench.job(request_id)
+        if job.open:
+            tries += 1
+            bench.world.actors.clear()
+            bench.store.record_fault(request_id, job.attempt, Cause.NO_ROOM, "The cluster had no room for 2 workers.")
+        bench.later(2)
+    job = bench.job(request_id)
+    assert (job.status, job.faults, job.losses, job.waiting_since) == (Status.RUNNING, 0, 0, waiting_since)
+    assert 5 <= tries <= 8  # in 200 s
 
 
 def test_a_job_waits_for_machines_where_some_may_come(bench):

@@ -1,10 +1,12 @@
 """Dispatchers, job actors and the store as a state machine: everything may die between any two of its steps.
 
-The store and the dispatchers' passes are the real ones; the cluster is simulated. A pass runs in a thread that stops before every
-call of store or cluster, so hypothesis decides who goes next, interleaves two dispatchers (one that slept past its lease
-included) and kills them at every line. TUNEYARD_MODEL_RUNS sets how many histories are tried.
+Store, dispatchers' passes and job actors are the real ones; the cluster is simulated, and so is what the actors launch. A pass
+runs in a thread that stops before every call of store or cluster, so hypothesis decides who goes next, interleaves two
+dispatchers (one that slept past its lease included) and kills them at every line. An actor may die between any two of its steps.
+TUNEYARD_MODEL_RUNS sets how many histories are tried.
 """
 
+import asyncio
 import contextlib
 import datetime as dt
 import itertools
@@ -20,15 +22,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from serve_app.dispatcher import DISPATCHER, LEASE_S, Passes
+from serve_app.job_actor import JobActor
 from serve_app.lifecycle import FINAL, Status
 from serve_app.settings import Profile, Settings
 from serve_app.store.jobs import Conflict, JobStore, StaleAttempt
 from serve_app.store.tables import metadata
 from tests.conftest import DOCUMENTED, ORG, OTHER_ORG, with_fields
 from tests.serve_app.simulated import GPUS, NODES, SimCluster, World
-from train_loop.errors import Cause
+from train_loop.errors import Cause, RunFault, Stopped, UserError
 from train_loop.spec import JobSpec
 
+MANIFEST = {"steps": 9, "metrics": {}, "adapter_uri": "s3://runs/adapter", "adapter_files": []}
 RUNS = int(os.environ.get("TUNEYARD_MODEL_RUNS", "40"))
 
 
@@ -114,7 +118,7 @@ ACTIONS = [
     *["actor_works"] * 5,
     *["time_goes_by"] * 3,
     *("cancel", "resume", "dispatcher_dies", "actor_dies", "actor_completes", "actor_fails", "actor_is_preempted"),
-    *("node_is_cut_off", "node_comes_back", "processes_linger"),
+    *("node_is_cut_off", "node_comes_back", "processes_linger", "others_take_room"),
 ]
 
 
@@ -135,8 +139,12 @@ class Service(RuleBasedStateMachine):
         self.final = {}
         numbers = itertools.count()  # ids that are the same whenever hypothesis plays a history again
         ids = SimpleNamespace(uuid4=lambda: f"{next(numbers):08d}-0000-4000-8000-000000000000")
-        self.patched = mock.patch("serve_app.store.jobs.uuid", ids)
-        self.patched.start()
+        self.patches = contextlib.ExitStack()
+        self.patches.enter_context(mock.patch("serve_app.store.jobs.uuid", ids))
+        clock = SimpleNamespace(monotonic=self.world.awake_s)
+        self.patches.enter_context(mock.patch("serve_app.job_actor.time", clock))
+        self.launch = self.patches.enter_context(mock.patch("serve_app.job_actor.launch"))
+        self.actors, self.endings = {}, {}  # by attempt: the actor, and how it found out that it ends
 
     def teardown(self):
         for one in self.passes.values():
@@ -145,7 +153,7 @@ class Service(RuleBasedStateMachine):
         try:
             self._settle()
         finally:
-            self.patched.stop()
+            self.patches.close()
 
     # One rule, so that every history has everything in it: hypothesis leaves whole rules out of most of them.
     @rule(what=st.sampled_from(ACTIONS), which=st.integers(0, 7), flag=st.booleans())
@@ -157,6 +165,7 @@ class Service(RuleBasedStateMachine):
     def submit(self, which, flag):
         infra = {"gpu_type": "h100", "gpu_count": GPUS, "node_count": 1 + which % 2, "max_retries": which % 3}
         infra |= {"min_node_count": 1} if flag else {}
+        infra |= {"max_runtime_s": 60} if which == 7 else {}
         org = ORG if which < 5 else OTHER_ORG
         named = with_fields(DOCUMENTED, {"experiment_name": f"job-{len(self.jobs)}", "org": org, "infra_config": infra})
         self.jobs.append(self.store.insert(JobSpec.model_validate(named), "queued")[0].request_id)
@@ -223,28 +232,45 @@ class Service(RuleBasedStateMachine):
         there = self.world.actors if attempt in self.world.actors else self.world.unseen
         try:
             if not there[attempt]:
-                job = self.store.get(request_id)
-                if job.attempt != number or not job.open:
-                    raise StaleAttempt
-                there[attempt] = True
+                actor = JobActor.__new__(JobActor)  # without Ray and its threads
+                actor.open(self.config, self.store, request_id, number, "node-0")
+                self.actors[attempt], there[attempt] = actor, True
+                self.endings.pop(attempt, None)
                 return
-            job = self.store.report(request_id, number, phase="training", actor_node="node-0")
+            actor = self.actors[attempt]
+            if attempt in self.endings:
+                before = self.store.get(request_id)
+                actor.write(self.endings[attempt])
+                self._gone(attempt)
+                after = self.store.get(request_id)
+                assert not after.open or after.attempt != number or after.cancel_requested
+                # That is the dispatcher's to write, once nothing of the run is left.
+                assert after.status is before.status or after.status is not Status.CANCELED
+                return
+            job = actor.report()
             assert (job.attempt, job.open) == (number, True)  # nobody else's to write
-            if job.cancel_requested:
-                self._gone(attempt)  # saved and stopped; CANCELED is the dispatcher's to write
+            if attempt not in self.world.placed and not actor.stop:
+                if not self.world.place(attempt, job.num_workers):
+                    return self._ends(attempt, RunFault(Cause.NO_ROOM, "no room."))
+                asyncio.run(actor.on_phase("training"))
+            if actor.stop:
+                self._ends(attempt, Stopped())
             elif act == "work":
-                self.store.report(request_id, number, step=job.step + 1)
+                asyncio.run(actor.on_progress({"step": job.step + 1}))
+                actor.report()
             elif act == "complete":
-                self.store.finish(request_id, number, Status.COMPLETED, message="done")
-                self._gone(attempt)
+                self._ends(attempt, None)
             elif act == "user_error":
-                self.store.finish(request_id, number, Status.FAILED, message="theirs")
-                self._gone(attempt)
+                self._ends(attempt, UserError("theirs"))
             else:
-                self.store.record_fault(request_id, number, Cause.PREEMPTED if act == "loss" else Cause.WORKER_DIED, "it broke.")
-                self._gone(attempt)
+                self._ends(attempt, RunFault(Cause.PREEMPTED if act == "loss" else Cause.WORKER_DIED, "it broke."))
         except StaleAttempt:
             self._gone(attempt)
+
+    def _ends(self, attempt, how):
+        """The launch ends like that; it is written down in the actor's next step, if it has one."""
+        self.launch.side_effect, self.launch.return_value = how, MANIFEST
+        self.endings[attempt] = self.actors[attempt].run()
 
     # --- machines and time ---
 
@@ -271,6 +297,11 @@ class Service(RuleBasedStateMachine):
         """What ended actors started is slow to go, or has gone."""
         self.world.stuck = which if flag else 0
 
+    def others_take_room(self, which, flag):
+        """Somebody else's work comes to the same machines, as far as they are free, or goes."""
+        self.world.others = [0] * NODES
+        self.world.others = [min(which, free) for free in self.world.free()] + [0] * (NODES - self.world.nodes_up)
+
     # --- what must hold ---
 
     @invariant()
@@ -280,6 +311,12 @@ class Service(RuleBasedStateMachine):
             assert self.final.get(request_id, job.status) is job.status
             if job.status in FINAL:
                 self.final[request_id] = job.status
+
+    @invariant()
+    def nothing_runs_of_a_canceled_job(self):
+        for request_id in self.jobs:
+            job = self.store.get(request_id)
+            assert job.status is not Status.CANCELED or not self.world.actors.get((request_id, job.attempt))
 
     @invariant()
     def no_more_runs_than_may(self):
@@ -295,11 +332,12 @@ class Service(RuleBasedStateMachine):
 
     def _settle(self):
         """Without more faults everything comes to an end, and nothing is left."""
-        self.world.nodes_up, self.world.stuck = NODES, 0
+        self.world.nodes_up, self.world.stuck, self.world.others = NODES, 0, [0] * NODES
         self.world.unseen.clear()
+        passes = Passes(self.config, self.store, SimCluster(self.world), self.world.clock, self.world.awake_s)
         for _ in range(400):
-            one = SteppedPass("last", self.store, self.world, self.config)
-            one.finish()
+            if self.store.acquire_lease(DISPATCHER, "last", LEASE_S) is not None:
+                passes.run()
             for attempt in list(self.world.actors):
                 for act in ("work", "work", "complete"):
                     if attempt in self.world.actors:
@@ -319,3 +357,14 @@ class Service(RuleBasedStateMachine):
 
 ServiceSurvives = Service.TestCase
 ServiceSurvives.settings = settings(max_examples=RUNS, stateful_step_count=40, suppress_health_check=list(HealthCheck))
+
+
+def test_a_run_that_stopped_because_it_was_asked_to_is_canceled_by_the_dispatcher():
+    """A history that chance seldom makes."""
+    service = Service()
+    for what, which in [("submit", 0), ("dispatch", 7), *[("actor_works", 0)] * 3, ("cancel", 0), *[("actor_works", 0)] * 2]:
+        service.happens(what=what, which=which, flag=False)
+    [job] = [service.store.get(request_id) for request_id in service.jobs]
+    assert (job.status, job.open, service.world.actors) == (Status.RUNNING, True, {})
+    service.teardown()
+    assert service.store.get(job.request_id).status is Status.CANCELED

@@ -3,11 +3,11 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.retry import LONGEST_WAIT_S, LOSSES, MAX_LOSSES, judge
+from serve_app.retry import LONGEST_WAIT_S, LOSSES, MAX_LOSSES, NO_ROOM_WAIT_S, judge
 from train_loop.errors import Cause
 
 
-@given(st.sampled_from(sorted(set(Cause) - LOSSES)), st.integers(0, 10))
+@given(st.sampled_from(sorted(set(Cause) - LOSSES - {Cause.NO_ROOM})), st.integers(0, 10))
 def test_a_fault_of_the_run_is_retried_max_retries_times(cause, max_retries):
     faults, waits = 0, []
     while (verdict := judge(cause, faults=faults, losses=0, progressed=True, max_retries=max_retries)).retry:
@@ -34,6 +34,12 @@ def test_a_job_that_the_kernel_ends_for_memory_has_one_more_try_at_the_same_step
     assert verdict(False, "node_lost").retry
     assert verdict(True, "out_of_memory").retry
     assert not verdict(False, "out_of_memory").retry
+
+
+def test_a_job_without_room_waits_for_as_long_as_it_takes_and_is_never_given_up():
+    for losses in (0, MAX_LOSSES):
+        verdict = judge(Cause.NO_ROOM, faults=3, losses=losses, progressed=False, max_retries=0)
+        assert (verdict.retry, verdict.wait_s, verdict.faults, verdict.losses) == (True, NO_ROOM_WAIT_S, 3, losses)
 
 
 def test_a_job_that_only_loses_machines_ends():

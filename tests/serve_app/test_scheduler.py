@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.scheduler import AGING_S, RESERVE_AFTER_S, Gang, Limits, Room, Shares, decide, order
+from serve_app.scheduler import AGING_S, RESERVE_AFTER_S, Gang, Limits, Room, Run, Shares, decide, order
 
 NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 GPU = {"GPU": 1.0}
@@ -47,7 +47,7 @@ gangs = st.lists(
 
 @given(gangs, gangs, st.integers(0, 5), st.integers(1, 30), st.none() | st.integers(1, 40))
 def test_nothing_starts_beyond_room_and_limits_and_everyone_is_accounted_for(waiting, running, count, max_jobs, quota):
-    running = [(replace(g, request_id=f"r{g.seq}"), g.min_nodes) for g in running]
+    running = [Run(replace(g, request_id=f"r{g.seq}"), g.min_nodes) for g in running]
     limits = Limits(max_jobs, max_workers_per_org=quota)
     made = decide(waiting, running, nodes(count), limits, Shares(), NOW)
     ids = [r for r, _ in started(made)]
@@ -56,12 +56,15 @@ def test_nothing_starts_beyond_room_and_limits_and_everyone_is_accounted_for(wai
     for g, n in made.starts:
         assert g.min_nodes <= n <= g.max_nodes  # whole gangs, or as much less as the job allows
     if ids:
-        taken = sum(g.per_node * n for g, n in [*running, *made.starts])
+        taken = sum(g.per_node * n for g, n in [*((run.gang, run.num_nodes) for run in running), *made.starts])
         assert taken <= 8 * count
         assert len(running) + len(ids) <= max_jobs
     if quota is not None:
         for org in {g.org_id for g, _ in made.starts}:
-            assert sum(g.per_node * n for g, n in [*running, *made.starts] if g.org_id == org) <= quota
+            assert (
+                sum(g.per_node * n for g, n in [*((run.gang, run.num_nodes) for run in running), *made.starts] if g.org_id == org)
+                <= quota
+            )
 
 
 @given(gangs, st.integers(1, 5))
@@ -116,7 +119,7 @@ def test_orgs_with_jobs_of_any_size_and_length_get_alike(seed):
     for second in range(0, 2 * 3600, 20):
         now = NOW + dt.timedelta(seconds=second)
         running = [(g, until) for g, until in running if until > second]
-        made = decide(queue, [(g, 1) for g, _ in running], nodes(2), ANY, shares, now)
+        made = decide(queue, [Run(g, 1) for g, _ in running], nodes(2), ANY, shares, now)
         running += [(g, second + lengths[g.request_id]) for g, _ in made.starts]
         queue = [g for g in queue if g.request_id in made.positions]
         busy = Counter()
@@ -130,7 +133,7 @@ def test_orgs_with_jobs_of_any_size_and_length_get_alike(seed):
 
 
 def test_a_small_job_runs_past_a_large_one_that_has_no_room_until_that_has_waited_long():
-    running = [(gang(0, workers=4), 1)]
+    running = [Run(gang(0, workers=4), 1)]
     large, small = gang(1, org="b", workers=8), gang(2, org="c")
     made = decide([large, small], running, nodes(1), ANY, Shares(), NOW)
     assert started(made) == [("job-2", 1)]
@@ -143,13 +146,13 @@ def test_a_small_job_runs_past_a_large_one_that_has_no_room_until_that_has_waite
 
 def test_a_large_job_starts_however_many_small_ones_keep_coming():
     large = gang(0, org="big", workers=8)
-    running, waited = [(gang(1000 + i, org="s"), 1) for i in range(8)], 0.0
+    running, waited = [Run(gang(1000 + i, org="s"), 1) for i in range(8)], 0.0
     for second in range(0, 3000, 30):
         running = running[1:]  # one ends every half minute, and another one comes
         small = gang(2000 + second, org=f"s{second % 7}")
         old = replace(large, waiting_since=NOW - dt.timedelta(seconds=waited))
         made = decide([old, small], running, nodes(1), ANY, Shares(), NOW)
-        running += made.starts
+        running += [Run(g, n) for g, n in made.starts]
         waited += 30
         if "job-0" in [r for r, _ in started(made)]:
             return
@@ -171,13 +174,22 @@ def test_an_org_at_its_quota_holds_nobody_up():
 
 
 def test_a_job_over_the_limit_of_all_workers_waits_for_others_to_end_and_not_for_machines():
-    running, limits = [(gang(0, workers=4), 1)], Limits(10, max_workers=6)
+    running, limits = [Run(gang(0, workers=4), 1)], Limits(10, max_workers=6)
     large, small = gang(1, org="b", workers=4), gang(2, org="c", workers=2)
     made = decide([large, small], running, nodes(0), limits, Shares(), NOW)
     assert (made.lacking, made.positions) == ([(small, 1)], {"job-1": 1, "job-2": 2})
     waited = gang(1, org="b", workers=4, waited_s=RESERVE_AFTER_S + 1)
     made = decide([waited, small], running, nodes(1), limits, Shares(), NOW)
     assert (made.starts, made.positions) == ([], {"job-1": 1, "job-2": 2})  # so that small ones can't starve it
+
+
+@given(st.integers(0, 8), st.integers(0, 8), st.integers(1, 8), st.booleans())
+def test_what_others_hold_is_no_room_and_what_a_run_holds_counts_once(others, ours, wanted, placed):
+    ours = min(ours, 8 - others)
+    running = [Run(gang(0, workers=ours), 1, placed)] if ours else []
+    free = 8 - others - (ours if placed else 0)
+    made = decide([gang(1, workers=wanted)], running, nodes(1, gpus=free), ANY, Shares(), NOW)
+    assert bool(made.starts) == (wanted <= 8 - others - ours)
 
 
 def test_kinds_of_machine_are_told_apart():

@@ -162,6 +162,19 @@ def test_an_attempt_that_got_less_far_than_one_before_is_no_progress(store):
     assert (closed.losses, closed.fault_step) == (4, 6)  # in a row without a step beyond the sixth
 
 
+def test_want_of_room_is_no_fault_and_leaves_the_job_its_place_and_its_record(store):
+    job = submit(store)
+    store.start_attempt(job.request_id, 0, 1)
+    before = store.record_fault(job.request_id, 1, Cause.OUT_OF_MEMORY, "Memory ran out.")
+    for attempt in range(2, 50):
+        store.start_attempt(job.request_id, attempt - 1, 1)
+        closed = store.record_fault(job.request_id, attempt, Cause.NO_ROOM, "No room for 2 workers.")
+    kept = ("status", "faults", "losses", "fault_step", "fault_cause", "waiting_since")
+    assert [getattr(closed, name) for name in kept] == [getattr(before, name) for name in kept]
+    assert closed.retry_at > before.retry_at
+    assert closed.message == "Attempt 49 ended: No room for 2 workers. The job is back in the queue; that counts for nothing."
+
+
 def test_what_has_waited_longest_is_seen_behind_any_number_of_higher_ones(store):
     old = submit(store, "old").request_id
     soon = [with_fields(DOCUMENTED, {"experiment_name": f"u{i}", "infra_config.priority": 5}) for i in range(3)]

@@ -1,5 +1,6 @@
 """What the dispatcher sees and does of a real Ray: job actors and what they started, nodes an autoscaler brings and takes."""
 
+import datetime as dt
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 
 from serve_app.cluster import Growth, RayCluster, actor_name
 from serve_app.embedded.ports import free_ports
+from serve_app.scheduler import Gang, Limits, Shares, decide
 
 pytestmark = pytest.mark.service
 NAMESPACE = "tuneyard-test"
@@ -105,6 +107,56 @@ def test_nodes_come_for_what_is_asked_and_go_again(cluster):
     assert not any(node.draining for node in slots(cluster))
     cluster.ask_for([])
     until(lambda: slots(cluster) == [], "no nodes")
+
+
+def test_what_somebody_else_holds_of_the_cluster_is_not_free_and_no_job_starts_on_it(cluster):
+    import ray
+
+    @ray.remote(num_cpus=0.75)
+    class Stranger:
+        def ping(self):
+            return True
+
+    def starts():
+        free = [node.free for node in cluster.nodes()]
+        gang = Gang("job", "org", 1, 0, dt.datetime.now(dt.UTC), {"CPU": 0.5}, per_node=2, min_nodes=1, max_nodes=1)
+        return decide([gang], [], free, Limits(1), Shares(), gang.waiting_since).starts
+
+    until(starts, "room on the idle head")
+    stranger = Stranger.remote()
+    assert ray.get(stranger.ping.remote())
+    until(lambda: [node.free["CPU"] for node in cluster.nodes()] == [0.25], "the stranger's CPU is gone")
+    assert [node.resources["CPU"] for node in cluster.nodes()] == [1.0]
+    assert not starts()
+    ray.kill(stranger)
+    until(starts, "room again")
+
+
+def test_a_placement_group_that_an_attempt_left_is_waited_for(cluster):
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    @ray.remote(num_cpus=0)
+    class Child:
+        def hold(self):
+            self.group = placement_group([{"CPU": 0.5}])
+            ray.get(self.group.ready())
+            return self.group
+
+    @ray.remote(num_cpus=0)
+    class Parent:
+        def hold(self):
+            self.child = Child.remote()
+            return ray.get(self.child.hold.remote())
+
+    request_id = str(uuid.uuid4())
+    parent = Parent.options(name=actor_name(request_id, 1), namespace=NAMESPACE, lifetime="detached").remote()
+    group = ray.get(parent.hold.remote())
+    assert cluster.leftovers(request_id) == 2
+    cluster.end((request_id, 1))
+    until(lambda: cluster.attempts() == set() and cluster.leftovers(request_id) == 1, "only the placement group is left")
+    remove_placement_group(group)
+    until(lambda: cluster.leftovers(request_id) == 0, "nothing is left")
 
 
 def test_an_attempts_actor_is_seen_and_ends_with_all_that_it_started(cluster):

@@ -142,6 +142,7 @@ def test_what_is_wrong_with_a_dataset_is_said_in_a_sentence(service):
     jobs = {code: service.wait(request_id) for code, request_id in ids.items()}
     assert {code: (job["status"], job["error_code"]) for code, job in jobs.items()} == {code: ("FAILED", code) for code in cases}
     for job in jobs.values():
+        assert job["attempt"] == 1  # another one would find the same
         assert job["message"] == job["error_message"]
         assert "Traceback" not in job["message"]
         assert service.keys["secret_access_key"] not in json.dumps(job)

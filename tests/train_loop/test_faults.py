@@ -50,7 +50,7 @@ OURS = DatasetError("no rows", field="dataset_details.dataset_path", code="datas
         (WorkerGroupError("", {0: ZeroDivisionError("division by zero")}), Cause.INTERNAL),
         (WorkerGroupError("", {1: RunFault(Cause.STORAGE_AWAY, "away"), 0: GLOO}), Cause.STORAGE_AWAY),
         (WorkerGroupError("", {0: train_errors.WorkerHealthCheckTimeoutError("600 s")}), Cause.HANG),
-        (ControllerError(train_errors.WorkerGroupStartupTimeoutError(4)), Cause.CLUSTER_AWAY),
+        (ControllerError(train_errors.WorkerGroupStartupTimeoutError(4)), Cause.NO_ROOM),
         (ControllerError(train_errors.WorkerGroupStartupFailedError("died")), Cause.WORKER_DIED),
         (actor_died(KILLED), Cause.WORKER_DIED),
         (RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "), Cause.WORKER_DIED),
