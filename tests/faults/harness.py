@@ -189,7 +189,9 @@ class Service(Running):
 
         Ray Train says in its log which process has rank 0, early on; the other one is rank 1.
         """
-        workers = self.processes("RayTrainWorker")
+        named = self.processes("RayTrainWorker")
+        # Those that they forked to read rows have their name.
+        workers = [p for p in named if _parent(p) not in {other.pid for other in named}]
         first = self._rank_zero() & {p.pid for p in workers}
         if len(workers) != 2 or len(first) != 1:
             return []
@@ -199,6 +201,12 @@ class Service(Running):
         logs = Path(self.state()["ray_dir"], "session_latest", "logs", "train")
         entries = (json.loads(line) for path in logs.glob("*app-worker*.log") for line in path.read_text().splitlines()[:1])
         return {entry["process"] for entry in entries if "[rank=0," in entry["message"]}
+
+
+def _parent(process: psutil.Process) -> int | None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.ppid()
+    return None
 
 
 def checkpoints(names: Iterable[str], *, whole: bool) -> set[int]:

@@ -8,7 +8,7 @@ from tests.conftest import ORG
 from tests.faults.harness import HP, SAVE_STEPS, Service, checkpoints
 from tests.running import FINISH_S
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.faults_full]
 STEPS = 40
 # Every weight and its moments: tens of MB, which take the storage long enough to be seen on their way.
 LARGE = {"train_config.train_type": "full", "model_details.quantization": None, f"{HP}.max_steps": STEPS}

@@ -5,9 +5,9 @@ import pytest
 
 from tests.conftest import ORG
 from tests.faults.conftest import SETTINGS
-from tests.faults.harness import SAVE_STEPS, SAVED_STEP, Row, Service
+from tests.faults.harness import HP, SAVE_STEPS, SAVED_STEP, Row, Service
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.faults_full]
 SILENT_S = 20
 
 
@@ -22,7 +22,7 @@ def impatient(tmp_path_factory, mirror):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_worker_that_stands_still_is_seen_by_the_other_one_and_the_run_goes_on(impatient, table_rows, rank):
     service = impatient
-    request_id = service.submit(f"stands-still-{rank}")
+    request_id = service.submit(f"stands-still-{rank}", {f"{HP}.max_steps": 200})  # trains for longer than it takes to be found
     service.until(
         request_id,
         lambda job: job["phase"] == "training" and job["step"] >= SAVED_STEP and len(service.worker(rank)) == 1,
