@@ -35,7 +35,7 @@ def secret_add(
     kind: Annotated[
         Kind, typer.Option("--type", help="s3 is anything S3-compatible, hf the Hugging Face hub; mlflow and wandb are trackers.")
     ] = Kind.s3,
-    role_arn: Annotated[str | None, typer.Option(help="Of an aws secret: a role to assume, in place of keys.")] = None,
+    role_arn: Annotated[str | None, typer.Option(help="Of an aws or s3 secret: a role to assume, in place of keys.")] = None,
     endpoint_url: Annotated[str | None, typer.Option(help="Of an s3 secret; default AWS_ENDPOINT_URL.")] = None,
     key_file: Annotated[
         Path | None, typer.Option(help="Of a gcs secret: the service account's key; default GOOGLE_APPLICATION_CREDENTIALS.")
@@ -53,7 +53,7 @@ def secret_add(
     asked for: what a command line holds, everyone on the machine can read.
     """
     for flag, given, kinds in (
-        ("--role-arn", role_arn, (Kind.aws,)),
+        ("--role-arn", role_arn, (Kind.aws, Kind.s3)),
         ("--endpoint-url", endpoint_url, (Kind.s3,)),
         ("--key-file", key_file, (Kind.gcs,)),
         ("--region", region, (Kind.aws, Kind.s3)),
@@ -61,10 +61,10 @@ def secret_add(
         if given is not None and kind not in kinds:
             die(f"{flag} is of secrets of type {' or '.join(kinds)}, not of {kind}", 2)
     match kind:
-        case Kind.aws:
+        case Kind.aws | Kind.s3:
             data = _role(role_arn) if role_arn else _keys()
-        case Kind.s3:
-            data = _keys() | {"endpoint_url": endpoint_url or os.environ.get("AWS_ENDPOINT_URL", "")}
+            if kind is Kind.s3:
+                data["endpoint_url"] = endpoint_url or os.environ.get("AWS_ENDPOINT_URL", "")
         case Kind.gcs:
             data = {"service_account_json": _key_file(key_file)}
         case Kind.hf:

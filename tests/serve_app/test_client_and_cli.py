@@ -433,6 +433,7 @@ STORED = {"access_key_id": "id", "secret_access_key": "key"}
         (["--type", "aws"], {"AWS_SESSION_TOKEN": "t"}, "id\nkey\n", "aws", STORED),
         (["--type", "aws", "--role-arn", ROLE], {"AWS_EXTERNAL_ID": "ext"}, "", "aws", {"role_arn": ROLE, "external_id": "ext"}),
         (["--type", "aws", "--role-arn", ROLE], KEYS, "", "aws", {"role_arn": ROLE}),
+        (["--role-arn", ROLE, "--endpoint-url", "https://e"], {}, "", "s3", {"role_arn": ROLE, "endpoint_url": "https://e"}),
         (["--type", "hf"], {"HF_TOKEN": "hf_x"}, "", "hf", {"token": "hf_x"}),
         (["--type", "hf"], {}, "hf_y\n", "hf", {"token": "hf_y"}),
         (
@@ -492,7 +493,7 @@ def test_secret_add_reads_a_service_accounts_key_from_its_file(tmp_path: Path, s
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--role-arn", ROLE],
+        ["--type", "hf", "--role-arn", ROLE],
         ["--type", "aws", "--endpoint-url", "http://a"],
         ["--type", "hf", "--key-file", "key.json"],
         ["--type", "gcs", "--region", "us-west-2"],
