@@ -30,7 +30,7 @@ class _HeadLoss(torch.autograd.Function):
         learns = any(ctx.needs_input_grad)
         gradient = torch.empty_like(hidden) if learns else None
         of_trained = [torch.zeros_like(p) for p in trained] if learns else []
-        size = max(CHUNK_TOKENS, CHUNK_LOGITS // head.vocab) if hidden.is_cuda else CHUNK_TOKENS
+        size = chunk_tokens(head.vocab, hidden.device.type)
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
             with torch.set_grad_enabled(learns):
@@ -55,6 +55,11 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradient, *of_trained = (saved * grads[0].to(saved.dtype) for saved in ctx.saved_tensors)
         return gradient, None, None, *of_trained
+
+
+def chunk_tokens(vocab: int, device: str) -> int:
+    """How many positions' logits are held at a time on a device of this type."""
+    return CHUNK_TOKENS if device == "cpu" else max(CHUNK_TOKENS, CHUNK_LOGITS // vocab)
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -26,7 +26,7 @@ from train_loop.data.sampler import BatchPlan
 from train_loop.data.sources import SourceFile, filesystem_for, find_files
 from train_loop.data.tokenize import IGNORE_INDEX, ChatTokenizer, Sample
 from train_loop.errors import DatasetError, ModelError
-from train_loop.loss import CHUNK_TOKENS
+from train_loop.loss import chunk_tokens
 from train_loop.model.adapters import ALL_LINEAR, expert_parameters, is_named, linear_layers, named, rank
 from train_loop.model.load import DTYPES, auto_class, compute_dtype, language_part, load_tokenizer
 from train_loop.model.source import ModelPlaces, model_folder
@@ -330,7 +330,7 @@ def memory_of_a_worker(
         "gradients": learning / held + (min(learning, BUCKET_BYTES) if workers > 1 and not sharded else 0),
         "optimizer": 2 * learning / held / (1 if hp.optim == "adamw" else 4),
         "activations": activations,
-        "logits": min(batch_tokens, CHUNK_TOKENS) * shape.vocab * (width + 12),
+        "logits": min(batch_tokens, chunk_tokens(shape.vocab, hardware.device)) * shape.vocab * (width + 12),
         "runtime": RUNTIME_BYTES[hardware.device],
     }
     # Evaluation on a CPU widens what isn't quantised to float32, and keeps no activations.

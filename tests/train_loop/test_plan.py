@@ -13,6 +13,7 @@ from tests.train_loop.models import make_base
 from train_loop.__main__ import Console, main
 from train_loop.context import LocalContext
 from train_loop.errors import DatasetError, ModelError
+from train_loop.loss import CHUNK_LOGITS, CHUNK_TOKENS
 from train_loop.model.adapters import add_adapter, trainable
 from train_loop.model.load import compute_dtype, load_base
 from train_loop.model.source import ModelPlaces
@@ -139,6 +140,18 @@ def test_memory_follows_what_it_depends_on(local_job, mirror):
     assert full["price"] == pytest.approx(full["gpu_hours"] * 4.0, abs=0.01)
     poor = planned(local_job(), mirror, Hardware("cuda", 1 << 20, 1e14))
     assert any("a worker needs about" in w for w in poor["warnings"])
+
+
+def test_a_gpu_s_head_holds_more_logits_at_a_time(local_job, mirror):
+    spec = JobSpec.model_validate(local_job({"train_config.torch_dtype": "float32"}))
+    shape = model_shape(spec, mirror / TINY)
+    tokens, per_logit = 1 << 20, 4 + 12
+    on_cpu, on_gpu = (
+        memory_of_a_worker(spec, shape, tokens, Hardware(device, None, 1e14), evaluates=False)["logits_bytes"]
+        for device in ("cpu", "cuda")
+    )
+    assert on_cpu == CHUNK_TOKENS * shape.vocab * per_logit
+    assert on_cpu < on_gpu <= CHUNK_LOGITS * per_logit
 
 
 def test_a_dataset_without_a_usable_row_has_no_plan(local_job, mirror, tmp_path):
