@@ -3,6 +3,7 @@ looked for in all that the service says, writes and starts."""
 
 import base64
 import json
+import os
 import secrets
 import tempfile
 import threading
@@ -59,7 +60,9 @@ class Canaries:
     def in_files(self, *folders, but=frozenset()):
         """Those in the files of these folders, by path; and how many files that were."""
         found, count = {}, 0
-        for path in (p for folder in folders for p in folder.rglob("*") if p.name not in but):
+        # Which doesn't mind that a folder is gone meanwhile.
+        walked = (Path(place, name) for folder in folders for place, _, names in os.walk(folder) for name in names)
+        for path in (p for p in walked if p.name not in but):
             try:
                 content = path.read_bytes() if path.is_file() else b""
             except OSError:  # gone meanwhile
