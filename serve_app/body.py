@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from fastapi import Request
+from ray.exceptions import TaskCancelledError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect
@@ -75,7 +76,7 @@ async def _read(request: Request, limit_bytes: int) -> bytes:
                     raise too_long(limit_bytes)
     except TimeoutError:
         raise ApiError(408, f"the body wasn't there after {BODY_S:g} s") from None
-    except ClientDisconnect:
+    except (ClientDisconnect, TaskCancelledError):  # as starlette says it, and as Serve's replicas sometimes do
         raise ApiError(400, "the connection ended before the body did") from None
     if not body:
         raise ApiError(400, "the body is empty: send a form or a JSON object")
