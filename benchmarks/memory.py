@@ -7,7 +7,6 @@ resident memory of the largest; the plan is made for the same job.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
@@ -67,81 +66,37 @@ def write_rows(path: Path) -> None:
 
 def measure(spec: dict[str, Any], mirror: str) -> int:
     """Peak resident bytes of a process that runs the job; of its workers, the largest."""
-    workers = spec["infra_config"]["gpu_count"]
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
+    if spec["infra_config"]["gpu_count"] > 1:
+        return measure_group(spec, Path(mirror, SMOLLM2))
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "job.json")
         path.write_text(json.dumps(spec))
-        if workers > 1:
-            prepare(path, mirror)
-        command = [sys.executable, "-m", "benchmarks.memory", "--one", str(path), "--mirror", mirror]
-        processes = [
-            running.enter_context(
-                subprocess.Popen(
-                    [*command, "--rank", str(rank)], stdout=subprocess.PIPE, text=True, env=os.environ | environment()
-                )
-            )
-            for rank in range(workers)
-        ]
-        told = [process.communicate(timeout=TIMEOUT_S)[0] for process in processes]
-        assert [process.returncode for process in processes] == [0] * workers
-    return max(int(lines.splitlines()[-1]) for lines in told)
-
-
-def prepare(path: Path, mirror: str) -> None:
-    """Prepare the job's rows beside it, as a group of workers finds them."""
-    from pyarrow.fs import LocalFileSystem
-
-    from train_loop.data.prepare import prepare_local
-    from train_loop.data.sources import find_files
-    from train_loop.data.tokenize import ChatTokenizer
-    from train_loop.model.load import load_tokenizer
-    from train_loop.model.source import ModelPlaces, model_folder
-    from train_loop.spec import JobSpec
-
-    spec, local = JobSpec.model_validate_json(path.read_bytes()), LocalFileSystem()
-    chat = ChatTokenizer.of(spec, load_tokenizer(model_folder(spec.model_details, ModelPlaces(mirror))))
-    prepare_local(spec, local, find_files(spec, local), local, str(path.parent), chat)
-
-
-def train_in_group(path: Path, mirror: str, rank: int) -> None:
-    """One worker's part of the prepared job."""
-    import torch.distributed as dist
-    from pyarrow.fs import LocalFileSystem
-
-    from train_loop.__main__ import Console
-    from train_loop.context import LocalContext
-    from train_loop.data.shards import PreparedDataset
-    from train_loop.loop import run
-    from train_loop.model.source import ModelPlaces, model_folder
-    from train_loop.spec import JobSpec
-
-    spec = JobSpec.model_validate_json(path.read_bytes())
-    workers = spec.infra_config.num_workers
-    dist.init_process_group("gloo", init_method=f"file://{path.parent}/store", rank=rank, world_size=workers)
-    with tempfile.TemporaryDirectory() as scratch:
-        ctx = LocalContext(
-            model_folder=model_folder(spec.model_details, ModelPlaces(mirror)),
-            storage=LocalFileSystem(),
-            run_path=str(path.parent),
-            scratch=Path(scratch),
-            monitor=Console(),
-            rank=rank,
-            world_size=workers,
-            local_rank=rank,
-            local_world_size=workers,
+        arguments = [sys.executable, "-m", "benchmarks.memory", "--one", str(path), "--mirror", mirror]
+        done = subprocess.run(
+            arguments, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment(), timeout=TIMEOUT_S
         )
-        run(spec, PreparedDataset.from_json((path.parent / "data/index.json").read_text()), ctx)
-    dist.destroy_process_group()
+    return int(done.stdout.splitlines()[-1])
 
 
-def run_one(path: str, mirror: str, rank: int) -> None:
+def measure_group(spec: dict[str, Any], model: Path) -> int:
+    """The same of several workers, whose rows are prepared before, as a run's are."""
+    from benchmarks.sides import Task
+    from benchmarks.train import prepare, start
+
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(spec, model, Path(folder))
+        workers = spec["infra_config"]["gpu_count"]
+        said, ended_at = start(Task("ours", "", "packed", spec, model, Path(folder)), workers, TIMEOUT_S)
+    if ended_at is not None:
+        raise SystemExit(f"two steps take more than {TIMEOUT_S} s")
+    return max(line["peak_bytes"] for lines in said for line in lines if "peak_bytes" in line)
+
+
+def run_one(path: str, mirror: str) -> None:
     from train_loop.__main__ import main
 
-    if json.loads(Path(path).read_text())["infra_config"]["gpu_count"] > 1:
-        train_in_group(Path(path), mirror, rank)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            assert main([path, "--local", "--storage", folder, "--mirror", mirror]) == 0
+    with tempfile.TemporaryDirectory() as folder:
+        assert main([path, "--local", "--storage", folder, "--mirror", mirror]) == 0
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     print(int(found[1]) * 1024)
@@ -150,11 +105,10 @@ def run_one(path: str, mirror: str, rank: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--mirror", default=str(Path.home() / ".tuneyard" / "models"))
     options = parser.parse_args()
     if options.one:
-        run_one(options.one, options.mirror, options.rank)
+        run_one(options.one, options.mirror)
         return
     from train_loop.model.source import ModelPlaces
     from train_loop.plan import make_plan, this_machine
