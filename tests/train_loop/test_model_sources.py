@@ -126,6 +126,21 @@ def test_a_revision_has_a_folder_of_its_own_in_the_mirror(local_job, tmp_path, t
         model_folder(details, found)
 
 
+def said_apart(script, job, url, account, *more):
+    """What the script says of the job and Google's storage at `url`, in a process of its own: the server answers in this one."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(job), *more],
+        env=os.environ | {"CLOUD_STORAGE_EMULATOR_ENDPOINT": url},
+        input=json.dumps(account) if account else "",
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert CANARY not in done.stdout + done.stderr
+    return done.stdout.strip()
+
+
 FETCH = """
 import json, sys
 from train_loop.data.sources import GoogleKey
@@ -149,19 +164,8 @@ def test_a_folder_in_google_storage_is_fetched_with_a_service_account(local_job,
     right = google_account(url)
 
     def fetch(uri, account):
-        # In a process of its own: the server answers in this one.
         details = {"base_model": uri, "source_type": "gcs", "ownership": "private", "secret_id": "x"}
-        done = subprocess.run(
-            [sys.executable, "-c", FETCH, json.dumps(local_job({"model_details": details}))],
-            env=os.environ | {"CLOUD_STORAGE_EMULATOR_ENDPOINT": url},
-            input=json.dumps(account),
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=120,
-        )
-        assert CANARY not in done.stdout + done.stderr
-        return done.stdout.strip()
+        return said_apart(FETCH, local_job({"model_details": details}), url, account)
 
     assert fetch(f"gs://bucket/models/{ID}", right) == f"32 {weights_hash(models / ID)}"
     assert fetch("gs://bucket/nothing", right).startswith("model_details.base_model model_error there is no model")
@@ -170,7 +174,7 @@ def test_a_folder_in_google_storage_is_fetched_with_a_service_account(local_job,
 
 
 START = """
-import hashlib, sys
+import sys
 from pathlib import Path
 from train_loop.data.sources import GoogleKey
 from train_loop.errors import ModelError
@@ -193,18 +197,7 @@ def test_an_adapter_in_google_storage_is_fetched_with_the_models_or_the_datasets
     right = google_account(url)
 
     def fetch(uri, account, url=url):
-        # In a process of its own: the server answers in this one.
-        done = subprocess.run(
-            [sys.executable, "-c", START, json.dumps(local_job({INIT_FROM: uri})), of, str(tmp_path)],
-            env=os.environ | {"CLOUD_STORAGE_EMULATOR_ENDPOINT": url},
-            input=json.dumps(account) if account else "",
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=120,
-        )
-        assert CANARY not in done.stdout + done.stderr
-        return done.stdout.strip()
+        return said_apart(START, local_job({INIT_FROM: uri}), url, account, of, str(tmp_path))
 
     found = {"adapter_config.json": "config.json", "adapter_model.safetensors": "model.safetensors"}
     assert fetch("gs://bucket/theirs", right) == fetch("gs://bucket/theirs/", right) == str(found)
