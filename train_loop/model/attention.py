@@ -8,7 +8,6 @@ kernel for GPUs is told where each begins, and no mask is made at all.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -135,21 +134,16 @@ def _flash_attention(
     fits = query.is_cuda and dtype.itemsize == 2 and query.shape[-1] == value.shape[-1] <= WIDEST
     if not fits or kwargs.get("dropout") or kwargs.get("position_bias") is not None:
         return attention(module, query, key, value, _dense(edges, rows, seq), **kwargs)  # type: ignore[no-any-return]
-    flat = (t.transpose(1, 2).flatten(0, 1).to(dtype) for t in (query, key, value))
-    out = _flash()(
-        *flat,
-        *(edges, edges, edges.longest, edges.longest),
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (t.transpose(1, 2).flatten(0, 1).to(dtype) for t in (query, key, value))
+    out: Any = varlen_attn(
+        *(q, k, v, edges, edges, edges.longest, edges.longest),
         scale=kwargs.get("scaling"),
         window_size=(edges.window - 1 if edges.window > 0 else -1, 0),
         enable_gqa=True,
     )
     return out.view(rows, seq, *out.shape[1:]), None
-
-
-def _flash() -> Callable[..., Any]:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn
 
 
 def _dense(edges: Any, rows: int, seq: int) -> torch.Tensor:
