@@ -13,6 +13,7 @@ import argparse
 import datetime as dt
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def step_s(points: Sequence[dict[str, Any]]) -> float:
 def run(client: Client, name: str, details: dict[str, Any], model: str, **hyperparameters: Any) -> dict[str, Any]:
     """One job to its end: what was seen when, and its points."""
     spec = SPEC | {
-        "experiment_name": name,
+        "experiment_name": re.sub("[^a-z]+", "-", name),
         "model_details": {"base_model": model},
         "dataset_config": {"split": {"type": "none"}},
         "dataset_details": details,
@@ -108,7 +109,7 @@ def be_floor() -> None:
         ray.init("local", num_cpus=2, object_store_memory=256 << 20, log_to_driver=False, logging_level="error")
         found["Ray itself"] = time.time() - began
         for name in ("first", "second"):
-            entered, began = Path(folder, name), time.time()
+            entered, began = Path(folder, f"entered-{name}"), time.time()  # the run has a folder of its name
             TorchTrainer(
                 enter,
                 train_loop_config={"entered": str(entered)},
