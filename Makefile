@@ -1,10 +1,10 @@
-# Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
+# Each of these does all the set-up on a fresh machine: `make demo`, `make demo-vlm`, `make test`.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo test service faults faults-full check format bench docs clean
+.PHONY: setup demo demo-vlm test service faults faults-full check format bench docs clean
 
 # The lock holds every package with its version, so nothing is left for pip to resolve; the second line adds what torch's CUDA
 # build needs besides, where that is the one pip found.
@@ -20,6 +20,9 @@ setup: $(VENV)/installed
 demo: setup
 	command -v curl >/dev/null || (apt-get update -qq && apt-get install -qq -y curl)
 	$(BIN)/python -m examples.demo
+
+demo-vlm: setup
+	$(BIN)/python -m examples.demo_vlm
 
 test: setup
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile

@@ -35,19 +35,24 @@ def rows_of(path: Path) -> list[tuple[Any, str, str]]:
     return rows
 
 
+def asked(processor: Any, rows: list[tuple[Any, str, str]]) -> Any:
+    """The questions as the model gets them, answers left out."""
+    talks = [
+        [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
+        for picture, question, _ in rows
+    ]
+    return processor.apply_chat_template(
+        talks, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+    )
+
+
 def answers(model: Any, processor: Any, rows: list[tuple[Any, str, str]]) -> list[str]:
     """What the model says to each row, greedily."""
     import torch
 
     said: list[str] = []
     for first in range(0, len(rows), BATCH_SIZE):
-        asked = [
-            [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
-            for picture, question, _ in rows[first : first + BATCH_SIZE]
-        ]
-        inputs = processor.apply_chat_template(
-            asked, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
-        )
+        inputs = asked(processor, rows[first : first + BATCH_SIZE])
         with torch.no_grad():
             out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         said += processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
