@@ -305,10 +305,10 @@ def _cpus() -> int:
 
 def _materialise_models(settings: Settings) -> None:
     """In a process of its own: it needs torch, and the supervisor should stay small."""
-    from train_loop.model.mirror import SMOLLM2, TINY, mirrored
+    from train_loop.model.mirror import EMBEDDED, mirrored
 
     mirror = Path(settings.model_mirror)
-    if not all(mirrored(mirror, m) for m in (SMOLLM2, TINY)):
+    if not all(mirrored(mirror, m) for m in EMBEDDED):
         subprocess.run([sys.executable, "-m", "serve_app.cli", "models"], check=True, stdout=subprocess.DEVNULL)
 
 

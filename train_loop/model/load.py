@@ -60,7 +60,7 @@ def compute_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, st
     return wanted, ""
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
@@ -71,7 +71,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises nothing narrower of a file that it can't read
-        raise ModelError(f"the base model's tokenizer can't be loaded: {_first_line(error)}", field=BASE_MODEL) from error
+        raise ModelError(f"the base model's tokenizer can't be loaded: {first_line(error)}", field=BASE_MODEL) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -160,7 +160,7 @@ def _config(spec: JobSpec, folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"base model {name} can't be loaded: {_first_line(error)}", field=BASE_MODEL) from error
+        raise ModelError(f"base model {name} can't be loaded: {first_line(error)}", field=BASE_MODEL) from error
     full = spec.train_config.train_type == "full"
     if _in_quantised_files(config) and (full or spec.model_details.quantization):
         remedy = "train an adapter" if full else "leave quantization out"
@@ -201,7 +201,7 @@ def load_base(spec: JobSpec, folder: Path, device: torch.device, at: torch.devic
             )
     except (OSError, ValueError, ImportError, SafetensorError) as error:  # the third: a kind of quantisation without its library
         name = spec.model_details.base_model
-        raise ModelError(f"base model {name} can't be loaded: {_first_line(error)}", field=BASE_MODEL) from error
+        raise ModelError(f"base model {name} can't be loaded: {first_line(error)}", field=BASE_MODEL) from error
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in language_part(model).values() if full else ():
