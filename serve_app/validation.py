@@ -33,6 +33,7 @@ from train_loop.model.source import (
     parse_config,
 )
 from train_loop.model.source import SECRET as MODEL_SECRET
+from train_loop.model.vision import FAMILIES, OTHER_TOWERS
 from train_loop.run_files import Keys, model_places
 from train_loop.section import NOT_SUPPORTED_YET, RULE, right_ones
 from train_loop.spec import AWS_REGION, SCHEMES, DatasetDetails, InfraConfig, JobSpec, ModelDetails
@@ -89,6 +90,8 @@ def validate(
                 raise
     if "dataset_config" in right:
         errors = beside(errors, _length_errors(spec, config))
+    if "model_details" in right:
+        errors = beside(errors, _sight_errors(spec, config))
     if errors:
         raise invalid(errors)
     return spec, list(advice(spec, hidden=hidden_size_of(config), context=context_of(config)))
@@ -236,6 +239,21 @@ def _length_errors(spec: JobSpec, config: dict[str, Any]) -> list[dict[str, Any]
         return []
     message = f"{asked} tokens are more than the context of {spec.model_details.base_model}, {context}"
     return [field_error("dataset_config.preprocessing.prompt.max_length", message, allowed={"le": context})]
+
+
+def _sight_errors(spec: JobSpec, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """What keeps a vlm job's base from learning from images, if its config is known."""
+    if spec.model_details.model_type != "vlm" or not config:
+        return []
+    kind, tower = config.get("model_type"), config.get("vision_config")
+    known = isinstance(kind, str) and kind in FAMILIES
+    if known and not (isinstance(tower, dict) and tower.get("model_type") in OTHER_TOWERS):
+        return []
+    names = ", ".join(family.name for family in FAMILIES.values())
+    message = f"{spec.model_details.base_model} is none of the models that learn from images here, which are {names}"
+    if not known and not isinstance(tower, dict):
+        message += "; for one that reads text alone, model_type is llm"
+    return [field_error(BASE_MODEL, message, allowed=sorted(FAMILIES))]
 
 
 def _hub_config(details: ModelDetails, token: str | None, where: str, offline: bool) -> dict[str, Any]:

@@ -11,15 +11,19 @@ import os
 import random
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from train_loop.advice import advice
 from train_loop.data.formats import Conversation, RowRejected, to_conversation
 from train_loop.data.glance import Glance, glance
+from train_loop.data.image_source import ImageSource, image_source
+from train_loop.data.image_tokens import ImageTokens
 from train_loop.data.packing import pack
 from train_loop.data.prepare import decode_row
 from train_loop.data.sampler import BatchPlan
@@ -28,16 +32,18 @@ from train_loop.data.tokenize import IGNORE_INDEX, ChatTokenizer, Sample
 from train_loop.errors import DatasetError, ModelError
 from train_loop.loss import chunk_tokens
 from train_loop.model.adapters import ALL_LINEAR, expert_parameters, is_named, linear_layers, named, rank
-from train_loop.model.load import DTYPES, auto_class, compute_dtype, language_part, load_tokenizer
+from train_loop.model.load import DTYPES, auto_class, compute_dtype, family_of, language_part, load_tokenizer
+from train_loop.model.processor import load_processor
 from train_loop.model.source import ModelPlaces, model_folder
 from train_loop.parallel import BUCKET_BYTES
+from train_loop.sight import NUM_BATCHES, Sight, Size, image_spans, largest_sum, patches_per_token
 from train_loop.spec import JobSpec, Quantization, RandomSplit
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 SHOWN_SAMPLES = 3
-NUM_BATCHES = 64  # micro-batches drawn from the sample to find a large one
+MAX_IMAGES = 48  # that are looked at
 START_S = 45.0  # placing workers, importing, loading, saving: measured on one machine, small model
 GPU_MFU = 0.35  # share of a GPU's peak that LoRA training sustains
 CPU_FLOPS_PER_CORE = 4e10  # sustained by a core without bf16 units
@@ -62,7 +68,7 @@ class ModelShape:
 
     linear_params: int  # of the blocks' linear layers, which quantisation and adapters are about
     other_params: int  # embeddings, norms, head
-    vision_params: int  # of a base that sees: loaded, and neither used nor trained
+    vision_params: int  # of a base that could see: loaded; used and trained as `sight` has it, or not at all
     num_layers: int
     hidden: int
     intermediate: int
@@ -73,6 +79,7 @@ class ModelShape:
     adapted: list[tuple[int, int]]  # (in, out) features of each adapted layer
     saved_params: int  # of modules_to_save
     leaves_experts: bool  # it has experts, and targets doesn't name them
+    sight: Sight | None = None  # of a model that is to see
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,7 @@ class DatasetSample:
     num_rejected: int
     num_read: int
     shown: list[dict[str, Any]]
+    images: list[list[Size]]  # of each row whose length is here
 
 
 def this_machine() -> Hardware:
@@ -106,13 +114,14 @@ def make_plan(
     Raises UserError, as the job would, where model or dataset can't be read; RunFault when the model's storage is away.
     """
     doing(f"reading the config and tokenizer of {spec.model_details.base_model}")
-    shape, tokenizer = _described(spec, model_folder(spec.model_details, places, weights=False))
+    shape, chat = _described(spec, model_folder(spec.model_details, places, weights=False))
     filesystem = source or filesystem_for(spec.dataset_details.dataset_path, None, anonymous=True)[0]
     doing(f"reading rows of {spec.dataset_details.dataset_path}")
     files = find_files(spec, filesystem)
     seen = glance(filesystem, [f for f in files if not f.is_eval], spec.dataset_details.dataset_type)
     doing("rendering some rows with the chat template")
-    sample = look(spec, files[0].uri, seen, ChatTokenizer.of(spec, tokenizer))
+    with nullcontext() if seen.archive is None else image_source(spec, filesystem, seen.archive) as images:
+        sample = look(spec, files[0].uri, seen, chat, images)
     hp, pre, workers = spec.train_config.hyperparameters, spec.dataset_config.preprocessing, spec.infra_config.num_workers
 
     train_rows, eval_rows = split_rows(spec, filesystem, files, sample.num_rows)
@@ -132,8 +141,14 @@ def make_plan(
     samples_seen = epochs * train_rows + min(rest * batches.samples_per_step, train_rows)
     tokens_seen = round(samples_seen * statistics.fmean(kept))
     large = largest_batch(kept, hp.per_device_train_batch_size, limit, pre.packing)
-    memory = memory_of_a_worker(spec, shape, large, hardware, evaluates=eval_rows > 0)
-    train_s = tokens_seen * flops_per_token(spec, shape) / (hardware.flops * workers)
+    patches = _patches(sample, shape, chat.images)
+    at_once = largest_sum(patches, hp.per_device_train_batch_size)
+    memory = memory_of_a_worker(spec, shape, large, hardware, evaluates=eval_rows > 0, batch_patches=at_once)
+    flops = tokens_seen * flops_per_token(spec, shape)
+    if shape.sight is not None:
+        recomputes = hp.gradient_checkpointing
+        flops += samples_seen * statistics.fmean(patches) * shape.sight.flops_per_patch(recomputes=recomputes)
+    train_s = flops / (hardware.flops * workers)
     hours = (train_s + START_S) * workers / 3600
     plan = {
         "workers": workers,
@@ -163,8 +178,17 @@ def make_plan(
     return plan | {"warnings": warnings_of(spec, shape, sample, plan)}
 
 
-def _described(spec: JobSpec, folder: Path) -> tuple[ModelShape, Any]:
-    """The base model's shape and tokenizer, which anyone may have written. Raises ModelError."""
+def _patches(sample: DatasetSample, shape: ModelShape, images: ImageTokens | None) -> list[float]:
+    """How many patches the vision tower looks at, by row."""
+    sizes = [size for row in sample.images for size in row]
+    if images is None or shape.sight is None or not sizes:
+        return [0.0] * len(sample.images)
+    ratio = patches_per_token(images, shape.sight.config, max(sizes, key=math.prod))
+    return [ratio * sum(len(images.expansion(*size)) for size in row) for row in sample.images]
+
+
+def _described(spec: JobSpec, folder: Path) -> tuple[ModelShape, ChatTokenizer]:
+    """The base model's shape, and what makes tokens for it, which anyone may have written. Raises ModelError."""
     try:
         shape = model_shape(spec, folder)
     except ModelError:
@@ -172,7 +196,8 @@ def _described(spec: JobSpec, folder: Path) -> tuple[ModelShape, Any]:
     except Exception as error:  # transformers has no kind of its own for what it can't read
         said = f"transformers can't use the config.json of {spec.model_details.base_model} ({type(error).__name__})."
         raise ModelError(said, field="model_details.base_model") from error
-    return shape, load_tokenizer(folder)
+    images = ImageTokens(load_processor(folder)) if shape.sight is not None else None
+    return shape, ChatTokenizer.of(spec, load_tokenizer(folder), images)
 
 
 def model_shape(spec: JobSpec, folder: Path) -> ModelShape:
@@ -180,9 +205,9 @@ def model_shape(spec: JobSpec, folder: Path) -> ModelShape:
     from transformers import AutoConfig
 
     whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    config = whole.get_text_config()
+    config, family = whole.get_text_config(), family_of(spec, whole)
     with torch.device("meta"):
-        model = auto_class(whole).from_config(whole)
+        model = auto_class(whole, images=family is not None).from_config(whole)
     text = {p for module in language_part(model).values() for p in module.parameters()}
     linear = linear_layers(model)
     targets = spec.train_config.adapter_config.targets
@@ -213,6 +238,7 @@ def model_shape(spec: JobSpec, folder: Path) -> ModelShape:
         adapted=[(int(i), int(o)) for o, i in adapted],
         saved_params=sum(p.numel() for p in {p for module in inside for p in module.parameters(recurse=False)}),
         leaves_experts=bool(experts) and not any(is_named(n, targets) for n in experts),
+        sight=None if family is None else Sight.of(spec, model, family),
     )
 
 
@@ -229,42 +255,54 @@ def split_rows(spec: JobSpec, filesystem: FileSystem, files: Sequence[SourceFile
     return max(1, min(round(num_rows * ratios[0]), num_rows - eval_rows)), eval_rows
 
 
-def look(spec: JobSpec, uri: str, seen: Glance, chat: ChatTokenizer) -> DatasetSample:
-    """Render the rows of a dataset that were seen; `uri` is where. Raises DatasetError when none of them is usable."""
+def look(spec: JobSpec, uri: str, seen: Glance, chat: ChatTokenizer, source: ImageSource | None) -> DatasetSample:
+    """Render the rows of a dataset that were seen, or as many as have MAX_IMAGES; `uri` is where, `source` has their images.
+
+    Raises DatasetError when none of them is usable.
+    """
     untruncated = replace(chat, prompt=chat.prompt.model_copy(update={"max_length": 1 << 20}), truncation="right")
     lengths: list[int] = []
     supervised: list[int] = []
     shown: list[dict[str, Any]] = []
     rejects: list[str] = []
-    for line in seen.lines:
+    images: list[list[Size]] = []
+    num_read = seen.num_read
+    for number, line in enumerate(seen.lines):
+        if sum(map(len, images)) >= MAX_IMAGES:
+            num_read = number
+            break
         try:
-            conversation = to_conversation(decode_row(line), spec.dataset_details.dataset_format)
-            length = len(untruncated.encode(conversation).input_ids)
-            sample = chat.encode(conversation)
+            conversation = to_conversation(decode_row(line), spec.dataset_details.dataset_format, vision=source is not None)
+            pictures = [source.picture(reference) for reference in conversation.get("images", ())] if source is not None else []
+            sizes = [(picture.width, picture.height) for picture in pictures]
+            length = len(untruncated.encode(conversation, sizes).input_ids)
+            sample = chat.encode(conversation, sizes)
         except RowRejected as error:
             rejects.append(error.reason)
             continue
         lengths.append(length)
         supervised.append(int((sample.labels != IGNORE_INDEX).sum()))
+        images.append(sizes)
         if len(shown) < SHOWN_SAMPLES:
-            shown.append(show(conversation, sample, chat))
+            shown.append(show(conversation, sample, chat, [sizes[i] for i in sample.images]))
     if not lengths:
         raise DatasetError(
-            f"none of the {seen.num_read} rows looked at in {uri} can be used (dataset_format "
+            f"none of the {num_read} rows looked at in {uri} can be used (dataset_format "
             f"{spec.dataset_details.dataset_format}): {rejects[0] if rejects else 'only blank lines'}.",
             field="dataset_details.dataset_format",
             code="no_usable_rows" if rejects else "dataset_empty",
         )
     usable = len(lengths) / (len(lengths) + len(rejects))
-    return DatasetSample(round(seen.num_rows * usable), seen.exact, lengths, supervised, len(rejects), seen.num_read, shown)
+    return DatasetSample(round(seen.num_rows * usable), seen.exact, lengths, supervised, len(rejects), num_read, shown, images)
 
 
-def show(conversation: Conversation, sample: Sample, chat: ChatTokenizer) -> dict[str, Any]:
-    """A rendered sample, cut into runs of tokens that are trained on and that aren't."""
+def show(conversation: Conversation, sample: Sample, chat: ChatTokenizer, sizes: Sequence[Size]) -> dict[str, Any]:
+    """A rendered sample, cut into runs of tokens that are trained on and that aren't; `sizes` are those of the images in it."""
     trained = sample.labels != IGNORE_INDEX
     edges = [0, *(i for i in range(1, len(trained)) if trained[i] != trained[i - 1]), len(trained)]
+    spans = image_spans(sample.input_ids, sizes, chat.images) if chat.images is not None else []
     segments = [
-        {"text": chat.tokenizer.decode(sample.input_ids[a:b]), "trained": bool(trained[a])}
+        {"text": _text(sample.input_ids, a, b, chat, spans, sizes), "trained": bool(trained[a])}
         for a, b in itertools.pairwise(edges)
         if b > a
     ]
@@ -274,6 +312,18 @@ def show(conversation: Conversation, sample: Sample, chat: ChatTokenizer) -> dic
         "turns": len(conversation.get("messages", [])),
         "segments": segments,
     }
+
+
+def _text(
+    input_ids: np.ndarray, start: int, end: int, chat: ChatTokenizer, spans: Sequence[tuple[int, int]], sizes: Sequence[Size]
+) -> str:
+    """The text of some of a sample's tokens; of an image its size, and how many tokens it is."""
+    pieces: list[str] = []
+    for (first, behind), (width, height) in zip(spans, sizes, strict=True):
+        if start <= first < end:
+            pieces += [chat.tokenizer.decode(input_ids[start:first]), f"[image {width}x{height}, {behind - first} tokens]"]
+            start = behind
+    return "".join([*pieces, chat.tokenizer.decode(input_ids[start:end])])
 
 
 def largest_batch(lengths: Sequence[int], batch_size: int, max_length: int, packing: bool) -> int:
@@ -289,17 +339,24 @@ def largest_batch(lengths: Sequence[int], batch_size: int, max_length: int, pack
 
 def trained_params(spec: JobSpec, shape: ModelShape) -> int:
     """How many parameters have a gradient and optimizer state: the adapter's, or all."""
+    seeing = shape.sight.trained_params if shape.sight is not None else 0
     if spec.train_config.train_type == "full":
-        return shape.linear_params + shape.other_params
+        return shape.linear_params + shape.other_params + seeing
     adapter = spec.train_config.adapter_config
     magnitudes = sum(o for _, o in shape.adapted) if adapter.use_dora else 0
-    return sum(rank(adapter) * (i + o) for i, o in shape.adapted) + magnitudes + shape.saved_params
+    return seeing + sum(rank(adapter) * (i + o) for i, o in shape.adapted) + magnitudes + shape.saved_params
 
 
 def memory_of_a_worker(
-    spec: JobSpec, shape: ModelShape, batch_tokens: int, hardware: Hardware, *, evaluates: bool
+    spec: JobSpec,
+    shape: ModelShape,
+    batch_tokens: int,
+    hardware: Hardware,
+    *,
+    evaluates: bool,
+    batch_patches: float = 0.0,
 ) -> dict[str, Any]:
-    """Peak bytes of one worker by part, for micro-batches of `batch_tokens`.
+    """Peak bytes of one worker by part, for micro-batches of `batch_tokens`, and of `batch_patches` of images.
 
     Activations are those of one transformer block with adapters under autocast, summed over what is kept.
     """
@@ -323,8 +380,12 @@ def memory_of_a_worker(
         activations = batch_tokens * (shape.num_layers * kept * width + RECOMPUTED_BLOCKS * block)
     else:
         activations = batch_tokens * shape.num_layers * block
+    still = shape.vision_params * width / held
+    if shape.sight is not None:
+        activations += shape.sight.activation_bytes(batch_patches, width, recomputes=hp.gradient_checkpointing)
+        still = (shape.vision_params - full * shape.sight.whole_params) * width  # whole on each worker
     parts = {
-        "weights": ((learning if full else linear + shape.other_params * width) + shape.vision_params * width) / held,
+        "weights": (learning if full else linear + shape.other_params * width) / held + still,
         "adapter": 0 if full else learning / held,
         # With a flat copy, of a bucket at most, to sum over workers.
         "gradients": learning / held + (min(learning, BUCKET_BYTES) if workers > 1 and not sharded else 0),

@@ -26,6 +26,7 @@ NUM_BATCHES = 64  # micro-batches drawn from rows to find a large one
 class Sight:
     """The vision tower and the aligner of a base that is to see. Their parameters aren't among the language model's."""
 
+    config: Any  # of the whole model
     params: int
     trained_params: int  # with a gradient: adapters', or the weights themselves
     whole_params: int  # of the base, with a gradient themselves
@@ -53,6 +54,7 @@ class Sight:
             trained_params += sum(rank(adapter) * sum(shape) for shape in shapes if len(shape) == 2)
         parts = [model.get_submodule(name) for name in family.parts]
         return cls(
+            config=model.config,
             params=sum(p.numel() for p in {p for part in parts for p in part.parameters()}),
             trained_params=trained_params,
             whole_params=whole_params,

@@ -20,12 +20,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 64  # pixels
 COLOURS = {
-    "red": (225, 30, 30),
-    "green": (20, 190, 50),
-    "blue": (40, 60, 230),
-    "yellow": (235, 205, 50),
-    "black": (25, 25, 25),
-    "white": (240, 240, 240),
+    "red": (210, 30, 30),
+    "green": (20, 140, 50),
+    "blue": (40, 60, 220),
+    "orange": (240, 140, 20),
+    "black": (20, 20, 20),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -49,13 +48,13 @@ def draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: int, y: int, size: int, 
 
 def near_the_middle(rng: random.Random, size: float) -> int:
     """Where something of that size begins."""
-    return round((SIDE - size) / 2) + rng.randint(-6, 6)
+    return round((SIDE - size) / 2) + rng.randint(-4, 4)
 
 
 def one_shape(rng: random.Random, pen: ImageDraw.ImageDraw) -> tuple[str, str]:
     """Draw a shape; return its shape and its colour."""
     shape, colour = rng.choice(SHAPES), rng.choice(tuple(COLOURS))
-    size = rng.randint(28, 44)
+    size = rng.randint(34, 44)
     draw_shape(pen, shape, near_the_middle(rng, size), near_the_middle(rng, size), size, COLOURS[colour])
     return shape, colour
 
@@ -79,7 +78,7 @@ def how_many(rng: random.Random, pen: ImageDraw.ImageDraw) -> str:
 
 
 def which_digit(rng: random.Random, pen: ImageDraw.ImageDraw) -> str:
-    digit, font = rng.randrange(10), ImageFont.load_default(rng.randint(48, 60))
+    digit, font = rng.randrange(10), ImageFont.load_default(rng.randint(52, 60))
     left, top, right, bottom = pen.textbbox((0, 0), str(digit), font=font)
     x, y = near_the_middle(rng, right - left) - left, near_the_middle(rng, bottom - top) - top
     pen.text((x, y), str(digit), font=font, fill=COLOURS[rng.choice(tuple(COLOURS))])
@@ -99,7 +98,7 @@ def drawn(rng: random.Random) -> Iterator[tuple[bytes, str, str]]:
     seen: set[bytes] = set()
     questions = tuple(QUESTIONS)
     while True:
-        ground = tuple(rng.randint(110, 140) for _ in range(3))  # a grey
+        ground = tuple(rng.randint(220, 255) for _ in range(3))
         picture = Image.new("RGB", (SIDE, SIDE), ground)
         question = rng.choice(questions)
         answer = QUESTIONS[question](rng, ImageDraw.Draw(picture))

@@ -13,12 +13,16 @@ from serve_app.cli.common import AsJson, Org, RequestId, Token, Url, app, client
 
 if TYPE_CHECKING:
     from serve_app.client import JobAnswer
+    from train_loop.data.images import Picture
 
 
 @app.command()
 def chat(
     request_id: RequestId,
     prompt: Annotated[str | None, typer.Option(help="Ask this once; without it, ask as long as you like.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture to ask about, of a vlm; may be given again.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     org: Org = None,
     url: Url = None,
@@ -30,16 +34,32 @@ def chat(
     job = client_for(url, token, org).get(request_id, org)
     if job["status"] != "COMPLETED" or job["output_model_path"] is None:
         die(f"job {request_id} is {job['status']}: there is nothing to talk to")
+    if image and job["model_details"]["model_type"] != "vlm":
+        die(f"job {request_id} trained an llm, which sees no images")
+    max_pixels = job["dataset_config"]["preprocessing"].get("max_pixels")
+    pictures = [_picture(file, max_pixels) for file in image or ()]
     with tempfile.TemporaryDirectory(prefix="tuneyard-") as folder:
         answers = _chat_model(job, job["output_model_path"], Path(folder))
         if prompt is not None:
-            _show(prompt, answers(prompt, max_new_tokens), as_json)
+            _show(prompt, answers(prompt, max_new_tokens, pictures), as_json)
             return
         while True:
             try:
-                _show(asked := typer.prompt("you"), answers(asked, max_new_tokens), as_json)
+                _show(asked := typer.prompt("you"), answers(asked, max_new_tokens, pictures), as_json)
             except (EOFError, KeyboardInterrupt, typer.Abort):
                 return
+
+
+def _picture(file: Path, max_pixels: int | None) -> Picture:
+    from train_loop.data.formats import RowRejected
+    from train_loop.data.images import admit
+
+    try:
+        return admit(file.read_bytes(), max_pixels)
+    except OSError as error:
+        die(f"{file} can't be read: {error.strerror}", 2)
+    except RowRejected as error:
+        die(f"{file} {error.reason}", 2)
 
 
 def _chat_model(job: JobAnswer, uri: str, folder: Path) -> Any:
@@ -62,7 +82,7 @@ def _chat_model(job: JobAnswer, uri: str, folder: Path) -> Any:
     details = ModelDetails.model_validate(job["model_details"])
     places = ModelPlaces(settings.model_mirror, open_mirror=lambda uri: filesystem_for(uri, keys))
     prompt = DatasetConfig.model_validate(job["dataset_config"]).preprocessing.prompt
-    return Comparison.load(model_folder(details, places), folder, details.quantization, prompt).answer
+    return Comparison.load(model_folder(details, places), folder, details, prompt).answer
 
 
 def _show(prompt: str, answers: tuple[str, str], as_json: bool) -> None:

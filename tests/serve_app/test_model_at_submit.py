@@ -269,3 +269,30 @@ def test_all_that_a_run_leaves_is_among_the_artifacts_with_its_hash(settings, st
         (folder / "manifest.json").write_text(damaged)
         hashes = {a["name"]: a["sha256"] for a in artifacts(settings, ORG, "r")}
         assert hashes == dict.fromkeys(found) | {"manifest.json": hashlib.sha256(damaged.encode()).hexdigest()}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "idefics3", "vision_config": {"model_type": "idefics3_vision"}}, None),
+        ({"model_type": "llama"}, "is none of the models that learn from images here, which are Idefics3"),
+        ({"model_type": "llama"}, "for one that reads text alone, model_type is llm"),
+        ({"model_type": "kosmos-2", "vision_config": {}}, "none of the models that learn from images"),
+        ({"model_type": "llava", "vision_config": {"model_type": "pixtral"}}, "none of the models that learn from images"),
+        ({"model_type": ["llava"], "vision_config": 7}, "none of the models that learn from images"),
+    ],
+)
+def test_a_vlm_job_is_told_at_once_that_its_base_is_none(http, job, settings, tmp_path, config, said):
+    (tmp_path / "mirror/acme/model").mkdir(parents=True)
+    (tmp_path / "mirror/acme/model/config.json").write_text(json.dumps(config))
+    settings.model_mirror = str(tmp_path / "mirror")
+    details = {MODEL: "acme/model", "model_details.model_type": "vlm", "dataset_details.dataset_type": "zip"}
+    answer = http.post("/job/", json=with_fields(job, details))
+    if said is None:
+        assert answer.status_code == 200, answer.text
+        return
+    refused = fields(answer)
+    assert list(refused) == [MODEL]
+    assert said in refused[MODEL]["message"]
+    assert {"idefics3", "qwen2_5_vl"} <= set(refused[MODEL]["allowed"])
+    assert http.post("/job/", json=with_fields(job, {MODEL: "acme/model"})).status_code == 200

@@ -19,7 +19,7 @@ from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import Stopped
 from train_loop.metrics import MetricLog
 from train_loop.model.load import load_tokenizer
-from train_loop.spec import Prompt
+from train_loop.spec import ModelDetails, Prompt
 
 FULL = {
     "train_config.train_type": "full",
@@ -97,7 +97,7 @@ def test_it_learns_what_only_training_can_tell(local_job, tmp_path, mirror, laun
     write_jsonl(tmp_path / "rows.jsonl", [{"conversation": [{"human": q, "assistant": a}]} for q, a in questions.items()])
     launch(job)
     # Beside its base, as `tuneyard chat` shows it.
-    both = Comparison.load(mirror / TINY, tmp_path / "run/merged", None, Prompt())
+    both = Comparison.load(mirror / TINY, tmp_path / "run/merged", ModelDetails(base_model=TINY), Prompt())
     answers = {question: both.answer(question, 3) for question in questions}
     right = sum(answers[question][1] == colour for question, colour in questions.items())
     assert [base for base, _ in answers.values() if base in COLOURS.values()] == []
@@ -114,7 +114,7 @@ def test_a_question_is_put_to_the_models_as_in_training(template, tmp_path, mirr
     turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me"}]
     trained_on = ChatTokenizer(tokenizer, prompt, "right", "assistant").encode({"messages": turns})
     before_the_answer = trained_on.input_ids[: (trained_on.labels >= 0).argmax()]
-    asked = Comparison.load(mirror / TINY, tmp_path / "trained", None, prompt).asked("Who?")
+    asked = Comparison.load(mirror / TINY, tmp_path / "trained", ModelDetails(base_model=TINY), prompt).asked("Who?")
     assert asked["input_ids"][0].tolist() == before_the_answer.tolist()
     assert "pirate" in tokenizer.decode(before_the_answer)
 
