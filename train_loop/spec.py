@@ -131,9 +131,7 @@ class ModelDetails(Section):
     source_type: Literal["hf", "s3", "gcs"] = Field(
         "hf", description="Where the base model lives; the operator's mirror is looked up first."
     )
-    model_type: Annotated[Literal["llm", "vlm"], NotYet("vlm")] = Field(
-        "llm", description="llm on a VLM base trains the language part only."
-    )
+    model_type: Literal["llm", "vlm"] = Field("llm", description="llm on a VLM base trains the language part only.")
     revision: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = Field(
         None, description="Commit or tag of the base model on the hub; the mirror has it as `owner/name@revision`."
     )
@@ -167,6 +165,12 @@ class Hyperparameters(Section):
     )
     learning_rate: float = Field(
         LORA_LEARNING_RATE, gt=0, le=1, strict=True, description="Peak learning rate; 1e-5 is the default for full."
+    )
+    vision_learning_rate: Annotated[float, Field(gt=0, le=1, strict=True)] | None = Field(
+        None, description="Peak learning rate of the vision tower, where it isn't frozen; null is learning_rate."
+    )
+    aligner_learning_rate: Annotated[float, Field(gt=0, le=1, strict=True)] | None = Field(
+        None, description="Peak learning rate of the aligner, where it isn't frozen; null is learning_rate."
     )
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr"] = Field(
         "cosine", description="Shape of the learning rate after warm-up; cosine_with_min_lr ends at a tenth."
@@ -235,6 +239,15 @@ class AdapterConfig(Section):
     )
 
 
+class Freeze(Section):
+    """What of a vlm, besides its language model, keeps the weights of the base."""
+
+    vision: bool = Field(True, strict=True, description="The vision tower, which looks at the images.")
+    aligner: bool = Field(
+        True, strict=True, description="The aligner (connector, merger, projector) between tower and language model."
+    )
+
+
 class Distributed(Section):
     """How workers share the model."""
 
@@ -261,6 +274,7 @@ class TrainConfig(Section):
     tuner_backend: Literal["tuneyard", "simplismart", "peft"] = Field("tuneyard", description="Names of the same engine.")
     hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters)
     adapter_config: AdapterConfig = Field(default_factory=AdapterConfig)
+    freeze: Freeze = Field(default_factory=Freeze)
     distributed: Distributed = Field(default_factory=Distributed)
     export: Export = Field(default_factory=Export)
     report_to: list[Annotated[str, Field(min_length=1, max_length=640)]] = Field(
@@ -293,8 +307,8 @@ class DatasetDetails(Section):
         description="s3://bucket/key, s3://bucket/prefix/, gs:// likewise, or the id of a dataset of the hub.",
     )
     dataset_description: str = Field("", max_length=4096, description="Free text.")
-    dataset_type: Annotated[Literal["jsonl", "zip", "json", "parquet"], NotYet("zip")] = Field(
-        "jsonl", description="File type; jsonl and json may be compressed, .gz or .zst."
+    dataset_type: Literal["jsonl", "zip", "json", "parquet"] = Field(
+        "jsonl", description="File type; jsonl and json may be compressed, .gz or .zst. A zip holds train.jsonl and its images."
     )
     dataset_format: Annotated[
         Literal["sharegpt", "openai", "alpaca", "prompt_completion", "text", "preference", "auto"],
@@ -489,6 +503,17 @@ def images_come_in_a_zip(model_details: ModelDetails, dataset_details: DatasetDe
         yield Fault("dataset_details.dataset_type", "a zip holds images, for model_type vlm; an llm's rows come as jsonl")
 
 
+def only_a_vlm_has_more_to_train(model_details: ModelDetails, train_config: TrainConfig) -> Iterator[Fault]:
+    freeze, hp = train_config.freeze, train_config.hyperparameters
+    for part, is_frozen in (("vision", freeze.vision), ("aligner", freeze.aligner)):
+        field = f"train_config.freeze.{part}"
+        if model_details.model_type == "llm" and not is_frozen:
+            yield Fault(field, f"an llm job trains the language model alone: {part} must stay frozen, or model_type be vlm")
+        elif is_frozen and getattr(hp, f"{part}_learning_rate") is not None:
+            rate = f"train_config.hyperparameters.{part}_learning_rate"
+            yield Fault(rate, f"{part} is frozen, so it has no learning rate: leave this out, or set {field} to false")
+
+
 def dataset_is_where_it_is_said(dataset_details: DatasetDetails) -> Iterator[Fault]:
     field, source, path = "dataset_details.dataset_path", dataset_details.source_type, dataset_details.dataset_path
     scheme = SCHEMES.get(source)
@@ -529,6 +554,7 @@ RULES: tuple[Rule, ...] = (
     all_linear_is_alone,
     rows_suit_the_objective,
     images_come_in_a_zip,
+    only_a_vlm_has_more_to_train,
     dataset_is_where_it_is_said,
     private_dataset_has_a_secret,
     fewest_nodes_are_not_more,

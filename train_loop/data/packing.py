@@ -7,7 +7,7 @@ documents are isolated by position ids that restart at 0, from which transformer
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -57,6 +57,7 @@ class MicroBatch:
     attention_mask: torch.Tensor | None
     num_tokens: int
     rows: tuple[int, ...] = ()  # of the ShardSet it was made from
+    vision: dict[str, torch.Tensor] = field(default_factory=dict)  # a model's inputs for its images, beside or in place of these
 
     @property
     def num_supervised(self) -> int:
@@ -72,6 +73,7 @@ class MicroBatch:
             labels=self.labels.to(device),
             position_ids=self.position_ids.to(device),
             attention_mask=mask,
+            vision={name: tensor.to(device) for name, tensor in self.vision.items()},
         )
 
 
