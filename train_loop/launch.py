@@ -105,8 +105,10 @@ def _opened(asked: Any) -> Any:
 def _chat_tokenizer(spec: JobSpec, files: RunFiles) -> ChatTokenizer:
     from train_loop.data.tokenize import ChatTokenizer
     from train_loop.model.load import load_tokenizer
+    from train_loop.sight import image_tokens
 
-    return ChatTokenizer.of(spec, load_tokenizer(model_folder(spec.model_details, files.models(spec), weights=False)))
+    folder = model_folder(spec.model_details, files.models(spec), weights=False)
+    return ChatTokenizer.of(spec, load_tokenizer(folder), image_tokens(spec, folder))
 
 
 def launch(spec: JobSpec, request_id: str, files: RunFiles, placement: Placement, monitor: ActorMonitor) -> dict[str, Any]:

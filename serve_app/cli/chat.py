@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 def chat(
     request_id: RequestId,
     prompt: Annotated[str | None, typer.Option(help="Ask this once; without it, ask as long as you like.")] = None,
-    image: Annotated[
-        list[Path] | None, typer.Option(help="A picture to ask about, of a vlm; may be given again.")
-    ] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="A picture to ask about, of a vlm; may be given again.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     org: Org = None,
     url: Url = None,

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_loop.data.images import admit
 
 from examples.vlm import held_out
 from train_loop.__main__ import main
 from train_loop.chat import Comparison
 from train_loop.data.image_tokens import ImageTokens
+from train_loop.data.images import admit
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.model.adapters import trainable
 from train_loop.model.load import load_base, load_tokenizer
