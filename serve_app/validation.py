@@ -91,7 +91,7 @@ def validate(
     if "dataset_config" in right:
         errors = beside(errors, _length_errors(spec, config))
     if "model_details" in right:
-        errors = beside(errors, _sight_errors(spec, config))
+        errors = beside(errors, _sight_errors(spec, config, "train_config" in right))
     if errors:
         raise invalid(errors)
     return spec, list(advice(spec, hidden=hidden_size_of(config), context=context_of(config)))
@@ -241,19 +241,22 @@ def _length_errors(spec: JobSpec, config: dict[str, Any]) -> list[dict[str, Any]
     return [field_error("dataset_config.preprocessing.prompt.max_length", message, allowed={"le": context})]
 
 
-def _sight_errors(spec: JobSpec, config: dict[str, Any]) -> list[dict[str, Any]]:
+def _sight_errors(spec: JobSpec, config: dict[str, Any], is_training_known: bool) -> list[dict[str, Any]]:
     """What keeps a vlm job's base from learning from images, if its config is known."""
     if spec.model_details.model_type != "vlm" or not config:
         return []
     kind, tower = config.get("model_type"), config.get("vision_config")
-    known = isinstance(kind, str) and kind in FAMILIES
-    if known and not (isinstance(tower, dict) and tower.get("model_type") in OTHER_TOWERS):
-        return []
-    names = ", ".join(family.name for family in FAMILIES.values())
-    message = f"{spec.model_details.base_model} is none of the models that learn from images here, which are {names}"
-    if not known and not isinstance(tower, dict):
-        message += "; for one that reads text alone, model_type is llm"
-    return [field_error(BASE_MODEL, message, allowed=sorted(FAMILIES))]
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is None or (isinstance(tower, dict) and tower.get("model_type") in OTHER_TOWERS):
+        names = ", ".join(known.name for known in FAMILIES.values())
+        message = f"{spec.model_details.base_model} is none of the models that learn from images here, which are {names}"
+        if not isinstance(tower, dict):
+            message += "; for one that reads text alone, model_type is llm"
+        return [field_error(BASE_MODEL, message, allowed=sorted(FAMILIES))]
+    if is_training_known and spec.train_config.distributed.type == "fsdp" and not family.shards:
+        message = f"{family.name} runs other layers where there are images, which fsdp can't: use ddp"
+        return [field_error("train_config.distributed.type", message, allowed=["ddp"])]
+    return []
 
 
 def _hub_config(details: ModelDetails, token: str | None, where: str, offline: bool) -> dict[str, Any]:
