@@ -77,6 +77,9 @@ class Preprocessing(Section):
     max_reject_ratio: float = Field(
         0.01, ge=0, le=1, strict=True, description="Largest share of unusable rows before the job fails."
     )
+    max_pixels: Annotated[int, Field(ge=1024, le=64_000_000, strict=True)] | None = Field(
+        None, description="Scale larger images down to so many pixels, keeping their ratio; null keeps their size."
+    )
 
 
 class RandomSplit(Section):
@@ -131,9 +134,7 @@ class ModelDetails(Section):
     source_type: Literal["hf", "s3", "gcs"] = Field(
         "hf", description="Where the base model lives; the operator's mirror is looked up first."
     )
-    model_type: Annotated[Literal["llm", "vlm"], NotYet("vlm")] = Field(
-        "llm", description="llm on a VLM base trains the language part only."
-    )
+    model_type: Literal["llm", "vlm"] = Field("llm", description="llm on a VLM base trains the language part only.")
     revision: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = Field(
         None, description="Commit or tag of the base model on the hub; the mirror has it as `owner/name@revision`."
     )
@@ -293,8 +294,8 @@ class DatasetDetails(Section):
         description="s3://bucket/key, s3://bucket/prefix/, gs:// likewise, or the id of a dataset of the hub.",
     )
     dataset_description: str = Field("", max_length=4096, description="Free text.")
-    dataset_type: Annotated[Literal["jsonl", "zip", "json", "parquet"], NotYet("zip")] = Field(
-        "jsonl", description="File type; jsonl and json may be compressed, .gz or .zst."
+    dataset_type: Literal["jsonl", "zip", "json", "parquet"] = Field(
+        "jsonl", description="File type; jsonl and json may be compressed, .gz or .zst. A zip holds train.jsonl and its images."
     )
     dataset_format: Annotated[
         Literal["sharegpt", "openai", "alpaca", "prompt_completion", "text", "preference", "auto"],
@@ -387,6 +388,9 @@ def streaming_reads_from_anywhere(dataset_config: DatasetConfig, dataset_details
         yield Fault("dataset_config.preprocessing.lazy_tokenize", message)
     if dataset_details.dataset_type == "parquet":
         message = "streaming reads single rows, which jsonl and json files allow and parquet files don't: streaming must be false"
+        yield Fault("dataset_config.preprocessing.streaming", message)
+    if dataset_details.dataset_type == "zip":
+        message = "rows of a zip are read once, with their images, before training: streaming must be false"
         yield Fault("dataset_config.preprocessing.streaming", message)
     paths = {"dataset_details.dataset_path": dataset_details.dataset_path}
     if isinstance(split, FileSplit):
@@ -489,6 +493,13 @@ def images_come_in_a_zip(model_details: ModelDetails, dataset_details: DatasetDe
         yield Fault("dataset_details.dataset_type", "a zip holds images, for model_type vlm; an llm's rows come as jsonl")
 
 
+def only_a_vlm_has_pixels(model_details: ModelDetails, dataset_config: DatasetConfig) -> Iterator[Fault]:
+    if dataset_config.preprocessing.max_pixels is not None and model_details.model_type != "vlm":
+        yield Fault(
+            "dataset_config.preprocessing.max_pixels", "max_pixels is for images, which only a vlm's rows have: leave it out"
+        )
+
+
 def dataset_is_where_it_is_said(dataset_details: DatasetDetails) -> Iterator[Fault]:
     field, source, path = "dataset_details.dataset_path", dataset_details.source_type, dataset_details.dataset_path
     scheme = SCHEMES.get(source)
@@ -529,6 +540,7 @@ RULES: tuple[Rule, ...] = (
     all_linear_is_alone,
     rows_suit_the_objective,
     images_come_in_a_zip,
+    only_a_vlm_has_pixels,
     dataset_is_where_it_is_said,
     private_dataset_has_a_secret,
     fewest_nodes_are_not_more,
