@@ -108,7 +108,7 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
     if pre.packing and not trainee.packs:
         ctx.event("packing", "this architecture can't keep packed samples apart: rows are padded instead, same loss")
     layout = Layout(chat, pre.prompt.max_length, trainee.packs, tokenizer.pad_token_id)
-    optimizer = build_optimizer(parameter_groups(model, spec.train_config.adapter_config.lora_plus_ratio), hp)
+    optimizer = build_optimizer(parameter_groups(model, spec.train_config), hp)
     # Dropout differs between ranks; everything before this line is the same on all of them.
     torch.manual_seed(hp.seed + 1 + ctx.rank)
 
