@@ -6,21 +6,25 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import ProcessorMixin
+from pyarrow.fs import LocalFileSystem
+from transformers import AutoConfig, ProcessorMixin
 
 from tests.train_loop.vision_models import FAMILIES, make
 from train_loop.data.formats import RowRejected
 from train_loop.data.image_tokens import ImageTokens
 from train_loop.data.loader import Layout, Vision, eval_batches, step_batches
 from train_loop.data.sampler import BatchPlan
+from train_loop.data.shards import BYTES_PER_IMAGE, IMAGES, LAZY, PreparedDataset, ShardInfo, ShardSet, write_shard
 from train_loop.data.tokenize import IGNORE_INDEX, ChatTokenizer
 from train_loop.errors import DatasetError, RunFault
 from train_loop.model.processor import load_processor
+from train_loop.model.vision import Family
 from train_loop.spec import Prompt
 
 SIZES = [(40, 28), (28, 64), (33, 33), (64, 64), (100, 10)]
@@ -62,13 +66,23 @@ SHOWN = SIZES[:3]
 
 
 @pytest.fixture(scope="module")
-def processors(tmp_path_factory, tokenizer):
-    made = {}
-    for family in FAMILIES:
-        folder = tmp_path_factory.mktemp(family)
+def folders(tmp_path_factory, tokenizer):
+    made = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
+    for family, folder in made.items():
         make(family, folder, tokenizer)
-        made[family] = load_processor(folder)
     return made
+
+
+@pytest.fixture(scope="module")
+def processors(folders):
+    return {family: load_processor(folder) for family, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def gemma(folders, processors):
+    """The processor of a family whose pictures are one tile each, and how they are laid together."""
+    config = AutoConfig.from_pretrained(folders["gemma3"])
+    return processors["gemma3"], Family.of(config).collate
 
 
 @pytest.fixture(params=FAMILIES)
@@ -397,11 +411,6 @@ class Rows:
         return np.array([10 + 40 * (row % 3) for row in ids])
 
 
-def flat(pictures, input_ids, position_ids):
-    """The tiles one after the other, as most families want them."""
-    return {"pixel_values": torch.cat([p["pixel_values"] for p in pictures])} if pictures else {}
-
-
 def greys(vision, processor):
     """Which picture each tile was."""
     if not vision:
@@ -420,9 +429,10 @@ def documents(batch):
     return found
 
 
-def layout_of(processor, packing, *, lazy=True, max_length=LIMIT):
+def layout_of(gemma, packing, *, lazy=True, max_length=LIMIT):
+    processor, collate = gemma
     chat = chat_of(processor, max_length=max_length)
-    vision = Vision(chat.images, flat)
+    vision = Vision(chat.images, collate)
     return Layout(chat if lazy else None, max_length, packing, processor.tokenizer.pad_token_id, vision), chat
 
 
@@ -434,9 +444,9 @@ def told(document, processor):
 
 @pytest.mark.parametrize("lazy", [True, False])
 @pytest.mark.parametrize("packing", [True, False])
-def test_a_micro_batch_has_the_pictures_of_its_documents_in_their_order(processors, packing, lazy):
-    processor = processors["gemma3"]
-    layout, chat = layout_of(processor, packing, lazy=lazy)
+def test_a_micro_batch_has_the_pictures_of_its_documents_in_their_order(gemma, packing, lazy):
+    processor, _ = gemma
+    layout, chat = layout_of(gemma, packing, lazy=lazy)
     batch = layout.micro_batch(Rows(12, None if lazy else chat), range(12))
     assert (len(batch.input_ids) < 12) is packing
     shown = [told(document, processor) for document in documents(batch)]
@@ -446,10 +456,10 @@ def test_a_micro_batch_has_the_pictures_of_its_documents_in_their_order(processo
     assert moved.vision["pixel_values"].device.type == "meta"
 
 
-def test_pictures_that_are_cut_off_are_not_laid_out(processors):
-    processor = processors["gemma3"]
+def test_pictures_that_are_cut_off_are_not_laid_out(gemma):
+    processor, _ = gemma
     for lazy in (True, False):
-        layout, chat = layout_of(processor, packing=False, lazy=lazy, max_length=28)
+        layout, chat = layout_of(gemma, packing=False, lazy=lazy, max_length=28)
         chat = replace(chat, truncation="left")
         layout = replace(layout, tokenizer=chat if lazy else None)
         batch = layout.micro_batch(Rows(12, None if lazy else chat), [2, 5, 3])
@@ -458,14 +468,14 @@ def test_pictures_that_are_cut_off_are_not_laid_out(processors):
         assert 0 < sum(map(len, shown)) < 4
 
 
-def test_rows_without_pictures_have_none(processors):
-    layout, _ = layout_of(processors["gemma3"], packing=True)
+def test_rows_without_pictures_have_none(gemma):
+    layout, _ = layout_of(gemma, packing=True)
     assert layout.micro_batch(Rows(12), [0, 3, 6]).vision == {}
 
 
-def test_the_same_rows_and_pictures_make_a_step_whatever_the_number_of_workers(processors):
-    processor = processors["gemma3"]
-    layout, _ = layout_of(processor, packing=True)
+def test_the_same_rows_and_pictures_make_a_step_whatever_the_number_of_workers(gemma):
+    processor, _ = gemma
+    layout, _ = layout_of(gemma, packing=True)
     rows, ids = Rows(18), np.arange(18)
     plan = BatchPlan(18, 3, 2, 1, 1.0, None, 0)
 
@@ -486,9 +496,9 @@ def test_the_same_rows_and_pictures_make_a_step_whatever_the_number_of_workers(p
     assert steps(1) == steps(2) == steps(3)
 
 
-def test_evaluation_sees_every_picture_once(processors):
-    processor = processors["gemma3"]
-    layout, _ = layout_of(processor, packing=False)
+def test_evaluation_sees_every_picture_once(gemma):
+    processor, _ = gemma
+    layout, _ = layout_of(gemma, packing=False)
     seen = []
     for rank in range(2):
         for batch in eval_batches(Rows(12), np.arange(12), rank, 2, 4, layout):
@@ -496,7 +506,7 @@ def test_evaluation_sees_every_picture_once(processors):
     assert sorted(seen) == sorted(7 * row + i for row in range(12) for i in range(row % 3))
 
 
-def test_a_row_that_was_usable_and_now_is_not_names_its_line(processors):
+def test_a_row_that_was_usable_and_now_is_not_names_its_line(gemma):
     class Changed(Rows):
         def pictures(self, row):
             return []
@@ -504,7 +514,7 @@ def test_a_row_that_was_usable_and_now_is_not_names_its_line(processors):
         def source(self, row):
             return "s3://b/rows.zip", row + 1
 
-    layout, _ = layout_of(processors["gemma3"], packing=False)
+    layout, _ = layout_of(gemma, packing=False)
     with pytest.raises(RunFault, match=r"line 3 of s3://b/rows\.zip was found usable"):
         layout.micro_batch(Changed(12), [2])
 
@@ -514,3 +524,12 @@ def test_a_tokenizer_without_a_processor_makes_what_it_made(processors, tokenize
     plain = replace(seeing, images=None)
     row = {"messages": [{"role": "user", "content": "Hi"}, said("Yes")]}
     assert plain.encode(copy.deepcopy(row)).input_ids.tolist() == seeing.encode(row).input_ids.tolist()
+
+
+def test_rows_with_pictures_are_dealt_out_as_longer_ones(tmp_path):
+    line = {"file": 0, "offset": 0, "u": 0.0, "conversation": "{}"}
+    rows = [line | {"line": 1, "images": []}, line | {"line": 2, "images": [0, 1]}]
+    write_shard(LocalFileSystem(), str(tmp_path / "shard.arrow"), pa.Table.from_pylist(rows, LAZY.append(IMAGES)))
+    prepared = PreparedDataset("", [ShardInfo("shard.arrow", 2)], [1.0], {"train": 2}, 2, 2, 0, "", [], False, [])
+    plain, shown = ShardSet(prepared, tmp_path).sizes(np.arange(2))
+    assert shown - plain == 2 * BYTES_PER_IMAGE
