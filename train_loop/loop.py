@@ -21,6 +21,7 @@ import torch
 from train_loop import export, weights
 from train_loop.checkpoint import Checkpoints
 from train_loop.context import RunContext
+from train_loop.data.image_tokens import ImageTokens
 from train_loop.data.loader import Layout, Vision, eval_batches, step_batches
 from train_loop.data.sampler import BatchPlan
 from train_loop.data.shards import PreparedDataset, ShardSet, fetch_shards
@@ -34,12 +35,12 @@ from train_loop.metrics import MetricLog
 from train_loop.model.adapters import parameter_groups
 from train_loop.model.load import load_tokenizer
 from train_loop.model.merge import write_merged
+from train_loop.model.processor import load_processor
 from train_loop.model.source import revision_of, weights_hash
 from train_loop.node import from_first_worker
 from train_loop.optim import build_optimizer, learning_rate, set_learning_rate
 from train_loop.parallel import clip_gradients, set_threads, sync_gradients
 from train_loop.sharding import IDLE
-from train_loop.sight import image_tokens
 from train_loop.spec import JobSpec
 from train_loop.step import agree, not_finite
 from train_loop.storage import upload_folder, write_bytes
@@ -95,7 +96,7 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
     tokenizer = load_tokenizer(ctx.model_folder)
     if pre.prompt.template is not None:
         tokenizer.chat_template = pre.prompt.template  # exported with the adapter: inference must render as training did
-    images = image_tokens(spec, ctx.model_folder)
+    images = ImageTokens(load_processor(ctx.model_folder)) if spec.model_details.model_type == "vlm" else None
     chat = None if prepared.eager else ChatTokenizer.of(spec, tokenizer, images)
     rows = RowReader(ctx.open_source, spec.dataset_details.dataset_format) if pre.streaming else None
     fetch = partial(fetch_shards, prepared, ctx.storage, f"{ctx.run_path}/data", ctx.scratch / "data")

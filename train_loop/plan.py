@@ -33,9 +33,10 @@ from train_loop.errors import DatasetError, ModelError
 from train_loop.loss import chunk_tokens
 from train_loop.model.adapters import ALL_LINEAR, expert_parameters, is_named, linear_layers, named, rank
 from train_loop.model.load import DTYPES, auto_class, compute_dtype, family_of, language_part, load_tokenizer
+from train_loop.model.processor import load_processor
 from train_loop.model.source import ModelPlaces, model_folder
 from train_loop.parallel import BUCKET_BYTES
-from train_loop.sight import NUM_BATCHES, Sight, Size, image_spans, image_tokens, largest_sum, patches_per_token
+from train_loop.sight import NUM_BATCHES, Sight, Size, image_spans, largest_sum, patches_per_token
 from train_loop.spec import JobSpec, Quantization, RandomSplit
 
 if TYPE_CHECKING:
@@ -195,7 +196,8 @@ def _described(spec: JobSpec, folder: Path) -> tuple[ModelShape, ChatTokenizer]:
     except Exception as error:  # transformers has no kind of its own for what it can't read
         said = f"transformers can't use the config.json of {spec.model_details.base_model} ({type(error).__name__})."
         raise ModelError(said, field="model_details.base_model") from error
-    return shape, ChatTokenizer.of(spec, load_tokenizer(folder), image_tokens(spec, folder))
+    images = ImageTokens(load_processor(folder)) if shape.sight is not None else None
+    return shape, ChatTokenizer.of(spec, load_tokenizer(folder), images)
 
 
 def model_shape(spec: JobSpec, folder: Path) -> ModelShape:

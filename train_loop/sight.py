@@ -1,4 +1,4 @@
-"""What a job on images needs besides its language model: their tokens, and in its plan what looking at them takes."""
+"""What looking at images takes: the share of a vlm's plan that its language model has no part in."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from train_loop.data.image_tokens import ImageTokens
 from train_loop.data.images import Picture
 from train_loop.model.adapters import ALL_LINEAR, linear_layers, named, rank
 from train_loop.model.load import learning_part
-from train_loop.model.processor import load_processor
 from train_loop.model.vision import Family
 from train_loop.spec import JobSpec
 
@@ -77,11 +75,6 @@ class Sight:
         """FLOPs of one patch in training."""
         passes = 3 + recomputes if self.tower_learns else 1
         return 2.0 * passes * self.params
-
-
-def image_tokens(spec: JobSpec, folder: Path) -> ImageTokens | None:
-    """What makes tokens and tensors of images for the base model in `folder`; None for a job on text. Raises ModelError."""
-    return ImageTokens(load_processor(folder)) if spec.model_details.model_type == "vlm" else None
 
 
 def patches_per_token(images: ImageTokens, config: Any, size: Size) -> float:
