@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -31,10 +31,13 @@ class Glance:
     num_read: int
     num_rows: int
     exact: bool
+    archive: SourceFile | None = None  # the zip that has all of these rows
 
 
 def glance(filesystem: FileSystem, files: Sequence[SourceFile], dataset_type: str) -> Glance:
     """Look at the files; the same ones give the same rows. Raises DatasetError."""
+    if dataset_type == "zip":
+        return _glance_at_archives(filesystem, files)
     total = sum(f.size_bytes for f in files)
     if total <= PLACES * PLACE_BYTES and len(files) <= SMALL_FILES:
         lines, count = list[Line](), 0
@@ -67,6 +70,19 @@ def glance(filesystem: FileSystem, files: Sequence[SourceFile], dataset_type: st
         lines += found
         rows_seen, bytes_seen = rows_seen + num_rows, bytes_seen + num_bytes
     return Glance(lines, len(lines), round(total * rows_seen / max(1, bytes_seen)), False)
+
+
+def _glance_at_archives(filesystem: FileSystem, files: Sequence[SourceFile]) -> Glance:
+    """The beginning of the first zip's rows: its images are at hand where it is open."""
+    parts = plan_parts(filesystem, files, "zip")
+    total = sum(part.end - part.start for part in parts)
+    head = replace(parts[0], end=min(parts[0].end, PLACES * PLACE_BYTES))
+    found = list(_rows(filesystem, head))
+    exact = head.end == total
+    bytes_seen = sum(len(line.data) + 1 for line in found)
+    count = len(found) if exact else round(total * len(found) / max(1, bytes_seen))
+    lines = found[: PLACES * ROWS_PER_PLACE]
+    return Glance(lines, len(found) if exact else len(lines), count, exact, files[0])
 
 
 def _found(files: Sequence[SourceFile], places: Sequence[int]) -> Iterator[tuple[SourceFile, int]]:
