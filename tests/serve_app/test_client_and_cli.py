@@ -333,6 +333,27 @@ def test_an_expected_failure_is_a_sentence_and_no_traceback(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("model_type", "file", "code", "says"),
+    [
+        ("llm", "picture.png", 1, "sees no images"),
+        ("vlm", "missing.png", 2, "missing.png can't be read: No such file"),
+        ("vlm", "text.png", 2, "text.png is no JPEG, PNG, WebP, GIF, BMP or TIFF"),
+    ],
+)
+def test_chat_says_what_is_wrong_with_a_picture_before_it_loads_a_model(
+    tmp_path: Path, server: Server, model_type: str, file: str, code: int, says: str
+) -> None:
+    (tmp_path / "text.png").write_text("a cat")
+    sections = {"model_details": {"model_type": model_type}, "dataset_config": {"preprocessing": {}}}
+    server.answers = [Answer(200, job("COMPLETED", "done", output_model_path="s3://b/merged", **sections))]
+    asked = ["chat", JOB, "--prompt", "What?", "--image", str(tmp_path / file), "--org", ORG]
+    done = tuneyard(tmp_path, *asked, "--url", server.url, "--token", TOKEN)
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_home_shows_its_token_to_its_own_service_only(tmp_path: Path, server: Server) -> None:
     server.answers = [Answer(200, {"jobs": [], "next_cursor": None})]
     (tmp_path / "jwt.key").write_text("k" * 48)
