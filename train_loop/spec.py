@@ -77,6 +77,9 @@ class Preprocessing(Section):
     max_reject_ratio: float = Field(
         0.01, ge=0, le=1, strict=True, description="Largest share of unusable rows before the job fails."
     )
+    max_pixels: Annotated[int, Field(ge=1024, le=64_000_000, strict=True)] | None = Field(
+        None, description="Scale larger images down to so many pixels, keeping their ratio; null keeps their size."
+    )
 
 
 class RandomSplit(Section):
@@ -402,6 +405,9 @@ def streaming_reads_from_anywhere(dataset_config: DatasetConfig, dataset_details
     if dataset_details.dataset_type == "parquet":
         message = "streaming reads single rows, which jsonl and json files allow and parquet files don't: streaming must be false"
         yield Fault("dataset_config.preprocessing.streaming", message)
+    if dataset_details.dataset_type == "zip":
+        message = "rows of a zip are read once, with their images, before training: streaming must be false"
+        yield Fault("dataset_config.preprocessing.streaming", message)
     paths = {"dataset_details.dataset_path": dataset_details.dataset_path}
     if isinstance(split, FileSplit):
         paths["dataset_config.split.eval_path"] = split.eval_path
@@ -503,6 +509,13 @@ def images_come_in_a_zip(model_details: ModelDetails, dataset_details: DatasetDe
         yield Fault("dataset_details.dataset_type", "a zip holds images, for model_type vlm; an llm's rows come as jsonl")
 
 
+def only_a_vlm_has_pixels(model_details: ModelDetails, dataset_config: DatasetConfig) -> Iterator[Fault]:
+    if dataset_config.preprocessing.max_pixels is not None and model_details.model_type != "vlm":
+        yield Fault(
+            "dataset_config.preprocessing.max_pixels", "max_pixels is for images, which only a vlm's rows have: leave it out"
+        )
+
+
 def only_a_vlm_has_more_to_train(model_details: ModelDetails, train_config: TrainConfig) -> Iterator[Fault]:
     freeze, hp = train_config.freeze, train_config.hyperparameters
     for part, is_frozen in (("vision", freeze.vision), ("aligner", freeze.aligner)):
@@ -554,6 +567,7 @@ RULES: tuple[Rule, ...] = (
     all_linear_is_alone,
     rows_suit_the_objective,
     images_come_in_a_zip,
+    only_a_vlm_has_pixels,
     only_a_vlm_has_more_to_train,
     dataset_is_where_it_is_said,
     private_dataset_has_a_secret,

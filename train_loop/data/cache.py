@@ -39,7 +39,7 @@ def publish(storage: FileSystem, run_path: str, key: str, prepared: PreparedData
     """Let the org's other runs have what this one prepared."""
     entry = _entry(run_path, key)
     with contextlib.suppress(OSError):  # removed while it is written: this run has its rows
-        _copy(storage, [(f"{run_path}/data/{s.path}", f"{entry}/{s.path}") for s in prepared.shards])
+        _copy(storage, [(f"{run_path}/data/{path}", f"{entry}/{path}") for path in prepared.paths])
         copy_object(storage, f"{run_path}/{REJECTED}", f"{entry}/{REJECTED}")
         write_bytes(storage, f"{entry}/{INDEX}", prepared.to_json().encode())
 
@@ -49,7 +49,7 @@ def fetch(storage: FileSystem, run_path: str, key: str) -> PreparedDataset | Non
     entry = _entry(run_path, key)
     try:
         prepared = PreparedDataset.from_json(read_bytes(storage, f"{entry}/{INDEX}").decode())
-        _copy(storage, [(f"{entry}/{s.path}", f"{run_path}/data/{s.path}") for s in prepared.shards])
+        _copy(storage, [(f"{entry}/{path}", f"{run_path}/data/{path}") for path in prepared.paths])
         copy_object(storage, f"{entry}/{REJECTED}", f"{run_path}/{REJECTED}")
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -19,10 +19,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from train_loop.data.formats import RowRejected
-from train_loop.data.packing import MicroBatch, collate
+from train_loop.data.packing import MicroBatch, VisionCollate, collate
 from train_loop.errors import Cause, RunFault, UserError
 
 if TYPE_CHECKING:
+    from train_loop.data.image_tokens import ImageTokens
     from train_loop.data.sampler import BatchPlan
     from train_loop.data.shards import ShardSet
     from train_loop.data.tokenize import ChatTokenizer, Sample
@@ -32,25 +33,47 @@ STEPS_AHEAD = 2  # of each process or thread
 
 
 @dataclass(frozen=True)
+class Vision:
+    """How pictures become tensors: each by itself, then those of a micro-batch together."""
+
+    images: ImageTokens
+    collate: VisionCollate
+
+
+@dataclass(frozen=True)
 class Layout:
-    """How rows become tensors. `tokenizer` is None when they were tokenised before."""
+    """How rows become tensors. `tokenizer` is None when they were tokenised before, `vision` where the model sees no pictures."""
 
     tokenizer: ChatTokenizer | None
     max_length: int
     packing: bool
     pad_id: int
+    vision: Vision | None = None
 
     def micro_batch(self, shards: ShardSet, rows: Sequence[int] | np.ndarray) -> MicroBatch | None:
         """The rows as one micro-batch; None when there are none."""
-        samples = [self._sample(shards, int(row)) for row in rows]
-        batch = collate(samples, max_length=self.max_length, packing=self.packing, pad_id=self.pad_id)
+        made = [self._sample(shards, int(row)) for row in rows]
+        batch = collate(
+            [sample for sample, _ in made],
+            max_length=self.max_length,
+            packing=self.packing,
+            pad_id=self.pad_id,
+            pictures=[pictures for _, pictures in made],
+            see=None if self.vision is None else self.vision.collate,
+        )
         return None if batch is None else replace(batch, rows=tuple(int(row) for row in rows))
 
-    def _sample(self, shards: ShardSet, row: int) -> Sample:
+    def _sample(self, shards: ShardSet, row: int) -> tuple[Sample, list[dict[str, torch.Tensor]]]:
+        """The row's sample, and of each picture in it the tensors."""
+        pictures = shards.pictures(row) if self.vision is not None else []
+        sample = self._encoded(shards, row, [(picture.width, picture.height) for picture in pictures])
+        return sample, self.vision.images.inputs([pictures[i] for i in sample.images]) if self.vision is not None else []
+
+    def _encoded(self, shards: ShardSet, row: int, sizes: Sequence[tuple[int, int]]) -> Sample:
         if self.tokenizer is None:
             return shards.sample(row)
         try:
-            return self.tokenizer.encode(shards.conversation(row))
+            return self.tokenizer.encode(shards.conversation(row), sizes)
         except RowRejected as error:  # the preparation has judged the rows, by this tokenizer
             uri, line = shards.source(row)
             raise RunFault(

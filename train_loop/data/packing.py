@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -77,8 +78,28 @@ class MicroBatch:
         )
 
 
-def collate(samples: Sequence[Sample], *, max_length: int, packing: bool, pad_id: int) -> MicroBatch | None:
-    """One micro-batch of the samples, or None when there are none. Rows are padded to the longest row only."""
+class VisionCollate(Protocol):
+    """How a model that sees wants the pictures of a micro-batch: its inputs by name."""
+
+    def __call__(
+        self, pictures: Sequence[dict[str, torch.Tensor]], input_ids: torch.Tensor, position_ids: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """`pictures` are the image processor's tensors of each, in the order of `input_ids [rows, seq]`."""
+
+
+def collate(
+    samples: Sequence[Sample],
+    *,
+    max_length: int,
+    packing: bool,
+    pad_id: int,
+    pictures: Sequence[Sequence[dict[str, torch.Tensor]]] = (),
+    see: VisionCollate | None = None,
+) -> MicroBatch | None:
+    """One micro-batch of the samples, or None when there are none. Rows are padded to the longest row only.
+
+    Where the model is to `see`, `pictures` are those of each sample.
+    """
     if not samples:
         return None
     lengths = [len(s.input_ids) for s in samples]
@@ -99,10 +120,13 @@ def collate(samples: Sequence[Sample], *, max_length: int, packing: bool, pad_id
         filled[r, :at] = 1
         # Padding is a document of its own, which nothing attends to.
         position_ids[r, at:] = np.arange(seq - at)
+    ids, positions = torch.from_numpy(input_ids), torch.from_numpy(position_ids)
+    in_order = [picture for row in rows for i in row for picture in pictures[i]] if see is not None else []
     return MicroBatch(
-        input_ids=torch.from_numpy(input_ids),
+        input_ids=ids,
         labels=torch.from_numpy(labels),
-        position_ids=torch.from_numpy(position_ids),
+        position_ids=positions,
         attention_mask=None if packing else torch.from_numpy(filled),
         num_tokens=sum(lengths),
+        vision={} if see is None else see(in_order, ids, positions),
     )

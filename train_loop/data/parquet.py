@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 
 from train_loop.data import lines
 from train_loop.data.lines import Line, WrongType
+from train_loop.data.stored_file import StoredFile
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -23,7 +23,7 @@ BUFFER_BYTES = 1 << 20
 
 def row_groups(filesystem: FileSystem, path: str) -> list[int]:
     """Rows of each row group. Raises OSError of the storage, WrongType."""
-    with _Source(filesystem, path) as source, source.explaining():
+    with _opened(filesystem, path) as source:
         metadata = pq.ParquetFile(source).metadata
         return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
 
@@ -34,7 +34,7 @@ def read_rows(filesystem: FileSystem, path: str, row_group: int, first: int) -> 
     Raises OSError of the storage, WrongType when what is there isn't sound.
     """
     number = first
-    with _Source(filesystem, path) as source, source.explaining():
+    with _opened(filesystem, path) as source:
         # Not a whole column at a time: a row group can be gigabytes.
         file = pq.ParquetFile(source, buffer_size=BUFFER_BYTES, pre_buffer=False)
         for batch in file.iter_batches(BATCH_ROWS, row_groups=[row_group], use_threads=False):
@@ -64,43 +64,14 @@ def _line(number: int, row: Any) -> Line:
     return lines.too_long(number) if len(data) > lines.MAX_LINE_BYTES else Line(number, data)
 
 
-class _Source(io.RawIOBase):
-    """A file in storage that remembers the storage's error: Parquet's own are OSErrors too."""
-
-    def __init__(self, filesystem: FileSystem, path: str) -> None:
-        self._file = filesystem.open_input_file(path)
-        self._error: OSError | None = None
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return int(self._file.seek(offset, whence))
-
-    def tell(self) -> int:
-        return int(self._file.tell())
-
-    def read(self, size: int = -1) -> bytes:
+@contextlib.contextmanager
+def _opened(filesystem: FileSystem, path: str) -> Iterator[StoredFile]:
+    """The file. Inside, an error that isn't the storage's is raised as WrongType."""
+    with StoredFile(filesystem, path) as source:
         try:
-            return bytes(self._file.read(size))
-        except OSError as error:
-            self._error = error
-            raise
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-    @contextlib.contextmanager
-    def explaining(self) -> Iterator[None]:
-        """Inside, an error that isn't the storage's is raised as WrongType."""
-        try:
-            yield
+            yield source
         except (OSError, pa.ArrowException) as error:
-            if self._error is not None:
-                raise self._error from None
+            if source.error is not None:
+                raise source.error from None
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise WrongType(f"it isn't sound Parquet: {reason}") from None

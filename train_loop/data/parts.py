@@ -1,4 +1,4 @@
-"""What is read in parallel: byte ranges of JSONL, row groups of Parquet, whole files of what can't be cut."""
+"""What is read in parallel: byte ranges of JSONL, also of a zip's, row groups of Parquet, whole files of what can't be cut."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from train_loop.data.archive import Archive
 from train_loop.data.compressed import is_compressed, read_chunks
 from train_loop.data.json_array import split_array
 from train_loop.data.jsonl import split_lines
@@ -19,13 +20,17 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 RANGE_BYTES = 16 << 20
+# Of a zip's rows, of which each brings images of a hundred times its size; every part unpacks the rows before its own.
+ZIPPED_RANGE_BYTES = 1 << 20
+MAX_ZIPPED_PARTS = 64
 
 
 @dataclass(frozen=True)
 class Part:
     """One task's share of a dataset; `index` orders them.
 
-    `start` and `end` are bytes of the file, of Parquet row numbers from 0; `row_group` is Parquet's.
+    `start` and `end` are bytes of the file, of a zip those of its train.jsonl, of Parquet row numbers from 0; `row_group` is
+    Parquet's.
     """
 
     index: int
@@ -44,13 +49,19 @@ def plan_parts(filesystem: FileSystem, files: Sequence[SourceFile], dataset_type
     for file_index, file in enumerate(files):
 
         def add(start: int, end: int, row_group: int | None = None, at: int = file_index) -> None:
-            parts.append(Part(len(parts), at, files[at], dataset_type, start, end, row_group, RANGE_BYTES))
+            block_bytes = ZIPPED_RANGE_BYTES if dataset_type == "zip" else RANGE_BYTES
+            parts.append(Part(len(parts), at, files[at], dataset_type, start, end, row_group, block_bytes))
 
         if dataset_type == "parquet":
             first = 0
             for group, rows in enumerate(groups_of(filesystem, file)):
                 add(first, first + rows, group)
                 first += rows
+        elif dataset_type == "zip":
+            size = zipped_rows_bytes(filesystem, file)
+            step = max(ZIPPED_RANGE_BYTES, -(-size // MAX_ZIPPED_PARTS))
+            for start in range(0, max(1, size), step):
+                add(start, min(start + step, size))
         elif can_be_cut(file, dataset_type):
             for start in range(0, file.size_bytes, RANGE_BYTES):
                 add(start, min(start + RANGE_BYTES, file.size_bytes))
@@ -74,13 +85,42 @@ def groups_of(filesystem: FileSystem, file: SourceFile) -> list[int]:
         raise explain(error, file.uri) from None
 
 
-def read_part(filesystem: FileSystem, part: Part, limit: int | None = None) -> Iterator[Line]:
+def zipped_rows_bytes(filesystem: FileSystem, file: SourceFile) -> int:
+    """Length of a zip's train.jsonl, uncompressed. Raises DatasetError."""
+
+    def look() -> int:
+        with open_archive(filesystem, file) as archive:
+            return archive.rows_bytes
+
+    return patiently(look, f"reading {file.uri}")
+
+
+def open_archive(filesystem: FileSystem, file: SourceFile) -> Archive:
+    """The zip that the file is. Raises OSError while the storage is away, DatasetError."""
+    try:
+        return Archive(filesystem, file.path)
+    except WrongType as wrong:
+        raise _wrong_type(file, "zip", wrong) from None
+    except OSError as error:
+        if is_away(error):
+            raise
+        raise explain(error, file.uri) from None
+
+
+def read_part(filesystem: FileSystem, part: Part, limit: int | None = None, archive: Archive | None = None) -> Iterator[Line]:
     """The rows of a part, in order, a few at a time; a file that can't be cut is read as if it ended after `limit` bytes.
 
-    Raises OSError while the storage is away, DatasetError for all else.
+    `archive` is the part's zip, where it is open. Raises OSError while the storage is away, DatasetError for all else.
     """
     file, path = part.file, part.file.path
+    if part.dataset_type == "zip" and archive is None:
+        with open_archive(filesystem, file) as opened:
+            yield from read_part(filesystem, part, limit, opened)
+        return
     try:
+        if archive is not None:
+            yield from split_lines(archive.row_chunks(max(0, part.start - 1)), part.start, part.end)
+            return
         if part.row_group is not None:
             yield from read_rows(filesystem, path, part.row_group, part.start)
         elif part.dataset_type == "json":
@@ -98,7 +138,11 @@ def read_part(filesystem: FileSystem, part: Part, limit: int | None = None) -> I
 
 
 def _wrong_type(file: SourceFile, dataset_type: str, wrong: WrongType) -> DatasetError:
-    what = {"json": "a JSON array of rows", "parquet": "a Parquet file"}.get(dataset_type, "a JSONL file")
+    what = {
+        "json": "a JSON array of rows",
+        "parquet": "a Parquet file",
+        "zip": "a zip of images with train.jsonl at its root",
+    }.get(dataset_type, "a JSONL file")
     mend = " (rows one a line are dataset_type jsonl)" if dataset_type == "json" else ""
     return DatasetError(
         f"{file.uri} can't be read as {what}: {wrong.reason}. Mend the file, or correct dataset_type{mend}.",

@@ -20,11 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from train_loop.data.formats import RowRejected, to_conversation
+from train_loop.data.formats import Conversation, RowRejected, to_conversation
+from train_loop.data.gallery import Gallery
+from train_loop.data.image_source import image_source, shortened
 from train_loop.data.lines import Line, blocks
 from train_loop.data.parts import Part, plan_parts, read_part
 from train_loop.data.shards import (
     EAGER,
+    IMAGES,
     LAZY,
     SPLITS,
     STREAMED,
@@ -39,8 +42,9 @@ from train_loop.data.shards import (
 from train_loop.data.sources import SourceFile
 from train_loop.errors import DatasetError
 from train_loop.layout import REJECTED
+from train_loop.scratch import scratch_folder
 from train_loop.spec import FileSplit, JobSpec, RandomSplit
-from train_loop.storage import list_files, patiently, read_bytes, write_bytes
+from train_loop.storage import list_files, patiently, read_bytes, upload_file, write_bytes
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -87,15 +91,19 @@ class BlockSummary:
 
 
 def parse_block(
-    lines: Sequence[Line], part: Part, block: int, spec: JobSpec, chat: ChatTokenizer
+    lines: Sequence[Line], part: Part, block: int, spec: JobSpec, chat: ChatTokenizer, gallery: Gallery | None = None
 ) -> tuple[pa.Table, BlockSummary]:
     """Parse a block's lines into a table of good rows and a summary without shard.
 
     `chat` judges which are good, the same ones whether it makes their tokens now or leaves that to the workers. Of a streamed
-    dataset the table says only where the rows are.
+    dataset the table says only where the rows are. `gallery` is given the rows' images, where they may have some; then this may
+    raise OSError while the storage is away.
     """
     pre = spec.dataset_config.preprocessing
     schema = STREAMED if pre.streaming else LAZY if pre.lazy_tokenize else EAGER
+    tokenized = schema is EAGER
+    if gallery is not None:
+        schema = schema.append(IMAGES)
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
     rejects: list[Reject] = []
     digest = hashlib.sha256()
@@ -106,17 +114,20 @@ def parse_block(
             blank += 1
             continue
         try:
-            conversation = to_conversation(decode_row(line), spec.dataset_details.dataset_format)
-            if schema is EAGER:
-                sample = chat.encode(conversation)
+            conversation = to_conversation(decode_row(line), spec.dataset_details.dataset_format, vision=gallery is not None)
+            images = conversation.get("images", [])
+            sizes = gallery.sizes(images) if gallery is not None else []
+            if tokenized:
+                sample = chat.encode(conversation, sizes)
                 columns["input_ids"].append(sample.input_ids)
                 columns["labels"].append(sample.labels)
+                images = [images[i] for i in sample.images]
             else:
-                chat.check(conversation)
-                if schema is STREAMED:
+                chat.check(conversation, sizes)
+                if pre.streaming:
                     columns["size"].append(len(line.data))
                 else:
-                    columns["conversation"].append(json.dumps(conversation, ensure_ascii=False))
+                    columns["conversation"].append(_stored(conversation))
         except RowRejected as error:
             rejected += 1
             if rejected <= MAX_LISTED:
@@ -127,6 +138,8 @@ def parse_block(
         columns["offset"].append(line.offset)
         columns["line"].append(number)
         columns["u"].append(place_of(spec, part.file, line.offset))
+        if gallery is not None:
+            columns["images"].append(gallery.add(images))
     # Arrow would make an object of Python of each token.
     tokens = {name: token_lists(columns[name]) for name in TOKENS if name in columns}
     table = pa.table(columns | tokens, schema=schema)
@@ -143,6 +156,13 @@ def parse_block(
         sha256=digest.digest(),
         lost=max((line.lost for line in lines), default=0.0),
     )
+
+
+def _stored(conversation: Conversation) -> str:
+    """As JSON, without the bytes of images."""
+    if "images" in conversation:
+        conversation = conversation | {"images": [shortened(reference) for reference in conversation["images"]]}
+    return json.dumps(conversation, ensure_ascii=False)
 
 
 def place_of(spec: JobSpec, file: SourceFile, offset: int) -> float:
@@ -253,7 +273,7 @@ def _check_rejects(
     spec: JobSpec, files: Sequence[SourceFile], ordered: Sequence[BlockSummary], rejected: list[dict[str, Any]]
 ) -> None:
     """Raise DatasetError when the files to train on, or those to evaluate on, have no usable row, or all have too many others."""
-    kind = "line" if spec.dataset_details.dataset_type == "jsonl" else "row"
+    kind = "line" if spec.dataset_details.dataset_type in ("jsonl", "zip") else "row"
     for is_eval in sorted({f.is_eval for f in files}):
         mine = [s for s in ordered if files[s.file_index].is_eval is is_eval]
         split, field = spec.dataset_config.split, "dataset_details.dataset_path"
@@ -300,7 +320,7 @@ def _first_reasons(rejected: list[dict[str, Any]], kind: str) -> str:
 def prepare_part(
     spec: JobSpec, source: FileSystem, part: Part, chat: ChatTokenizer, storage: FileSystem, run_path: str
 ) -> list[BlockSummary]:
-    """Write a part's rows as shards, one a block; the summaries name them. Again is the same.
+    """Write a part's rows as shards, one a block, and their images; the summaries name them. Again is the same.
 
     Raises DatasetError, and RunFault while the storage is away for too long.
     """
@@ -308,6 +328,13 @@ def prepare_part(
 
     def go_on() -> None:
         # After an outage the part is read again, up to where it was.
+        if part.dataset_type == "zip":
+            with image_source(spec, source, part.file) as images, scratch_folder() as scratch:
+                for lines in islice(blocks(read_part(source, part, archive=images.archive), part.block_bytes), len(done), None):
+                    gallery = Gallery(images, scratch / "images.arrow")
+                    table, summary = parse_block(lines, part, len(done), spec, chat, gallery)
+                    done.append(_save(storage, run_path, table, summary, gallery))
+            return
         for lines in islice(blocks(read_part(source, part), part.block_bytes), len(done), None):
             table, summary = parse_block(lines, part, len(done), spec, chat)
             done.append(_save(storage, run_path, table, summary))
@@ -316,10 +343,17 @@ def prepare_part(
     return done
 
 
-def _save(storage: FileSystem, run_path: str, table: pa.Table, summary: BlockSummary) -> BlockSummary:
+def _save(
+    storage: FileSystem, run_path: str, table: pa.Table, summary: BlockSummary, gallery: Gallery | None = None
+) -> BlockSummary:
     if table.num_rows == 0:
         return summary
-    info = ShardInfo(f"shard-{summary.part:05d}-{summary.block:05d}.arrow", table.num_rows)
+    place = f"{summary.part:05d}-{summary.block:05d}.arrow"
+    info = ShardInfo(f"shard-{place}", table.num_rows)
+    if gallery:
+        gallery.close()
+        info = replace(info, images=f"images-{place}")
+        upload_file(gallery.file, storage, f"{run_path}/data/{info.images}")
     write_shard(storage, f"{run_path}/data/{info.path}", table)
     return replace(summary, shard=info)
 
@@ -361,7 +395,7 @@ def prepared_before(spec: JobSpec, files: Sequence[SourceFile], storage: FileSys
     except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or of another version
         return None
     there = list_files(storage, f"{run_path}/data")
-    whole = prepared.key == preparation_key(spec, files) and all(s.path in there for s in prepared.shards)
+    whole = prepared.key == preparation_key(spec, files) and all(path in there for path in prepared.paths)
     return prepared if whole else None
 
 

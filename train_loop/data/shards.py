@@ -2,7 +2,8 @@
 
 Columns: `file`, `offset` and `line` (which line this was; `line` counts from 1 within the shard's block), `u` in [0, 1) (its
 place in the split), and `conversation` (JSON; tokenised by the workers), `input_ids` and `labels` (tokenised already), or of a
-streamed dataset `size`, in bytes: what the row holds is read from there.
+streamed dataset `size`, in bytes: what the row holds is read from there. Rows of a zip have `images` besides: numbers of those
+that they show among the images of their block (`gallery.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from train_loop.data.formats import Conversation
+from train_loop.data.images import Picture
 from train_loop.data.sources import SourceFile
 from train_loop.data.tokenize import Sample
 from train_loop.storage import download_file, write_bytes
@@ -29,10 +31,12 @@ if TYPE_CHECKING:
     from train_loop.data.streaming import RowReader
 
 SPLITS = ("train", "eval", "test")
+BYTES_PER_IMAGE = 1024  # about: models make from 64 to 1000 tokens of one
 PLACE = [("file", pa.int32()), ("offset", pa.int64()), ("line", pa.int64()), ("u", pa.float64())]
 LAZY = pa.schema([*PLACE, ("conversation", pa.string())])
 TOKENS = ("input_ids", "labels")
 EAGER = pa.schema([*PLACE, *((name, pa.large_list(pa.int32())) for name in TOKENS)])
+IMAGES = pa.field("images", pa.list_(pa.int32()))
 STREAMED = pa.schema([*PLACE, ("size", pa.int64())])
 
 
@@ -66,11 +70,12 @@ def split_bounds(ratios: Sequence[float], places: np.ndarray) -> list[float]:
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One Arrow file; `path` is relative to the data folder."""
+    """One Arrow file, and that of its rows' images where they have some; the paths are relative to the data folder."""
 
     path: str
     num_rows: int
     lines_before: int = 0  # lines of the file before its first one
+    images: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,11 @@ class PreparedDataset:
     files: list[SourceFile]
     eager: bool
     eval_lines: list[int]  # 1-based numbers of the eval rows' lines, the first 10,000
+
+    @property
+    def paths(self) -> list[str]:
+        """All its files, relative to the data folder."""
+        return [path for shard in self.shards for path in (shard.path, shard.images) if path is not None]
 
     def to_json(self) -> str:
         """For index.json."""
@@ -124,8 +134,8 @@ def fetch_shards(prepared: PreparedDataset, storage: FileSystem, data_path: str,
     if isinstance(storage, LocalFileSystem):
         return Path(data_path)
     cache.mkdir(parents=True, exist_ok=True)
-    for shard in prepared.shards:
-        download_file(storage, f"{data_path}/{shard.path}", cache / shard.path)
+    for path in prepared.paths:
+        download_file(storage, f"{data_path}/{path}", cache / path)
     return cache
 
 
@@ -138,7 +148,8 @@ class ShardSet:
     def __init__(self, prepared: PreparedDataset, folder: Path, rows: RowReader | None = None) -> None:
         self._prepared = prepared
         self._rows = rows
-        self._tables = [pa.ipc.open_file(pa.memory_map(str(folder / s.path))).read_all() for s in prepared.shards]
+        self._tables = [_mapped(folder / s.path) for s in prepared.shards]
+        self._images = [None if s.images is None else _mapped(folder / s.images) for s in prepared.shards]
         self._ends = np.cumsum([s.num_rows for s in prepared.shards])
         u = [t.column("u").to_numpy() for t in self._tables]
         self._split = np.searchsorted(prepared.bounds, np.concatenate(u) if u else np.empty(0), side="right")
@@ -153,7 +164,8 @@ class ShardSet:
         return np.flatnonzero(self._split == SPLITS.index(split))
 
     def sizes(self, rows: np.ndarray) -> np.ndarray:
-        """How long each of these rows is: tokens where they were made before, else bytes of its JSON."""
+        """How long each of these rows is: tokens where they were made before, else bytes of its JSON, and about as many for each
+        of its images as its tokens' text would have."""
         if not self._tables:
             return np.zeros(len(rows), dtype=np.int64)
         sizes: np.ndarray = np.concatenate([_lengths(table) for table in self._tables])[rows]
@@ -187,7 +199,23 @@ class ShardSet:
         """The row's tokens (eager shards)."""
         table, at = self._row(row)
         ids, labels = (table.column(c)[at].values.to_numpy() for c in ("input_ids", "labels"))
-        return Sample(ids, labels)
+        num_images = len(table.column("images")[at]) if "images" in table.column_names else 0
+        return Sample(ids, labels, tuple(range(num_images)))
+
+    def pictures(self, row: int) -> list[Picture]:
+        """The row's images, in order; of one that was tokenised before, those that are left."""
+        shard, at = self._place(row)
+        images, table = self._images[shard], self._tables[shard]
+        if images is None:
+            return []
+        return [
+            Picture(**{name: images.column(name)[i].as_py() for name in ("data", "width", "height")})
+            for i in table.column("images")[at].as_py()
+        ]
+
+
+def _mapped(path: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
 def _lengths(table: pa.Table) -> Any:
@@ -197,4 +225,6 @@ def _lengths(table: pa.Table) -> Any:
         lengths = pc.list_value_length(table.column("input_ids"))
     else:
         lengths = pc.binary_length(table.column("conversation"))
+        if "images" in table.column_names:
+            lengths = pc.add(lengths, pc.multiply(pc.list_value_length(table.column("images")), BYTES_PER_IMAGE))
     return lengths.to_numpy()

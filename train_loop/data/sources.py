@@ -23,6 +23,7 @@ SUFFIXES = {
     "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"),
     "json": (".json", ".json.gz", ".json.zst"),
     "parquet": (".parquet",),
+    "zip": (".zip",),
 }
 SECRET = "dataset_details.secret_id"
 MAX_ETAGS = 32  # files that are asked for theirs, one request each

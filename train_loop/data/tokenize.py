@@ -8,6 +8,7 @@ shows a turn otherwise once later ones follow (Qwen 3 takes the thinking out) gi
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from train_loop.data.formats import Conversation, Message, RowRejected
+from train_loop.data.image_tokens import Expansion, ImageTokens, Span, whole_pictures
 from train_loop.data.pieces import Pieces, Tokens
 from train_loop.data.rendering import Flood, Rendered, render
 from train_loop.data.token_bounds import TokenBounds
@@ -33,10 +35,11 @@ PROBE = {"system": "Be of help.", "user": "Ask.", "assistant": "Fine."}
 
 @dataclass(frozen=True)
 class Sample:
-    """One document: `input_ids [n]` and `labels [n]`, int32, labels not shifted."""
+    """One document: `input_ids [n]` and `labels [n]`, int32, labels not shifted; `images`: which of the row's are in it."""
 
     input_ids: np.ndarray
     labels: np.ndarray
+    images: tuple[int, ...] = ()
 
     @property
     def is_supervised(self) -> bool:
@@ -52,45 +55,50 @@ class ChatTokenizer:
     prompt: Prompt
     truncation: Literal["right", "left", "reject"]
     train_on: Literal["assistant", "last_assistant", "all"]
+    images: ImageTokens | None = None  # of a model that is to see pictures
 
     @classmethod
-    def of(cls, spec: JobSpec, tokenizer: Any) -> ChatTokenizer:
+    def of(cls, spec: JobSpec, tokenizer: Any, images: ImageTokens | None = None) -> ChatTokenizer:
         """The job's tokenizer with the job's settings."""
         pre = spec.dataset_config.preprocessing
-        return cls(tokenizer, pre.prompt, pre.truncation, pre.train_on)
+        return cls(tokenizer, pre.prompt, pre.truncation, pre.train_on, images)
 
-    def encode(self, conversation: Conversation) -> Sample:
-        """Tokenise, label, truncate to prompt.max_length.
+    def encode(self, conversation: Conversation, sizes: Sequence[tuple[int, int]] = ()) -> Sample:
+        """Tokenise, label, truncate to prompt.max_length. `sizes` are its pictures' (width, height), in order.
 
         Raises RowRejected for this row, DatasetError when the template itself is at fault.
         """
         if "text" in conversation:
-            input_ids = self._document(conversation["text"])
-            return self._truncate(Sample(input_ids, input_ids))
-        messages, tools, wanted = self._talk(conversation)
+            input_ids = self._document(conversation["text"], sizes)
+            return self._truncate(input_ids, input_ids, [])
+        messages, tools, wanted = self._talk(conversation, sizes)
         if self._is_marked(tools):
-            input_ids, spoken = self._by_marks(messages, tools, wanted)
+            input_ids, spoken, pictures = self._by_marks(messages, tools, wanted)
         else:
-            input_ids, spoken = self._by_prefixes(messages, tools, wanted)
-        return self._truncate(Sample(input_ids, np.where(spoken, input_ids, IGNORE_INDEX).astype(np.int32)))
+            input_ids, spoken, pictures = self._by_prefixes(messages, tools, wanted)
+        labels = np.where(spoken, input_ids, IGNORE_INDEX).astype(np.int32)
+        for start, end in pictures:
+            labels[start:end] = IGNORE_INDEX
+        return self._truncate(input_ids, labels, pictures)
 
-    def check(self, conversation: Conversation) -> None:
+    def check(self, conversation: Conversation, sizes: Sequence[tuple[int, int]] = ()) -> None:
         """Raise RowRejected exactly where `encode` would; tokens are made only where the text doesn't show the verdict.
 
         Raises DatasetError, too; of a template that is at fault with some rows it may leave that to `encode`.
         """
-        if not self._is_surely_usable(conversation):
-            self.encode(conversation)
+        if sizes or not self._is_surely_usable(conversation):
+            self.encode(conversation, sizes)
 
     def _is_surely_usable(self, conversation: Conversation) -> bool:
         """Whether a text that the template renders is known to have a token to learn, without making its tokens."""
         bounds = self._bounds
-        if bounds is None:
+        if bounds is None or self._front.size:
             return False
         if "text" in conversation:
             text = conversation["text"]
+            self._check_written(text)
             return self._fits(text, self.tokenizer.num_special_tokens_to_add() + 1) and self._is_of_two(text)
-        messages, tools, wanted = self._talk(conversation)
+        messages, tools, wanted = self._talk(conversation, ())
         everything, marked = self.train_on == "all", self._is_marked(tools)
         rendered = self._render(messages, tools)
         text = rendered.text
@@ -145,10 +153,13 @@ class ChatTokenizer:
         start, end = (end - 3 * bounds.longest, end) if left else (start, start + 3 * bounds.longest)
         return bounds.covers(text[start:end]) and is_kept(start, end)
 
-    def _talk(self, conversation: Conversation) -> tuple[list[Message], Sequence[Any] | None, list[bool]]:
+    def _talk(
+        self, conversation: Conversation, sizes: Sequence[tuple[int, int]]
+    ) -> tuple[list[Message], Sequence[Any] | None, list[bool]]:
         """The messages as the template gets them, the tools, and of each assistant turn whether it carries loss."""
-        messages, tools = self.with_system(conversation["messages"]), conversation.get("tools")
+        messages, tools = self._sized(self.with_system(conversation["messages"]), sizes), conversation.get("tools")
         self._check_tools(messages, tools)
+        self._check_written(messages, tools)
         wanted = [messages[i].get("loss", True) for i in _of_assistant(messages)]
         if self.train_on == "last_assistant":
             wanted[:-1] = [False] * (len(wanted) - 1)
@@ -157,8 +168,11 @@ class ChatTokenizer:
     def _is_marked(self, tools: Sequence[Any] | None) -> bool:
         return self.train_on != "all" and bool(GENERATION_MARK.search(self._template(tools)))
 
-    def _document(self, text: str) -> np.ndarray:
+    def _document(self, text: str, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
         """Plain text as the model was pre-trained on: its own beginning, its end-of-sequence token."""
+        if sizes:
+            raise RowRejected("plain text has no place for a picture")
+        self._check_written(text)
         ids: list[int] = self.tokenizer(text)["input_ids"]
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
@@ -172,6 +186,8 @@ class ChatTokenizer:
     def _template(self, tools: Sequence[Any] | None) -> str:
         if self.prompt.template is not None:
             return self.prompt.template
+        if self.images is not None and self.images.template is not None:
+            return self.images.template
         try:
             template: str = self.tokenizer.get_chat_template(tools=tools)
         except ValueError:
@@ -187,7 +203,17 @@ class ChatTokenizer:
         return dict(self.tokenizer.special_tokens_map)
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False) -> Rendered:
-        """What the tokenizer's apply_chat_template renders. Raises RowRejected where the template refuses these messages."""
+        """What the tokenizer's apply_chat_template renders, or the processor's but for the tokens of pictures.
+
+        Raises RowRejected where the template refuses these messages.
+        """
+        if self.images is None:
+            return self._rendered(messages, tools, prompt=prompt)
+        if not self._takes_text:
+            messages = [m | {"content": _parts(m["content"])} for m in messages]
+        return self.images.with_text(self._rendered(messages, tools, prompt=prompt), self._shown(messages))
+
+    def _rendered(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False) -> Rendered:
         template = self._template(tools)
         try:
             return render(template, messages, tools, self._names, prompt=prompt)
@@ -205,6 +231,23 @@ class ChatTokenizer:
             return self._render([{"role": role, "content": PROBE[role]} for role in roles], prompt=prompt).text
         except RowRejected:
             return ""
+
+    @cached_property
+    def _takes_text(self) -> bool:
+        """Whether the template shows what is said in plain text, and not in parts only, as that of SmolVLM."""
+        said = [{"role": role, "content": PROBE[role]} for role in ("user", "assistant")]
+        try:
+            return all(m["content"] in self._rendered(said).text for m in said)
+        except (RowRejected, DatasetError):
+            return False
+
+    @cached_property
+    def _takes_pictures(self) -> bool:
+        """Whether the template shows a picture."""
+        assert self.images is not None
+        asked = [{"type": "image"}, {"type": "text", "text": PROBE["user"]}]
+        said = [{"role": "user", "content": asked}, {"role": "assistant", "content": _parts(PROBE["assistant"])}]
+        return self._rendered(said).text.count(self.images.placeholder) == 1
 
     @cached_property
     def _takes_system(self) -> bool:
@@ -245,7 +288,34 @@ class ChatTokenizer:
         if messages[0]["role"] != "system" or self._takes_system:
             return messages
         system, user, *rest = messages
-        return [user | {"content": f"{system['content']}\n\n{user['content']}"}, *rest]
+        return [user | {"content": _joined(system["content"], user["content"])}, *rest]
+
+    def _sized(self, messages: list[Message], sizes: Sequence[tuple[int, int]]) -> list[Message]:
+        """With its size in the part of each picture."""
+        places = sum(len(_pictures(m)) for m in messages)
+        if places != len(sizes):
+            raise RowRejected(f"{len(sizes)} pictures, and {places} places for one in its messages")
+        if not places:
+            return messages
+        if not self._takes_pictures:
+            raise _at_fault("the chat template leaves out pictures", "give prompt.template one that shows them, or leave it null")
+        rest = iter(sizes)
+
+        def sized(part: dict[str, Any]) -> dict[str, Any]:
+            return part | dict(zip(("width", "height"), next(rest), strict=True)) if part["type"] == "image" else part
+
+        return [m | {"content": [sized(part) for part in m["content"]]} if _pictures(m) else m for m in messages]
+
+    def _shown(self, messages: Sequence[Message]) -> list[Expansion]:
+        """What stands for each of the messages' pictures. Raises RowRejected."""
+        if self.images is None:
+            return []
+        return [self.images.expansion(part["width"], part["height"]) for m in messages for part in _pictures(m)]
+
+    def _check_written(self, *said: Any) -> None:
+        """Raise RowRejected where what is said has the token of a picture in it."""
+        if self.images is not None:
+            self.images.check_written(json.dumps(said, ensure_ascii=False))
 
     def _check_tools(self, messages: list[Message], tools: Sequence[Any] | None) -> None:
         template = self._template(tools)
@@ -260,8 +330,26 @@ class ChatTokenizer:
 
     # --- which tokens are trained on ---
 
-    def _tokens(self, text: str, *, whole: bool = True) -> Tokens:
-        """The text's tokens, and where in it each starts and ends. Unless `whole`, some that are cut off may be missing."""
+    def _tokens(self, text: str, messages: Sequence[Message], *, whole: bool = True) -> tuple[Tokens, list[Span]]:
+        """The tokens of the messages' text, and where in it each starts and ends; and where in them each picture's are.
+
+        Unless `whole`, some that are cut off may be missing.
+        """
+        input_ids, starts, ends = self._text_tokens(text, whole=whole)
+        if self.images is None:
+            return (input_ids, starts, ends), []
+        if self._front.size and not text.startswith(self.tokenizer.bos_token):
+            input_ids, starts, ends = np.append(self._front, input_ids), np.append(0, starts), np.append(0, ends)
+        return self.images.expanded((input_ids, starts, ends), self._shown(messages))
+
+    @cached_property
+    def _front(self) -> np.ndarray:
+        """What a processor, unlike a tokenizer, puts before a rendered text without it: the token of a text's beginning."""
+        bos = self.tokenizer.bos_token_id if self.images is not None else None
+        begins = bos is not None and self.tokenizer("")["input_ids"][:1] == [bos]
+        return np.array([bos] if begins else [], dtype=np.int32)
+
+    def _text_tokens(self, text: str, *, whole: bool) -> Tokens:
         if self._pieces is not None:
             return self._pieces.tokens(text, None if whole or self.truncation != "right" else self.prompt.max_length + 1)
         out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -286,9 +374,9 @@ class ChatTokenizer:
 
     def _by_marks(
         self, messages: list[Message], tools: Sequence[Any] | None, wanted: list[bool]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, np.ndarray, list[Span]]:
         rendered = self._render(messages, tools)
-        input_ids, starts, ends = self._tokens(rendered.text, whole=not all(wanted))
+        (input_ids, starts, ends), pictures = self._tokens(rendered.text, messages, whole=not all(wanted))
         spoken = np.zeros(len(input_ids), dtype=bool)
         for start, end in rendered.generated:
             spoken[np.searchsorted(ends, start, side="right") : np.searchsorted(starts, end)] = True
@@ -301,17 +389,17 @@ class ChatTokenizer:
                 )
             for (start, end), keep in zip(edges, wanted, strict=True):
                 spoken[start:end] = keep
-        return input_ids, spoken
+        return input_ids, spoken, pictures
 
     def _by_prefixes(
         self, messages: list[Message], tools: Sequence[Any] | None, wanted: list[bool]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, np.ndarray, list[Span]]:
         rendered = self._render(messages, tools)
         text = rendered.text
-        input_ids, starts, ends = self._tokens(text, whole=False)
+        (input_ids, starts, ends), pictures = self._tokens(text, messages, whole=False)
         everything = self.train_on == "all"  # then turns of weight 0 are taken out
         spoken = np.full(len(input_ids), everything)
-        kept = self._kept(len(input_ids))
+        kept = self._kept(len(input_ids), pictures)
         low, high = starts[kept].min(initial=len(text)), ends[kept].max(initial=0)
         turns = [(i, w) for i, w in zip(_of_assistant(messages), wanted, strict=True) if w is not everything]
         in_order = turns if self.truncation == "right" else turns[::-1]
@@ -324,7 +412,7 @@ class ChatTokenizer:
                 spoken[first:behind] = is_wanted
                 if i != turns[-1][0] and (span[1] >= high if self.truncation == "right" else span[0] <= low):
                     break  # the turns from here on are cut off
-        return input_ids, spoken
+        return input_ids, spoken, pictures
 
     def _span(self, whole: Rendered, messages: list[Message], i: int, tools: Sequence[Any] | None) -> tuple[int, int] | None:
         """Where in the `whole` text the assistant's turn `i` is, from the end of its prompt to the end of its turn.
@@ -358,17 +446,19 @@ class ChatTokenizer:
             )
         return None
 
-    def _kept(self, length: int) -> slice:
+    def _kept(self, length: int, pictures: Sequence[Span]) -> slice:
         """Which tokens of a sample truncation keeps. Raises RowRejected."""
         limit = self.prompt.max_length
         if length > limit and self.truncation == "reject":
             raise RowRejected(f"{length} tokens, more than max_length {limit}")
-        return slice(0, limit) if self.truncation == "right" else slice(max(0, length - limit), length)
+        kept = slice(0, min(limit, length)) if self.truncation == "right" else slice(max(0, length - limit), length)
+        return whole_pictures(kept, pictures)
 
-    def _truncate(self, sample: Sample) -> Sample:
-        limit, length = self.prompt.max_length, len(sample.input_ids)
-        kept = self._kept(length)
-        sample = Sample(sample.input_ids[kept], sample.labels[kept])
+    def _truncate(self, input_ids: np.ndarray, labels: np.ndarray, pictures: Sequence[Span]) -> Sample:
+        limit, length = self.prompt.max_length, len(input_ids)
+        kept = self._kept(length, pictures)
+        left = tuple(i for i, (start, end) in enumerate(pictures) if kept.start <= start and end <= kept.stop)
+        sample = Sample(input_ids[kept], labels[kept], left)
         if not sample.is_supervised:
             raise RowRejected(
                 f"no supervised token left after truncation to {limit} tokens" if length > limit else "nothing to learn from"
@@ -382,3 +472,27 @@ def _at_fault(what: str, mend: str = "correct prompt.template, or leave it null"
 
 def _of_assistant(messages: Sequence[Message]) -> list[int]:
     return [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+
+
+def _parts(content: Any) -> Any:
+    """What a message says, in parts."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _joined(first: Any, second: Any) -> Any:
+    """What two messages say, as one."""
+    if isinstance(first, str) and isinstance(second, str):
+        return f"{first}\n\n{second}"
+    joined: list[dict[str, Any]] = []
+    for part in [*_parts(first), *_parts("\n\n"), *_parts(second)]:
+        if joined and joined[-1]["type"] == part["type"] == "text":
+            joined[-1] = {"type": "text", "text": joined[-1]["text"] + part["text"]}
+        else:
+            joined.append(part)
+    return joined
+
+
+def _pictures(message: Message) -> list[dict[str, Any]]:
+    """The parts that are pictures."""
+    content = message["content"]
+    return [part for part in content if part["type"] == "image"] if isinstance(content, list) else []

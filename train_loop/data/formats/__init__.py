@@ -7,6 +7,7 @@ from typing import Any
 
 from train_loop.data.formats.chat import openai, sharegpt
 from train_loop.data.formats.conversation import Conversation, Message, RowRejected, kind, normalise, text
+from train_loop.data.formats.images import OPEN, images_of_row, placed, take_images
 from train_loop.data.formats.pairs import alpaca, plain_text, prompt_completion
 from train_loop.data.formats.tools import parse_tools
 
@@ -28,25 +29,44 @@ SHAPES: dict[str, tuple[frozenset[str], ...]] = {
 }
 KNOWN_SHAPES = "messages; conversations; instruction and output; prompt and completion; query and response; text"
 PREFERENCE_KEYS = frozenset({"chosen", "rejected", "rejected_response", "preferred_output", "non_preferred_output"})
-MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
+IMAGE_KEYS = ("images", "image")
+OTHER_MEDIA_KEYS = ("videos", "video", "audios", "audio")
+NEED_VLM = "images need model_type vlm"
 
 
-def to_conversation(row: Any, dataset_format: str) -> Conversation:
-    """Parse and normalise one decoded row. Raises RowRejected."""
+def to_conversation(row: Any, dataset_format: str, *, vision: bool = False) -> Conversation:
+    """Parse and normalise one decoded row; with `vision` it may have images. Raises RowRejected."""
     if not isinstance(row, dict):
         raise RowRejected(f"a row must be a JSON object, not {kind(row)}")
-    if any(row.get(key) for key in MEDIA_KEYS):
-        raise RowRejected("images need model_type vlm")
+    if vision and (unseen := [key for key in OTHER_MEDIA_KEYS if row.get(key)]):
+        raise RowRejected(f"{unseen[0]}: of media only images can be trained on")
+    if not vision and any(row.get(key) for key in (*IMAGE_KEYS, *OTHER_MEDIA_KEYS)):
+        raise RowRejected(NEED_VLM)
     if dataset_format == "auto":
         dataset_format = detect(row)
+    images = images_of_row(row) if vision else []
     if dataset_format == "text":
+        if images:
+            raise RowRejected("images need a conversation: a row of text alone shows none")
         return {"text": plain_text(row)}
-    messages = normalise(PARSERS[dataset_format](row))
+    turns = PARSERS[dataset_format](row)
+    messages = normalise(placed(turns, images) if vision else turns)
     system = row.get("system")
     if system is not None and messages[0]["role"] != "system" and text(system, "system").strip():
         messages.insert(0, {"role": "system", "content": system})
     tools = parse_tools(row.get("tools") or row.get("functions"))
-    return {"messages": messages, "tools": tools} if tools else {"messages": messages}
+    made: Conversation = {"messages": messages, "tools": tools} if tools else {"messages": messages}
+    return _illustrated(made, vision)
+
+
+def _illustrated(conversation: Conversation, vision: bool) -> Conversation:
+    """With its images beside its messages, where it has some. Raises RowRejected."""
+    if not any(OPEN in m["content"] for m in conversation["messages"]):
+        return conversation
+    messages, references = take_images(conversation["messages"])
+    if references and not vision:
+        raise RowRejected(NEED_VLM)
+    return conversation | {"messages": messages, "images": references} if references else conversation
 
 
 def detect(row: dict[str, Any]) -> str:

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from train_loop.data.formats.conversation import Message, RowRejected, kind, text
+from train_loop.data.formats.images import image_of_part
 from train_loop.data.formats.tools import parse_calls
 
+TEXT_PARTS = ("text", "input_text", "output_text")
 CALL = "function_call"  # what the assistant says is a tool call, as JSON
 ROLES = {
     "system": "system",
@@ -91,12 +93,19 @@ def _message(role: str, turn: dict[str, Any], key: str) -> Message:
 
 
 def _content(content: Any, key: str) -> str:
-    """A string, or the text of a list of text parts."""
+    """A string, or what a list of parts says, with its images written into it."""
     if not isinstance(content, list):
         return text(content, key)
-    if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        raise RowRejected("content parts other than text need model_type vlm")
-    return "".join(text(part.get("text"), "text") for part in content)
+    return "".join(_part(part) for part in content)
+
+
+def _part(part: Any) -> str:
+    if isinstance(part, dict) and part.get("type") in TEXT_PARTS:
+        return text(part.get("text"), "text")
+    image = image_of_part(part) if isinstance(part, dict) else None
+    if image is None:
+        raise RowRejected("content parts other than text and images can't be trained on")
+    return image
 
 
 def _is_trained(role: str, turn: dict[str, Any]) -> bool:

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, TypedDict
 
-# `role` (system, user, assistant, tool) and `content`; of an assistant also `tool_calls`, `reasoning_content`, and `loss` False
-# if it is not trained on; of a tool `tool_call_id` and `name`.
+# `role` (system, user, assistant, tool) and `content`, a string, or with images a list of parts: {"type": "text", "text"} and
+# {"type": "image"}; of an assistant also `tool_calls`, `reasoning_content`, and `loss` False if it is not trained on; of a tool
+# `tool_call_id` and `name`.
 Message = dict[str, Any]
 
 
 class Conversation(TypedDict, total=False):
-    """Messages with the tools that the assistant may call; or, for continued pre-training, text alone."""
+    """Messages with the tools that the assistant may call; or, for continued pre-training, text alone.
+
+    `images` are the references of the image parts, in order; it is missing where there are none.
+    """
 
     messages: list[Message]
+    images: list[str]
     tools: list[dict[str, Any]]
     text: str
 
