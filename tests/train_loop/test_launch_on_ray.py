@@ -24,6 +24,7 @@ from ray.util.state import list_actors
 from tests.conftest import TINY, rows
 from tests.train_loop.memory_group import memory_group
 from tests.train_loop.test_bad_data import FILES, HTML, JSONL, listed, malformed_job, outcome
+from tests.train_loop.zips import FIELDS, Chat, picture, row, zipped
 from train_loop.allocator import environment
 from train_loop.data import parts
 from train_loop.data.pipeline import prepare_with_ray
@@ -316,6 +317,30 @@ def test_malformed_files_end_on_ray_as_in_one_process(cluster, tmp_path, tokeniz
         assert caught.value.code == expected
     else:
         assert (prepare().num_rows, listed(tmp_path / "on-ray")) == expected
+
+
+def test_images_prepared_in_parallel_are_those_prepared_one_by_one(cluster, local_job, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "ZIPPED_RANGE_BYTES", 500)
+    local, run = LocalFileSystem(), {name: str(tmp_path / name) for name in ("parallel", "alone")}
+    members = {f"{i}.png": picture(i) for i in range(12)}
+    (tmp_path / "it.zip").write_bytes(zipped([*(row(f"{i % 12}.png", "0.png") for i in range(40)), row("none.png")], members))
+    changes = {"dataset_details.dataset_path": str(tmp_path / "it.zip"), "dataset_config.preprocessing.max_reject_ratio": 0.5}
+    spec = JobSpec.model_validate(local_job(FIELDS | changes))
+    files = find_files(spec, local)
+    found = prepare_with_ray(
+        spec,
+        files,
+        open_source=LocalFileSystem,
+        open_storage=LocalFileSystem,
+        run_path=run["parallel"],
+        load_tokenizer=Chat,
+        num_cpus_per_task=1,
+    )
+    assert found == prepare_local(spec, local, files, local, run["alone"], Chat())
+    assert (found.num_rows, found.num_rejected) == (40, 1)
+    written = [{p.name: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()} for folder in run.values()]
+    assert written[0] == written[1]
+    assert sum(name.startswith("images-") for name in written[0]) == len(found.shards) > 8
 
 
 def test_rows_prepared_in_parallel_are_those_prepared_one_by_one(cluster, local_job, tmp_path, mirror, monkeypatch):

@@ -160,6 +160,16 @@ def errors_of(changes):
         ({"dataset_details.dataset_format": "preference"}, "dataset_details.dataset_format", "type dpo"),
         ({"model_details.model_type": "vlm"}, "dataset_details.dataset_type", "zip"),
         ({"dataset_details.dataset_type": "zip"}, "dataset_details.dataset_type", "model_type vlm"),
+        (
+            VLM | {"dataset_config.preprocessing.streaming": True},
+            "dataset_config.preprocessing.streaming",
+            "rows of a zip are read once",
+        ),
+        (
+            {"dataset_config.preprocessing.max_pixels": 2048},
+            "dataset_config.preprocessing.max_pixels",
+            "which only a vlm's rows have",
+        ),
         ({"dataset_details.dataset_path": "gs://bucket/key"}, "dataset_details.dataset_path", "s3://"),
         ({"dataset_details.dataset_path": "s3://bucket"}, "dataset_details.dataset_path", "s3://bucket/key"),
         ({"dataset_details.source_type": "gcs"}, "dataset_details.dataset_path", "gs://"),
@@ -188,7 +198,6 @@ def test_every_rule_over_several_fields_says_which_to_mend(changes, field, said)
 @pytest.mark.parametrize(
     ("changes", "fields"),
     [
-        (VLM, {"model_details.model_type", "dataset_details.dataset_type"}),
         (
             {"train_config.type": "dpo", "dataset_details.dataset_format": "preference"},
             {"train_config.type", "dataset_details.dataset_format"},
@@ -207,6 +216,7 @@ def test_wrong_fields_broken_rules_and_what_is_not_built_yet_come_at_once():
         "train_config.train_type": "full",
         "dataset_details.secret_id": None,
         "model_details.model_type": "vlm",
+        "train_config.type": "dpo",
         "dataset_config.preprocessing.streaming": "yes",
     }
     assert {field: kind for field, (kind, _) in errors_of(changes).items()} == {
@@ -214,7 +224,7 @@ def test_wrong_fields_broken_rules_and_what_is_not_built_yet_come_at_once():
         "dataset_config.preprocessing.streaming": "bool_type",
         "model_details.quantization": "rule",
         "dataset_details.secret_id": "rule",
-        "model_details.model_type": "not_supported_yet",
+        "train_config.type": "not_supported_yet",
         "dataset_details.dataset_type": "rule",
     }
 

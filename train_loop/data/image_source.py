@@ -58,11 +58,16 @@ class ImageSource:
             raise explain(error, self.file.uri) from None
 
     def _object(self, uri: str) -> bytes:
+        path = path_of(uri)
+        if not all(path.partition("/")):
+            raise RowRejected("names no object")
         try:
-            with self.filesystem.open_input_file(path_of(uri)) as stream:
+            with self.filesystem.open_input_file(path) as stream:
                 if stream.size() > MAX_BYTES:
                     raise RowRejected(f"is larger than {MAX_BYTES >> 20} MiB")
                 return bytes(stream.read())
+        except ValueError:  # Arrow's, of a path that it can't read
+            raise RowRejected("names no object") from None
         except OSError as error:
             if is_away(error):
                 raise
