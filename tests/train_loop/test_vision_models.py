@@ -26,7 +26,7 @@ from train_loop.model.processor import load_processor
 from train_loop.optim import build_optimizer
 from train_loop.sharding import whole
 from train_loop.spec import JobSpec
-from train_loop.trainee import make_trainable, load_trainee
+from train_loop.trainee import load_trainee, make_trainable
 
 CPU = torch.device("cpu")
 HP = "train_config.hyperparameters"
