@@ -11,6 +11,7 @@ from train_loop import weights
 from train_loop.layout import ADAPTER_FOLDER, MERGED_FOLDER
 from train_loop.metrics import MetricLog
 from train_loop.model.load import DTYPES, auto_class
+from train_loop.model.processor import save_processor
 from train_loop.spec import JobSpec
 
 README = """---
@@ -23,9 +24,9 @@ LoRA adapter for `{base}`, trained by Tuneyard.
 
 ```python
 from peft import PeftModel
-from transformers import {auto}, AutoTokenizer
+from transformers import {auto}, {reader}
 
-tokenizer = AutoTokenizer.from_pretrained("<this folder>")
+{reads} = {reader}.from_pretrained("<this folder>")
 model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "<this folder>")
 ```
 
@@ -42,9 +43,9 @@ library_name: transformers
 `{base}`, fine-tuned by Tuneyard.
 
 ```python
-from transformers import {auto}, AutoTokenizer
+from transformers import {auto}, {reader}
 
-tokenizer = AutoTokenizer.from_pretrained("<this folder>")
+{reads} = {reader}.from_pretrained("<this folder>")
 model = {auto}.from_pretrained("<this folder>")
 ```
 
@@ -52,10 +53,10 @@ Evaluation loss: {before} before training, {after} after.
 """
 
 
-def write(folder: Path, spec: JobSpec, model: Any, tensors: Mapping[str, Any], tokenizer: Any, log: MetricLog) -> str:
+def write(folder: Path, spec: JobSpec, model: Any, tensors: Mapping[str, Any], tokenizer: Any, log: MetricLog, base: Path) -> str:
     """Write the files of what was trained into the local `folder`; return the name of their folder in the run's.
 
-    `tensors` is what `weights.handed_out` returned.
+    `tensors` is what `weights.handed_out` returned, `base` the folder of the base model.
     """
     is_adapter = weights.is_adapter(model)
     if is_adapter:
@@ -63,12 +64,17 @@ def write(folder: Path, spec: JobSpec, model: Any, tensors: Mapping[str, Any], t
     else:
         _write_model(folder, spec, model, tensors)
     tokenizer.save_pretrained(folder)
+    sees = spec.model_details.model_type == "vlm"
+    if sees:
+        save_processor(base, folder)
     show = lambda v: "not measured" if v is None else f"{v:.4f}"  # noqa: E731
     (folder / "README.md").write_text(
         (README if is_adapter else FULL_README).format(
             base=spec.model_details.base_model,
             name=spec.experiment_name,
-            auto=auto_class((model.get_base_model() if is_adapter else model).config).__name__,
+            auto=auto_class((model.get_base_model() if is_adapter else model).config, images=sees).__name__,
+            reader="AutoProcessor" if sees else "AutoTokenizer",
+            reads="processor" if sees else "tokenizer",
             before=show(log.eval_before),
             after=show(log.eval_after),
         )

@@ -263,13 +263,13 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
         publish_metrics()
         ctx.require_current()
         with tempfile.TemporaryDirectory(dir=ctx.scratch) as folder:
-            name = export.write(Path(folder), spec, model, tensors, tokenizer, log)
+            name = export.write(Path(folder), spec, model, tensors, tokenizer, log, ctx.model_folder)
             written[f"{name}_files"] = upload_folder(Path(folder), ctx.storage, f"{ctx.run_path}/{name}")
         if spec.train_config.export.merge and name != MERGED_FOLDER:
             ctx.beat("slow")
             whole = load_whole(spec, ctx, trainee, tensors) if trainee.sharded else model
             with tempfile.TemporaryDirectory(dir=ctx.scratch) as folder:
-                write_merged(Path(folder), spec, whole, tokenizer)
+                write_merged(Path(folder), spec, whole, tokenizer, ctx.model_folder)
                 written["merged_files"] = upload_folder(Path(folder), ctx.storage, f"{ctx.run_path}/{MERGED_FOLDER}")
         written["base_model"] = {
             "id": spec.model_details.base_model,

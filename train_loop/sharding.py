@@ -32,8 +32,8 @@ IDLE = MicroBatch(
 def shard(causal_lm: Any, ctx: RunContext, family: Family | None = None) -> None:
     """Shard the weights over all ranks, in place: its parameters are DTensors afterwards. Collective.
 
-    What sees (of a `family`) is gathered with the outermost weights and not by itself: a rank whose samples have no images doesn't
-    run it. Raises ModelError where the language model too is another then.
+    What sees (of a `family`) is gathered with the outermost weights, not by itself: a rank whose samples have no images doesn't
+    run it. Raises ModelError where the language model runs otherwise then, too.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -61,7 +61,9 @@ def _nothing(causal_lm: Any, family: Family | None) -> torch.Tensor | float:
     """Zero, with a gradient of zero for all that learns of what sees: those of the other ranks are summed with it."""
     if family is None or not torch.is_grad_enabled():
         return 0.0
-    seeing = [p for n, p in causal_lm.named_parameters() if p.requires_grad and any(f".{part}." in f".{n}" for part in family.parts)]
+    seeing = [
+        p for n, p in causal_lm.named_parameters() if p.requires_grad and any(f".{part}." in f".{n}" for part in family.parts)
+    ]
     return sum((p.sum() * 0.0 for p in seeing), 0.0)
 
 

@@ -63,7 +63,7 @@ def load_trainee(spec: JobSpec, ctx: RunContext) -> Trainee:
         return _load_sharded(spec, ctx)
     base = load_base(spec, ctx.model_folder, ctx.device)
     packs = _packs(spec, base)
-    model = _made_trainable(base, spec, ctx.start)
+    model = make_trainable(base, spec, ctx.start)
     sync_parameters(trainable(model), ctx)
     if sharded:
         shard(base.model, ctx, base.family)
@@ -75,12 +75,12 @@ def _load_sharded(spec: JobSpec, ctx: RunContext) -> Trainee:
     tensor. bitsandbytes quantises while it loads, so a quantised base can't be had this way."""
     empty = load_base(spec, ctx.model_folder, ctx.device, at=META)
     with META:
-        model = _made_trainable(empty, spec)
+        model = make_trainable(empty, spec)
     source, packs = None, False
     if ctx.rank == 0:
         base = load_base(spec, ctx.model_folder, ctx.device, at=torch.device("cpu"))
         packs = _packs(spec, base)
-        source = _made_trainable(base, spec, ctx.start)
+        source = make_trainable(base, spec, ctx.start)
     told = ctx.all_reduce_sum(torch.tensor([int(packs)], device=ctx.device))
     shard(empty.model, ctx, empty.family)
     deal_out(source, model, ctx)
@@ -111,7 +111,7 @@ def _packs(spec: JobSpec, base: BaseModel) -> bool:
     return spec.dataset_config.preprocessing.packing and may and keeps_documents_apart(base.model)
 
 
-def _made_trainable(base: BaseModel, spec: JobSpec, start: Path | None = None) -> Any:
+def make_trainable(base: BaseModel, spec: JobSpec, start: Path | None = None) -> Any:
     """The base, or an adapter around it, with all that is done to it in training."""
     hp = spec.train_config.hyperparameters
     if spec.train_config.train_type == "lora":

@@ -46,9 +46,7 @@ def batch_of(tokenizer):
 
 def train(model, spec, batch, steps=3):
     """A few optimizer steps, as the loop takes them; the losses."""
-    optimizer = build_optimizer(
-        parameter_groups(model, spec.train_config), spec.train_config.hyperparameters
-    )
+    optimizer = build_optimizer(parameter_groups(model, spec.train_config), spec.train_config.hyperparameters)
     losses = []
     for _ in range(steps):
         loss = supervised_loss(model.train(), batch) / batch.num_supervised
@@ -136,7 +134,7 @@ def test_saved_and_merged_adapters_compute_what_was_trained(make, base, spec_of,
     if base is FLOAT and make != "embeddings of a tied base":  # PEFT adds what the embeddings learned to the head too
         torch.testing.assert_close(logits(theirs.merge_and_unload(), batch), ours, rtol=1e-3, atol=1e-3)
 
-    write_merged(tmp_path / "merged", spec, model, tokenizer)
+    write_merged(tmp_path / "merged", spec, model, tokenizer, tmp_path)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     if base is NF4 and make == "lora":
         assert (logits(whole, batch) - ours).abs().max() < 0.1 * lost_by_peft

@@ -94,12 +94,20 @@ PROVED_BY = {
     "train_loop.test_hyperparameters.test_epochs_may_be_fractions_and_lines_evaluations_and_checkpoints_come_when_they_are_due": (
         *(f"{HP}.num_epochs", f"{HP}.logging_steps", f"{HP}.eval_steps", f"{HP}.save_steps", f"{HP}.save_total_limit"),
     ),
+    "train_loop.test_image_datasets.test_pictures_are_scaled_down_to_max_pixels": ("dataset_config.preprocessing.max_pixels",),
+    "train_loop.test_vision_models.test_what_is_not_frozen_learns_and_nothing_else": (
+        "model_details.model_type",
+        *("train_config.freeze.vision", "train_config.freeze.aligner"),
+    ),
+    "train_loop.test_vision_models.test_tower_and_aligner_may_learn_at_rates_of_their_own": (
+        *(f"{HP}.vision_learning_rate", f"{HP}.aligner_learning_rate"),
+    ),
 }
 ONE_VALUE = (Literal["causal_lm"], Literal["eval_loss"])
 # Nothing goes by them: free text, names of one and the same, and what has one value yet (test_spec refuses the others).
 WITHOUT_EFFECT = {
     *("dataset_details.dataset_name", "dataset_details.dataset_description", "train_config.tuner_backend"),
-    *("train_config.type", "model_details.model_type"),
+    "train_config.type",
 }
 
 

@@ -170,6 +170,18 @@ def errors_of(changes):
             "dataset_config.preprocessing.max_pixels",
             "which only a vlm's rows have",
         ),
+        ({"train_config.freeze": {"vision": False}}, "train_config.freeze.vision", "model_type be vlm"),
+        ({"train_config.freeze": {"aligner": False}}, "train_config.freeze.aligner", "model_type be vlm"),
+        (
+            VLM | {"train_config.hyperparameters.vision_learning_rate": 1e-5},
+            "train_config.hyperparameters.vision_learning_rate",
+            "set train_config.freeze.vision to false",
+        ),
+        (
+            VLM | {"train_config.freeze": {"vision": False}, "train_config.hyperparameters.aligner_learning_rate": 1e-5},
+            "train_config.hyperparameters.aligner_learning_rate",
+            "aligner is frozen",
+        ),
         ({"dataset_details.dataset_path": "gs://bucket/key"}, "dataset_details.dataset_path", "s3://"),
         ({"dataset_details.dataset_path": "s3://bucket"}, "dataset_details.dataset_path", "s3://bucket/key"),
         ({"dataset_details.source_type": "gcs"}, "dataset_details.dataset_path", "gs://"),

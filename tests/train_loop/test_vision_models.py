@@ -1,21 +1,32 @@
 """Models that see, of every family: what they compute, what of them learns, and what is handed out."""
 
 import dataclasses
+import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from tests.conftest import TINY
+from tests.train_loop.group import on_workers
 from tests.train_loop.vision_models import FAMILIES, NOT_PACKED, make
+from train_loop import export, weights
 from train_loop.data.packing import collate
 from train_loop.data.tokenize import IGNORE_INDEX, Sample
+from train_loop.errors import ModelError
 from train_loop.loss import supervised_loss
-from train_loop.model.load import load_base
+from train_loop.metrics import MetricLog
+from train_loop.model.adapters import add_adapter, parameter_groups, trainable
+from train_loop.model.load import load_base, load_tokenizer
+from train_loop.model.merge import write_merged
 from train_loop.model.processor import load_processor
-from train_loop.model.vision import Family
+from train_loop.optim import build_optimizer
+from train_loop.sharding import whole
 from train_loop.spec import JobSpec
+from train_loop.trainee import load_trainee, make_trainable
 
 CPU = torch.device("cpu")
 HP = "train_config.hyperparameters"
@@ -51,6 +62,7 @@ def spec_of(local_job):
             "model_details.base_model": f"tuneyard/{family}",
             "model_details.model_type": "vlm",
             "dataset_details.dataset_type": "zip",
+            "model_details.quantization": None,
             "train_config.torch_dtype": "float32",
             f"{ADAPTER}.r": 4,
         }
@@ -117,7 +129,7 @@ def laid_out(family, samples, pictures, packing):
     in_order = []
     for ids, positions in zip(batch.input_ids, batch.position_ids, strict=True):
         edges = [*(positions == 0).nonzero()[:, 0].tolist(), len(ids)]
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in itertools.pairwise(edges):
             document = ids[start:end].tolist()
             # Padded, the padding is of one document with it no longer than the row.
             found = next((k for k in by_first if tuple(document) == k), None)
@@ -127,33 +139,190 @@ def laid_out(family, samples, pictures, packing):
 
 
 def seeing(family, folders, spec_of, **changes):
-    """A family's base, its processor, and what a micro-batch is made of."""
+    """A family's base, and its processor."""
     spec = spec_of(family, **changes)
-    base = load_base(spec, folders(family), CPU)
-    processor = load_processor(folders(family))
-    return spec, base, processor
+    return spec, load_base(spec, folders(family), CPU), load_processor(folders(family))
+
+
+def their_loss(model, processor, rows=ROWS):
+    """The sum of losses that transformers' own forward gives for the rows in one batch."""
+    inputs, labels = theirs(processor, model.config, rows)
+    return float(model(**inputs, labels=labels, use_cache=False).loss) * int((labels[:, 1:] != IGNORE_INDEX).sum())
+
+
+def micro_batch(base, processor, rows=ROWS, seed=0, packing=False):
+    of_each = samples(processor, base.model.config, rows)
+    return laid_out(base.family, of_each, pictures(processor, rows, seed), packing)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
 def test_the_loss_is_that_of_transformers_padded_packed_and_one_by_one(name, folders, spec_of):
     _, base, processor = seeing(name, folders, spec_of)
-    model, config = base.model.eval(), base.model.config
-    inputs, labels = theirs(processor, config)
+    model = base.model.eval()
+    expected = their_loss(model, processor)
+    padded, others = (float(supervised_loss(model, micro_batch(base, processor, seed=seed))) for seed in (0, 7))
+    assert padded == pytest.approx(expected, rel=1e-5)
+    assert others != pytest.approx(expected, rel=1e-4), "of other images"
+    for row in ROWS:
+        alone = float(supervised_loss(model, micro_batch(base, processor, [row])))
+        assert alone == pytest.approx(their_loss(model, processor, [row]), rel=1e-5)
+        expected -= alone
+    # In transformers, what comes before the first image in a row of Llama's looks at those of longer rows.
+    assert abs(expected) < 1e-5 * padded or name == "mllama"
+    assert base.family.packs is (name not in NOT_PACKED)
+    if base.family.packs:
+        packed = micro_batch(base, processor, packing=True)
+        assert len(packed.input_ids) < len(ROWS)
+        assert float(supervised_loss(model, packed)) == pytest.approx(padded, rel=1e-5)
+
+
+ALIGNERS = {"gemma3": {f"{ADAPTER}.modules_to_save": ["multi_modal_projector"]}}  # it has no linear layer
+FREEZES = [(True, True), (True, False), (False, True), (False, False)]
+
+
+def freezing(vision, aligner):
+    return {"train_config.freeze": {"vision": vision, "aligner": aligner}}
+
+
+@pytest.mark.parametrize("train_type", ["lora", "full"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_not_frozen_learns_and_nothing_else(name, train_type, folders, spec_of):
+    for vision, aligner in FREEZES:
+        changes = {"train_config.train_type": train_type, f"{ADAPTER}.dropout": 0.0} | freezing(vision, aligner)
+        if train_type == "lora" and not aligner:
+            changes |= ALIGNERS.get(name, {})
+        spec, base, processor = seeing(name, folders, spec_of, **changes)
+        model = make_trainable(base, spec)
+        supervised_loss(model.train(), micro_batch(base, processor, ROWS[:1])).backward()
+        learns = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        moved = [n for n, p in learns.items() if p.grad is not None and p.grad.abs().max() > 0]
+        for of_part, is_frozen in ((base.family.is_of_tower, vision), (base.family.is_of_aligner, aligner)):
+            assert any(of_part(n) for n in learns) is not is_frozen
+            assert any(of_part(n) for n in moved) is not is_frozen
+        of_language = [n for n in moved if not base.family.is_of_tower(n) and not base.family.is_of_aligner(n)]
+        assert of_language
+        tower = base.model.get_submodule(base.family.tower)
+        assert any(getattr(m, "gradient_checkpointing", False) for m in tower.modules())
+
+
+def test_a_part_that_would_learn_nothing_is_refused(folders, spec_of):
+    spec, base, _ = seeing("gemma3", folders, spec_of, **freezing(True, False))
+    with pytest.raises(ModelError, match="modules_to_save") as caught:
+        add_adapter(base.model, spec)
+    assert caught.value.field == "train_config.freeze.aligner"
+
+
+def test_a_base_that_sees_nothing_is_refused(spec_of, mirror):
+    with pytest.raises(ModelError, match=r"no family that trains on images: .*Qwen2\.5-VL") as caught:
+        load_base(spec_of("x", **{"model_details.base_model": TINY}), mirror / TINY, CPU)
+    assert caught.value.field == "model_details.base_model"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", ["idefics3", "qwen3_vl", "mllama"])
+def test_quantisation_leaves_what_sees_as_it_is(name, bits, folders, spec_of):
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    quantised = {"model_details.quantization": {"quant_bits": bits}} | freezing(False, False)
+    spec, base, processor = seeing(name, folders, spec_of, **quantised)
+    linear = {n: m for n, m in base.model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    packed = {n for n, m in linear.items() if isinstance(m, Linear4bit | Linear8bitLt)}
+    assert packed == {n for n in linear if not base.family.is_of_tower(n) and not base.family.is_of_aligner(n)}
+    model = make_trainable(base, spec)
+    supervised_loss(model.train(), micro_batch(base, processor)).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_tower_and_aligner_may_learn_at_rates_of_their_own(folders, spec_of):
+    rates = {f"{HP}.learning_rate": 0.01, f"{HP}.vision_learning_rate": 0.001, f"{HP}.aligner_learning_rate": 0.02}
+    spec, base, _ = seeing("qwen3_vl", folders, spec_of, **rates, **freezing(False, False), **{f"{ADAPTER}.lora_plus_ratio": 4})
+    model = add_adapter(base.model, spec)
+    of = {id(p): n for n, p in model.named_parameters()}
+    groups = parameter_groups(model, spec.train_config)
+    assert sum(len(g["params"]) for g in groups) == len([p for p in model.parameters() if p.requires_grad])
+    for group in groups:
+        for name in (of[id(p)] for p in group["params"]):
+            rate = 0.1 if base.family.is_of_tower(name) else 2 if base.family.is_of_aligner(name) else 1
+            assert group["lr_factor"] == pytest.approx(rate * (4 if "lora_B" in name else 1))
+    build_optimizer(groups, spec.train_config.hyperparameters)
+
+
+@pytest.mark.parametrize("train_type", ["lora", "full"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_handed_out_loads_with_transformers_and_sees_the_same(name, train_type, folders, spec_of, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    changes = {"train_config.train_type": train_type, **freezing(False, False)}
+    changes |= ALIGNERS.get(name, {}) if train_type == "lora" else {}
+    spec, base, processor = seeing(name, folders, spec_of, **changes)
+    model = make_trainable(base, spec)
+    torch.manual_seed(1)
+    for parameter in trainable(model):
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    inputs, _ = theirs(processor, base.model.config)
+    tokenizer = load_tokenizer(folders(name))
     with torch.no_grad():
-        expected = model(**inputs, labels=labels, use_cache=False).loss.item() * int((labels[:, 1:] != IGNORE_INDEX).sum())
-        of_each = samples(processor, config)
-        seen = pictures(processor)
-        padded = supervised_loss(model, laid_out(base.family, of_each, seen, packing=False)).item()
-        alone = sum(
-            supervised_loss(model, laid_out(base.family, [s], [p], packing=False)).item()
-            for s, p in zip(of_each, seen, strict=True)
-        )
-        others = supervised_loss(model, laid_out(base.family, of_each, pictures(processor, seed=7), packing=False)).item()
-        assert padded == pytest.approx(expected, rel=1e-5)
-        assert alone == pytest.approx(expected, rel=1e-5)
-        assert others != pytest.approx(expected, rel=1e-4)
-        assert base.family.packs is (name not in NOT_PACKED)
-        if base.family.packs:
-            packed = laid_out(base.family, of_each, seen, packing=True)
-            assert len(packed.input_ids) < len(of_each)
-            assert supervised_loss(model, packed).item() == pytest.approx(expected, rel=1e-5)
+        ours = model.eval()(**inputs, use_cache=False).logits
+        tensors = weights.handed_out(model, keep=True)
+        log = MetricLog(1)
+        (tmp_path / "out").mkdir()
+        name_of_it = export.write(tmp_path / "out", spec, model, tensors, tokenizer, log, folders(name))
+        again = load_processor(tmp_path / "out")
+        same, _ = theirs(again, base.model.config)
+        if "video" not in " ".join(type(processor).__mro__[1].get_attributes()):
+            AutoProcessor.from_pretrained(tmp_path / "out")
+        assert inputs.keys() == same.keys()
+        assert all(torch.equal(inputs[k], same[k]) for k in inputs)
+        if train_type == "lora":
+            plain = AutoModelForImageTextToText.from_pretrained(folders(name), dtype=torch.float32)
+            plain = PeftModel.from_pretrained(plain, tmp_path / "out").eval()
+            write_merged(tmp_path / "merged", spec, model, tokenizer, folders(name))
+            merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+            load_processor(tmp_path / "merged")
+            torch.testing.assert_close(merged(**same, use_cache=False).logits, ours, rtol=1e-3, atol=1e-3)
+        else:
+            plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+        torch.testing.assert_close(plain(**same, use_cache=False).logits, ours, rtol=1e-4, atol=1e-4)
+    assert name_of_it == ("adapter" if train_type == "lora" else "merged")
+    told = (tmp_path / "out/README.md").read_text()
+    assert "AutoModelForImageTextToText, AutoProcessor" in told
+
+
+def test_the_chat_template_of_an_old_processor_is_the_tokenizers(folders, tmp_path):
+    folder = shutil.copytree(folders("idefics3"), tmp_path / "old")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert load_tokenizer(folder).chat_template == template == load_processor(folder).chat_template
+
+
+def test_workers_that_share_a_model_sum_the_gradients_of_those_that_see(folders, spec_of, tmp_path):
+    """One of them has no image, and neither the other's hang nor its own zeros show."""
+    changes = {"train_config.distributed.type": "fsdp", "infra_config": {"gpu_type": "cpu", "gpu_count": 2}}
+    changes |= {"train_config.train_type": "full"} | freezing(False, False)
+    jobs = [spec_of(name, **changes).model_dump(mode="json") for name in ("idefics3", "qwen3_vl")]
+    for name in ("idefics3", "qwen3_vl"):
+        shutil.copytree(folders(name), tmp_path / "tuneyard" / name)
+    (tmp_path / "run").mkdir()
+    on_workers("tests.train_loop.test_vision_models:compare", tmp_path / "run", 2, tmp_path, jobs)
+
+
+def compare(ctx, jobs):
+    for job in jobs:
+        spec = JobSpec.model_validate(job)
+        folder = ctx.model_folder / spec.model_details.base_model
+        base, processor = load_base(spec, folder, CPU), load_processor(folder)
+        trainee = load_trainee(spec, dataclasses.replace(ctx, model_folder=folder))
+        # Unsharded, of both ranks' rows: none of the second's has an image.
+        batches = [micro_batch(base, processor, rows) for rows in (ROWS[:2], ROWS[2:3])]
+        for batch in batches:
+            supervised_loss(base.model, batch).backward()
+        supervised_loss(trainee.model, batches[ctx.rank]).backward()
+        expected = {n: p.grad for n, p in base.model.named_parameters()}
+        for name, parameter in trainee.model.named_parameters():
+            gradient = None if parameter.grad is None else whole(parameter.grad)
+            wanted = expected[name]
+            if wanted is not None:
+                torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()), msg=name)

@@ -49,7 +49,7 @@ QWEN_TOKENS = {
 }
 CHATML = "<|im_end|>"
 FAMILIES = ("idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3", "llava", "mllama")
-NOT_PACKED = ("mllama",)
+NOT_PACKED = ("gemma3", "mllama")
 
 
 def make(family: str, folder: Path, tokenizer: Any) -> None:

@@ -92,7 +92,7 @@ def quantised_by(quantization: Quantization | None, dtype: torch.dtype, family: 
 
 
 def quantization_config(quantization: Quantization, dtype: torch.dtype, family: Family | None = None) -> Any:
-    """bitsandbytes' settings; the same kernels run on CPU and GPU. What sees keeps its weights: it is small, and bears it badly."""
+    """bitsandbytes' settings; the same kernels run on CPU and GPU. What sees keeps its weights, which are few."""
     from transformers import BitsAndBytesConfig
 
     kept = {"llm_int8_skip_modules": ["lm_head", *family.parts]} if family is not None else {}
@@ -175,7 +175,9 @@ def family_of(spec: JobSpec, config: Any) -> Family | None:
     family = Family.of(config)
     if family is None:
         known = ", ".join(f.name for f in FAMILIES.values())
-        message = f"base model {spec.model_details.base_model} ({config.model_type}) is of no family that trains on images: {known}."
+        message = (
+            f"base model {spec.model_details.base_model} ({config.model_type}) is of no family that trains on images: {known}."
+        )
         raise ModelError(message, field=BASE_MODEL)
     return family
 

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from train_loop.model.load import DTYPES, dequantise_to
+from train_loop.model.processor import save_processor
 from train_loop.spec import JobSpec
 
 SHARD_SIZE = "4GB"
 
 
-def write_merged(folder: Path, spec: JobSpec, model: Any, tokenizer: Any) -> None:
+def write_merged(folder: Path, spec: JobSpec, model: Any, tokenizer: Any, base_folder: Path) -> None:
     """Write the merged model, in torch_dtype, into the local `folder`. The model given is used up: it is merged in place.
 
     A quantised base is merged as it was trained on: each weight is dequantised, not replaced by the original one. The adapter
@@ -27,6 +28,8 @@ def write_merged(folder: Path, spec: JobSpec, model: Any, tokenizer: Any) -> Non
     # transformers undoes here what it renames and stacks when it loads, so that the files are like the base's.
     base.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     tokenizer.save_pretrained(folder)
+    if spec.model_details.model_type == "vlm":
+        save_processor(base_folder, folder)
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ def load_processor(folder: Path) -> Any:
 
 
 def save_processor(base: Path, folder: Path) -> None:
-    """Copy what describes the processor of the model in `base` beside a tokenizer that is saved in `folder`, with its template."""
+    """Copy what describes the processor of the model in `base` beside a tokenizer that is saved in `folder`."""
     for name in FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)

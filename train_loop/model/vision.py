@@ -163,7 +163,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": replace(QWEN, name="Qwen2.5-VL"),
     "qwen3_vl": replace(QWEN, name="Qwen3-VL", aligner=DEEPSTACK),
     "internvl": replace(PROJECTED, name="InternVL3"),
-    "gemma3": replace(PROJECTED, name="Gemma 3", layout=_with_types),
+    # In layers with a sliding window, transformers looks for a packed document's images where the first one has its own.
+    "gemma3": replace(PROJECTED, name="Gemma 3", layout=_with_types, packs=False),
     "llava": replace(PROJECTED, name="LLaVA 1.5"),
     "mllama": Family(
         "Llama 3.2 Vision",
