@@ -15,7 +15,9 @@ def load(model: Path, processor: Path) -> tuple[Any, Any]:
     """The model, and the processor of a folder."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     made = AutoProcessor.from_pretrained(processor)
     made.tokenizer.padding_side = "left"
     return AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval(), made
@@ -42,7 +44,12 @@ def asked(processor: Any, rows: list[tuple[Any, str, str]]) -> Any:
         for picture, question, _ in rows
     ]
     return processor.apply_chat_template(
-        talks, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+        talks,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
     )
 
 
