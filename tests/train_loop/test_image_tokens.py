@@ -1,7 +1,6 @@
 """Rows with pictures: the tokens that the model's own processor makes, cut off between pictures, laid out with what they show."""
 
 import copy
-import pickle
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -150,6 +149,7 @@ turns = st.lists(
 )
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=40)
 @given(turns=turns, sizes=st.lists(st.sampled_from(SIZES), min_size=10, max_size=10), system=st.none() | words.filter(str.strip))
 def test_tokens_are_those_of_the_processors_own_template_call(family, processors, turns, sizes, system):
@@ -173,6 +173,7 @@ def test_what_is_learned_is_what_the_assistant_says(family, processors, messages
                 assert (part["text"].strip() in learned) is (message["role"] == "assistant")
 
 
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen3_vl"])  # whose answers show none
 @pytest.mark.parametrize("train_on", ["assistant", "all"])
 def test_no_token_of_a_picture_is_learned_whoever_shows_it(family, processors, train_on):
     messages = [user("Draw, like this: ", IMAGE), {"role": "assistant", "content": [text("Look: "), IMAGE]}]
@@ -339,6 +340,8 @@ def test_a_picture_that_the_template_leaves_out_rejects_its_row(processors):
     row = {"messages": [user("Draw"), {"role": "assistant", "content": [text("Here"), IMAGE]}]}
     with pytest.raises(RowRejected, match="images: 1, places for them in what the chat template makes of it: 0"):
         chat_of(processors["idefics3"], template=USERS_ONLY).encode(row, SIZES[:1])
+    with pytest.raises(RowRejected, match="images: 1, places for them in what the chat template makes of it: 0"):
+        chat_of(processors["qwen3_vl"]).encode(row, SIZES[:1])
 
 
 def test_a_system_message_that_the_template_does_not_take_opens_the_first_turn(processors):
@@ -394,13 +397,6 @@ def test_the_verdict_of_the_preparation_is_that_of_the_tokens(processors, name, 
     chat = chat_of(processors[name], truncation, train_on, max_length=limit)
     row = {"messages": messages}
     assert verdict(chat.check, row, sizes) == verdict(chat.encode, row, sizes)
-
-
-def test_a_tokenizer_that_has_met_rows_travels(processors):
-    chat = chat_of(processors["qwen2_5_vl"])
-    sample = chat.encode({"messages": MESSAGES}, SHOWN)
-    again = pickle.loads(pickle.dumps(chat)).encode({"messages": MESSAGES}, SHOWN)
-    assert again.input_ids.tolist() == sample.input_ids.tolist()
 
 
 # --- batches -----------------------------------------------------------------------------------------------------

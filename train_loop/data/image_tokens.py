@@ -48,7 +48,7 @@ class Expansion:
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """A base model's processor, as far as rows need it. Picklable."""
+    """A base model's processor, as far as rows need it."""
 
     processor: Any
 
