@@ -141,7 +141,7 @@ class Plain:
 
 # --- the same tokens as the processor's --------------------------------------------------------------------------
 
-words = st.sampled_from(["a", "What is this?\n", "\n", "\n\n", " ", "日本", "<", "word " * 5, "\n\n\n", "image>"])
+words = st.sampled_from(["a", "What is this?\n", "\n", "\n\n", " ", "日本", "<", "word " * 5, "\n\n\n", "image"])
 turns = st.lists(
     st.tuples(st.lists(words.map(text) | st.just(IMAGE), min_size=1, max_size=5), st.sampled_from(["Yes", "A dog.\n\nAnd."])),
     min_size=1,
