@@ -103,10 +103,14 @@ def _opened(asked: Any) -> Any:
 
 
 def _chat_tokenizer(spec: JobSpec, files: RunFiles) -> ChatTokenizer:
+    from train_loop.data.image_tokens import ImageTokens
     from train_loop.data.tokenize import ChatTokenizer
     from train_loop.model.load import load_tokenizer
+    from train_loop.model.processor import load_processor
 
-    return ChatTokenizer.of(spec, load_tokenizer(model_folder(spec.model_details, files.models(spec), weights=False)))
+    folder = model_folder(spec.model_details, files.models(spec), weights=False)
+    images = ImageTokens(load_processor(folder)) if spec.model_details.model_type == "vlm" else None
+    return ChatTokenizer.of(spec, load_tokenizer(folder), images)
 
 
 def launch(spec: JobSpec, request_id: str, files: RunFiles, placement: Placement, monitor: ActorMonitor) -> dict[str, Any]:

@@ -21,7 +21,8 @@ import torch
 from train_loop import export, weights
 from train_loop.checkpoint import Checkpoints
 from train_loop.context import RunContext
-from train_loop.data.loader import Layout, eval_batches, step_batches
+from train_loop.data.image_tokens import ImageTokens
+from train_loop.data.loader import Layout, Vision, eval_batches, step_batches
 from train_loop.data.sampler import BatchPlan
 from train_loop.data.shards import PreparedDataset, ShardSet, fetch_shards
 from train_loop.data.streaming import RowReader
@@ -34,6 +35,7 @@ from train_loop.metrics import MetricLog
 from train_loop.model.adapters import parameter_groups
 from train_loop.model.load import load_tokenizer
 from train_loop.model.merge import write_merged
+from train_loop.model.processor import load_processor
 from train_loop.model.source import revision_of, weights_hash
 from train_loop.node import from_first_worker
 from train_loop.optim import build_optimizer, learning_rate, set_learning_rate
@@ -94,7 +96,8 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
     tokenizer = load_tokenizer(ctx.model_folder)
     if pre.prompt.template is not None:
         tokenizer.chat_template = pre.prompt.template  # exported with the adapter: inference must render as training did
-    chat = None if prepared.eager else ChatTokenizer.of(spec, tokenizer)
+    images = ImageTokens(load_processor(ctx.model_folder)) if spec.model_details.model_type == "vlm" else None
+    chat = None if prepared.eager else ChatTokenizer.of(spec, tokenizer, images)
     rows = RowReader(ctx.open_source, spec.dataset_details.dataset_format) if pre.streaming else None
     fetch = partial(fetch_shards, prepared, ctx.storage, f"{ctx.run_path}/data", ctx.scratch / "data")
     shards = ShardSet(prepared, from_first_worker(ctx, fetch), rows)
@@ -107,8 +110,9 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
     model, parameters = trainee.model, trainee.parameters
     if pre.packing and not trainee.packs:
         ctx.event("packing", "this architecture can't keep packed samples apart: rows are padded instead, same loss")
-    layout = Layout(chat, pre.prompt.max_length, trainee.packs, tokenizer.pad_token_id)
-    optimizer = build_optimizer(parameter_groups(model, spec.train_config.adapter_config.lora_plus_ratio), hp)
+    vision = Vision(images, trainee.family.collate) if images is not None and trainee.family is not None else None
+    layout = Layout(chat, pre.prompt.max_length, trainee.packs, tokenizer.pad_token_id, vision)
+    optimizer = build_optimizer(parameter_groups(model, spec.train_config), hp)
     # Dropout differs between ranks; everything before this line is the same on all of them.
     torch.manual_seed(hp.seed + 1 + ctx.rank)
 

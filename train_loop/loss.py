@@ -7,6 +7,7 @@ Idea: Liger's fused linear cross-entropy (2024), Apple's cut cross-entropy (Wijm
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from train_loop.data.tokenize import IGNORE_INDEX
 
 CHUNK_TOKENS = 256  # at least, and on a CPU
 CHUNK_LOGITS = 2**28  # on a GPU, which is idle between small chunks: a GiB of them
+EMPTY: Mapping[str, torch.Tensor] = {}
 ROUNDING = 1e-2  # is less, in bf16 too
 
 
@@ -78,7 +80,7 @@ def supervised_loss(model: Any, micro: MicroBatch) -> torch.Tensor:
 
 
 def _loss(causal_lm: Any, micro: MicroBatch) -> torch.Tensor:
-    hidden = _hidden(causal_lm, micro.input_ids, micro.position_ids, micro.attention_mask)
+    hidden = _hidden(causal_lm, micro.input_ids, micro.position_ids, micro.attention_mask, micro.vision)
     supervised = micro.labels != IGNORE_INDEX
     return head_loss(hidden[supervised], Head.of(causal_lm), micro.labels[supervised])
 
@@ -156,10 +158,15 @@ def keeps_documents_apart(causal_lm: Any) -> bool:
     return bool(apart[2:].max() <= rounding * apart[:2].max())
 
 
-def _hidden(causal_lm: Any, input_ids: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """[rows, seq, hidden], what the head multiplies."""
+def _hidden(
+    causal_lm: Any,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    vision: Mapping[str, torch.Tensor] = EMPTY,
+) -> torch.Tensor:
+    """[rows, seq, hidden], what the head multiplies. `vision` may have other positions."""
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids, **vision}
     # `base_model` is what the architecture calls its model, or its transformer.
-    hidden: torch.Tensor = causal_lm.base_model(
-        input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False
-    ).last_hidden_state
+    hidden: torch.Tensor = causal_lm.base_model(**inputs, use_cache=False).last_hidden_state
     return hidden

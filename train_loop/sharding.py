@@ -15,7 +15,9 @@ import torch
 from train_loop.context import RunContext
 from train_loop.data.packing import MicroBatch
 from train_loop.data.tokenize import IGNORE_INDEX
-from train_loop.model.load import quantised_layers
+from train_loop.errors import ModelError
+from train_loop.model.load import language_part, quantised_layers
+from train_loop.model.vision import Family
 
 # A token that nothing is learned from.
 IDLE = MicroBatch(
@@ -27,15 +29,23 @@ IDLE = MicroBatch(
 )
 
 
-def shard(causal_lm: Any, ctx: RunContext) -> None:
-    """Shard the weights over all ranks, in place: its parameters are DTensors afterwards. Collective."""
+def shard(causal_lm: Any, ctx: RunContext, family: Family | None = None) -> None:
+    """Shard the weights over all ranks, in place: its parameters are DTensors afterwards. Collective.
+
+    What sees (of a `family`) is gathered with the outermost weights and not by itself: a rank whose samples have no images doesn't
+    run it. Raises ModelError where the language model too is another then.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    if family is not None and not family.shards:
+        message = f"{family.name} runs other layers where there are images, which fsdp can't: use ddp."
+        raise ModelError(message, field="train_config.distributed.type")
     for layer in quantised_layers(causal_lm):
         _store_as_floats(layer)
     mesh = init_device_mesh(ctx.device.type, (ctx.world_size,))
-    blocks = [m for m in causal_lm.modules() if type(m).__name__ in (causal_lm._no_split_modules or ())]
+    within = causal_lm.named_modules() if family is None else language_part(causal_lm).items()
+    blocks = [m for _, m in within if type(m).__name__ in (causal_lm._no_split_modules or ())]
     for module in (*blocks, causal_lm):
         # Also the outermost, so that outside of a call every parameter is this rank's slice.
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
@@ -43,8 +53,16 @@ def shard(causal_lm: Any, ctx: RunContext) -> None:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     # Backbone and head are called one by one, and a head may share its weight with the embeddings: gather around both.
-    causal_lm.gathered = types.MethodType(lambda self, f, *arguments: f(self, *arguments), causal_lm)
+    causal_lm.gathered = types.MethodType(lambda self, f, *arguments: f(self, *arguments) + _nothing(self, family), causal_lm)
     register_fsdp_forward_method(causal_lm, "gathered")
+
+
+def _nothing(causal_lm: Any, family: Family | None) -> torch.Tensor | float:
+    """Zero, with a gradient of zero for all that learns of what sees: those of the other ranks are summed with it."""
+    if family is None or not torch.is_grad_enabled():
+        return 0.0
+    seeing = [p for n, p in causal_lm.named_parameters() if p.requires_grad and any(f".{part}." in f".{n}" for part in family.parts)]
+    return sum((p.sum() * 0.0 for p in seeing), 0.0)
 
 
 @torch.no_grad()

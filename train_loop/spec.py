@@ -169,6 +169,12 @@ class Hyperparameters(Section):
     learning_rate: float = Field(
         LORA_LEARNING_RATE, gt=0, le=1, strict=True, description="Peak learning rate; 1e-5 is the default for full."
     )
+    vision_learning_rate: Annotated[float, Field(gt=0, le=1, strict=True)] | None = Field(
+        None, description="Peak learning rate of the vision tower, where it isn't frozen; null is learning_rate."
+    )
+    aligner_learning_rate: Annotated[float, Field(gt=0, le=1, strict=True)] | None = Field(
+        None, description="Peak learning rate of the aligner, where it isn't frozen; null is learning_rate."
+    )
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr"] = Field(
         "cosine", description="Shape of the learning rate after warm-up; cosine_with_min_lr ends at a tenth."
     )
@@ -236,6 +242,15 @@ class AdapterConfig(Section):
     )
 
 
+class Freeze(Section):
+    """What of a vlm, besides its language model, keeps the weights of the base."""
+
+    vision: bool = Field(True, strict=True, description="The vision tower, which looks at the images.")
+    aligner: bool = Field(
+        True, strict=True, description="The aligner (connector, merger, projector) between tower and language model."
+    )
+
+
 class Distributed(Section):
     """How workers share the model."""
 
@@ -262,6 +277,7 @@ class TrainConfig(Section):
     tuner_backend: Literal["tuneyard", "simplismart", "peft"] = Field("tuneyard", description="Names of the same engine.")
     hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters)
     adapter_config: AdapterConfig = Field(default_factory=AdapterConfig)
+    freeze: Freeze = Field(default_factory=Freeze)
     distributed: Distributed = Field(default_factory=Distributed)
     export: Export = Field(default_factory=Export)
     report_to: list[Annotated[str, Field(min_length=1, max_length=640)]] = Field(
@@ -500,6 +516,17 @@ def only_a_vlm_has_pixels(model_details: ModelDetails, dataset_config: DatasetCo
         )
 
 
+def only_a_vlm_has_more_to_train(model_details: ModelDetails, train_config: TrainConfig) -> Iterator[Fault]:
+    freeze, hp = train_config.freeze, train_config.hyperparameters
+    for part, is_frozen in (("vision", freeze.vision), ("aligner", freeze.aligner)):
+        field = f"train_config.freeze.{part}"
+        if model_details.model_type == "llm" and not is_frozen:
+            yield Fault(field, f"an llm job trains the language model alone: {part} must stay frozen, or model_type be vlm")
+        elif is_frozen and getattr(hp, f"{part}_learning_rate") is not None:
+            rate = f"train_config.hyperparameters.{part}_learning_rate"
+            yield Fault(rate, f"{part} is frozen, so it has no learning rate: leave this out, or set {field} to false")
+
+
 def dataset_is_where_it_is_said(dataset_details: DatasetDetails) -> Iterator[Fault]:
     field, source, path = "dataset_details.dataset_path", dataset_details.source_type, dataset_details.dataset_path
     scheme = SCHEMES.get(source)
@@ -541,6 +568,7 @@ RULES: tuple[Rule, ...] = (
     rows_suit_the_objective,
     images_come_in_a_zip,
     only_a_vlm_has_pixels,
+    only_a_vlm_has_more_to_train,
     dataset_is_where_it_is_said,
     private_dataset_has_a_secret,
     fewest_nodes_are_not_more,

@@ -17,6 +17,7 @@ from train_loop.loss import computes_its_logits, keeps_documents_apart
 from train_loop.model.adapters import add_adapter, trainable, with_trained
 from train_loop.model.layers import fuse
 from train_loop.model.load import META, BaseModel, is_quantised, load_base
+from train_loop.model.vision import Family
 from train_loop.noise import add_noise
 from train_loop.parallel import sync_parameters
 from train_loop.sharding import deal_out, release, shard
@@ -33,6 +34,7 @@ class Trainee:
     device: torch.device
     sharded: bool
     packs: bool  # whether samples are packed: asked for, and kept apart by this architecture
+    family: Family | None  # of a model that is to see
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -64,8 +66,8 @@ def load_trainee(spec: JobSpec, ctx: RunContext) -> Trainee:
     model = _made_trainable(base, spec, ctx.start)
     sync_parameters(trainable(model), ctx)
     if sharded:
-        shard(base.model, ctx)
-    return Trainee(model, base.compute_dtype, base.note, ctx.device, sharded, packs)
+        shard(base.model, ctx, base.family)
+    return Trainee(model, base.compute_dtype, base.note, ctx.device, sharded, packs, base.family)
 
 
 def _load_sharded(spec: JobSpec, ctx: RunContext) -> Trainee:
@@ -80,9 +82,9 @@ def _load_sharded(spec: JobSpec, ctx: RunContext) -> Trainee:
         packs = _packs(spec, base)
         source = _made_trainable(base, spec, ctx.start)
     told = ctx.all_reduce_sum(torch.tensor([int(packs)], device=ctx.device))
-    shard(empty.model, ctx)
+    shard(empty.model, ctx, empty.family)
     deal_out(source, model, ctx)
-    return Trainee(model, empty.compute_dtype, empty.note, ctx.device, True, bool(told))
+    return Trainee(model, empty.compute_dtype, empty.note, ctx.device, True, bool(told), empty.family)
 
 
 def load_whole(spec: JobSpec, ctx: RunContext, trainee: Trainee, tensors: Mapping[str, torch.Tensor]) -> Any:
@@ -105,7 +107,8 @@ def _packs(spec: JobSpec, base: BaseModel) -> bool:
             "known here: it would be trained on a wrong loss.",
             field="model_details.base_model",
         )
-    return spec.dataset_config.preprocessing.packing and keeps_documents_apart(base.model)
+    may = base.family is None or base.family.packs
+    return spec.dataset_config.preprocessing.packing and may and keeps_documents_apart(base.model)
 
 
 def _made_trainable(base: BaseModel, spec: JobSpec, start: Path | None = None) -> Any:

@@ -47,7 +47,7 @@ def batch_of(tokenizer):
 def train(model, spec, batch, steps=3):
     """A few optimizer steps, as the loop takes them; the losses."""
     optimizer = build_optimizer(
-        parameter_groups(model, spec.train_config.adapter_config.lora_plus_ratio), spec.train_config.hyperparameters
+        parameter_groups(model, spec.train_config), spec.train_config.hyperparameters
     )
     losses = []
     for _ in range(steps):

@@ -59,7 +59,7 @@ class Layout:
             packing=self.packing,
             pad_id=self.pad_id,
             pictures=[pictures for _, pictures in made],
-            see=self.vision and self.vision.collate,
+            see=None if self.vision is None else self.vision.collate,
         )
         return None if batch is None else replace(batch, rows=tuple(int(row) for row in rows))
 

@@ -49,7 +49,7 @@ class MicroBatch:
     """Tensors of shape [rows, seq].
 
     `labels` are ALREADY SHIFTED: labels[r, t] is the target of position t, the next token of the same document, or
-    IGNORE_INDEX. `attention_mask` is None when packed. `vision` is what a model that sees is given besides, of all pictures.
+    IGNORE_INDEX. `attention_mask` is None when packed.
     """
 
     input_ids: torch.Tensor
@@ -58,7 +58,7 @@ class MicroBatch:
     attention_mask: torch.Tensor | None
     num_tokens: int
     rows: tuple[int, ...] = ()  # of the ShardSet it was made from
-    vision: dict[str, torch.Tensor] = field(default_factory=dict)
+    vision: dict[str, torch.Tensor] = field(default_factory=dict)  # a model's inputs for its images, beside or in place of these
 
     @property
     def num_supervised(self) -> int:

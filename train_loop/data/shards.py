@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from train_loop.data.streaming import RowReader
 
 SPLITS = ("train", "eval", "test")
+BYTES_PER_IMAGE = 1024  # about: models make from 64 to 1000 tokens of one
 PLACE = [("file", pa.int32()), ("offset", pa.int64()), ("line", pa.int64()), ("u", pa.float64())]
 LAZY = pa.schema([*PLACE, ("conversation", pa.string())])
 TOKENS = ("input_ids", "labels")
@@ -163,7 +164,8 @@ class ShardSet:
         return np.flatnonzero(self._split == SPLITS.index(split))
 
     def sizes(self, rows: np.ndarray) -> np.ndarray:
-        """How long each of these rows is: tokens where they were made before, else bytes of its JSON."""
+        """How long each of these rows is: tokens where they were made before, else bytes of its JSON, and about as many for each
+        of its images as its tokens' text would have."""
         if not self._tables:
             return np.zeros(len(rows), dtype=np.int64)
         sizes: np.ndarray = np.concatenate([_lengths(table) for table in self._tables])[rows]
@@ -223,4 +225,6 @@ def _lengths(table: pa.Table) -> Any:
         lengths = pc.list_value_length(table.column("input_ids"))
     else:
         lengths = pc.binary_length(table.column("conversation"))
+        if "images" in table.column_names:
+            lengths = pc.add(lengths, pc.multiply(pc.list_value_length(table.column("images")), BYTES_PER_IMAGE))
     return lengths.to_numpy()

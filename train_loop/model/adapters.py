@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from train_loop.errors import ModelError
 from train_loop.model.initial import continue_from, from_principal_part, from_quantisation_error
-from train_loop.model.load import language_part
-from train_loop.spec import AdapterConfig, JobSpec
+from train_loop.model.load import learning_part
+from train_loop.model.vision import Family
+from train_loop.spec import AdapterConfig, Freeze, JobSpec, TrainConfig
 
 ALL_LINEAR = ["all-linear"]
 TARGETS = "train_config.adapter_config.targets"
 MODULES_TO_SAVE = "train_config.adapter_config.modules_to_save"
 ROUTERS = ("router", "gate", "shared_expert_gate")  # which expert a token goes to; trained, they collapse onto a few experts
 MAX_NAMES_TOLD = 12
+FROZEN = Freeze()
 
 
 def rank(adapter: AdapterConfig) -> int:
@@ -26,8 +29,9 @@ def rank(adapter: AdapterConfig) -> int:
     return 2 * adapter.r if adapter.init == "pissa" else adapter.r
 
 
-def linear_layers(base: Any) -> dict[str, Any]:
-    """What "all-linear" adapts, by name: every linear layer of the language model but the head and the routers of experts.
+def linear_layers(base: Any, freeze: Freeze = FROZEN) -> dict[str, Any]:
+    """What "all-linear" adapts, by name: every linear layer of the language model but the head and the routers of experts, and
+    those of the vision tower and the aligner that aren't frozen.
 
     Experts that are slices of one 3-D parameter (transformers 5 keeps those of a mixture so) aren't layers, so all-linear leaves
     them as they are: an adapter on each would often be larger than the rest of the adapter together, takes no dropout, and few
@@ -38,8 +42,11 @@ def linear_layers(base: Any) -> dict[str, Any]:
     head = base.get_output_embeddings()
     return {
         name: module
-        for name, module in language_part(base).items()
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head and name.rpartition(".")[2] not in ROUTERS
+        for name, module in learning_part(base, freeze).items()
+        if isinstance(module, (torch.nn.Linear, Conv1D))
+        and not isinstance(module, NonDynamicallyQuantizableLinear)  # torch's own attention reads its weight and never calls it
+        and module is not head
+        and name.rpartition(".")[2] not in ROUTERS
     }
 
 
@@ -53,21 +60,22 @@ def is_named(name: str, targets: list[str]) -> bool:
     return any(name == t or name.endswith(f".{t}") for t in targets)
 
 
-def named(base: Any, targets: list[str]) -> dict[str, Any]:
-    """The modules of the language model that `targets` names, by their whole names.
+def named(base: Any, targets: list[str], freeze: Freeze = FROZEN) -> dict[str, Any]:
+    """The modules that `targets` names, by their whole names, of the language model and of what else isn't frozen.
 
-    PEFT is given these: by a suffix it would find those of a vision tower too, and as modules_to_save whatever ends in the same
-    letters.
+    PEFT is given these: by a suffix it would find those of a frozen vision tower too, and as modules_to_save whatever ends in
+    the same letters.
     """
-    return {name: module for name, module in language_part(base).items() if is_named(name, targets)}
+    return {name: module for name, module in learning_part(base, freeze).items() if is_named(name, targets)}
 
 
-def lora_config(adapter: AdapterConfig, base: Any, base_model: str) -> Any:
+def lora_config(adapter: AdapterConfig, base: Any, base_model: str, freeze: Freeze = FROZEN) -> Any:
     """PEFT's configuration for ours. Raises ModelError when a name in it isn't of this model."""
     from peft import LoraConfig
 
-    layers, parameters = _targets(adapter.targets, base, base_model)
-    saved = _saved(adapter.modules_to_save or [], base)
+    layers, parameters = _targets(adapter.targets, base, base_model, freeze)
+    saved = _saved(adapter.modules_to_save or [], base, freeze)
+    _check_learns(base, freeze, [*layers, *saved])
     # One pair of parameters where the base has one, so that the merged model is tied as its base is.
     tied = bool(base.config.get_text_config().tie_word_embeddings) and any(name in saved for name in _embedding_names(base))
     r = rank(adapter)
@@ -96,7 +104,7 @@ def add_adapter(base: Any, spec: JobSpec, start: Path | None = None) -> Any:
     `start` this job.
     """
     adapter = spec.train_config.adapter_config
-    config = lora_config(adapter, base, spec.model_details.base_model)
+    config = lora_config(adapter, base, spec.model_details.base_model, spec.train_config.freeze)
     torch.manual_seed(spec.train_config.hyperparameters.seed)
     try:
         model = _wrapped(base, config)
@@ -142,51 +150,77 @@ def trainable(model: Any) -> list[torch.nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def parameter_groups(model: Any, lora_plus_ratio: float | None) -> list[dict[str, Any]]:
+def parameter_groups(model: Any, config: TrainConfig) -> list[dict[str, Any]]:
     """The trainable parameters as the optimizer takes them: `lr_factor` times the schedule's rate is a group's own.
 
     LoRA+ trains B faster than A. Source: Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", 2024.
     """
-    if lora_plus_ratio is None:
-        return [{"params": trainable(model), "lr_factor": 1.0}]
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    is_b = lambda name: "lora_B" in name or "lora_embedding_B" in name  # noqa: E731
-    return [
-        {"params": [p for n, p in named if not is_b(n)], "lr_factor": 1.0},
-        {"params": [p for n, p in named if is_b(n)], "lr_factor": lora_plus_ratio},
-    ]
+    hp, ratio = config.hyperparameters, config.adapter_config.lora_plus_ratio or 1.0
+    rates = hp.vision_learning_rate, hp.aligner_learning_rate
+    family = Family.of(model.config) if any(rates) else None
+
+    def factor(name: str) -> float:
+        of_layer = ratio if "lora_B" in name or "lora_embedding_B" in name else 1.0
+        if family is None:
+            return of_layer
+        rate = rates[0] if family.is_of_tower(name) else rates[1] if family.is_of_aligner(name) else None
+        return of_layer * (rate or hp.learning_rate) / hp.learning_rate
+
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(factor(name), []).append(parameter)
+    return [{"params": parameters, "lr_factor": by} for by, parameters in groups.items()]
 
 
-def _targets(targets: list[str], base: Any, base_model: str) -> tuple[list[str], list[str]]:
+def _check_learns(base: Any, freeze: Freeze, layers: list[str]) -> None:
+    """Raise ModelError where a part isn't frozen and has none of the `layers`: it would learn nothing."""
+    family = None if freeze.vision and freeze.aligner else Family.of(base.config)
+    if family is None:
+        return
+    for part, learns, is_of in (
+        ("vision", not freeze.vision, family.is_of_tower),
+        ("aligner", not freeze.aligner, family.is_of_aligner),
+    ):
+        if learns and not any(is_of(name) for name in layers):
+            where = " or ".join(name.rpartition(".")[2] for name in (family.aligner if part == "aligner" else (family.tower,)))
+            raise ModelError(
+                f"{part} isn't frozen, and the adapter has no layer in it: freeze it, name layers of it in targets, or name "
+                f"{where} in modules_to_save to train it whole.",
+                field=f"train_config.freeze.{part}",
+            )
+
+
+def _targets(targets: list[str], base: Any, base_model: str, freeze: Freeze) -> tuple[list[str], list[str]]:
     """The names of layers and of experts' parameters to adapt, as PEFT takes them."""
     if targets == ALL_LINEAR:
-        return list(linear_layers(base)), []
+        return list(linear_layers(base, freeze)), []
     head, experts = base.get_output_embeddings(), expert_parameters(base)
     for target in targets:
-        found = named(base, [target])
+        found = named(base, [target], freeze)
         if any(module is head for module in found.values()):
             raise ModelError(
                 f"targets names the head ({target}), which has no adapter: train it whole by modules_to_save.", field=TARGETS
             )
         if not found and not any(is_named(name, [target]) for name in experts):
-            there = sorted({name.rpartition(".")[2] for name in linear_layers(base)} | {_tail(n) for n in experts})
+            there = sorted({name.rpartition(".")[2] for name in linear_layers(base, freeze)} | {_tail(n) for n in experts})
             raise ModelError(
                 f"the adapter doesn't fit {base_model}: no layer is named {target}; "
                 f"there are {', '.join(there[:MAX_NAMES_TOLD])}.",
                 field=TARGETS,
             )
     parameters = [t for t in targets if any(is_named(name, [t]) for name in experts)]
-    return list(named(base, [t for t in targets if t not in parameters])), parameters
+    return list(named(base, [t for t in targets if t not in parameters], freeze)), parameters
 
 
 def _tail(name: str) -> str:
     return ".".join(name.split(".")[-2:])
 
 
-def _saved(names: list[str], base: Any) -> list[str]:
+def _saved(names: list[str], base: Any, freeze: Freeze) -> list[str]:
     """The whole names of what modules_to_save names."""
     for name in names:
-        found = named(base, [name]).values()
+        found = named(base, [name], freeze).values()
         if not found:
             message = f"modules_to_save names no module of {base.config.model_type}: {name}."
             raise ModelError(message, field=MODULES_TO_SAVE)
@@ -195,7 +229,7 @@ def _saved(names: list[str], base: Any) -> list[str]:
                 f"modules_to_save names a quantised module ({name}), which can't be trained: leave it out, or quantization.",
                 field=MODULES_TO_SAVE,
             )
-    return list(named(base, names))
+    return list(named(base, names, freeze))
 
 
 def _embedding_names(base: Any) -> list[str]:

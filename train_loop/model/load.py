@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -13,11 +14,13 @@ import torch
 
 from train_loop.errors import ModelError
 from train_loop.model.attention import attend_by_document
-from train_loop.spec import JobSpec, Quantization
+from train_loop.model.vision import FAMILIES, Family
+from train_loop.spec import Freeze, JobSpec, Quantization
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BASE_MODEL = "model_details.base_model"
 META = torch.device("meta")
+OLD_TEMPLATE = "chat_template.json"  # where models that see had theirs, before it went into a file of its own
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class BaseModel:
     model: Any
     compute_dtype: torch.dtype
     note: str
+    family: Family | None = None  # of a model that is to see
 
 
 @cache
@@ -65,7 +69,10 @@ def first_line(error: Exception) -> str:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The model's tokenizer; one without a pad token pads with its end-of-sequence token. Raises ModelError."""
+    """The model's tokenizer; one without a pad token pads with its end-of-sequence token. Raises ModelError.
+
+    Its chat template may be one that the base has for its processor only.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -74,25 +81,29 @@ def load_tokenizer(folder: Path) -> Any:
         raise ModelError(f"the base model's tokenizer can't be loaded: {first_line(error)}", field=BASE_MODEL) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None and (folder / OLD_TEMPLATE).is_file():
+        tokenizer.chat_template = json.loads((folder / OLD_TEMPLATE).read_text())["chat_template"]
     return tokenizer
 
 
-def quantised_by(quantization: Quantization | None, dtype: torch.dtype) -> dict[str, Any]:
+def quantised_by(quantization: Quantization | None, dtype: torch.dtype, family: Family | None = None) -> dict[str, Any]:
     """What from_pretrained is told. Nothing, not None, without: None has it forget that the files are quantised already."""
-    return {"quantization_config": quantization_config(quantization, dtype)} if quantization else {}
+    return {"quantization_config": quantization_config(quantization, dtype, family)} if quantization else {}
 
 
-def quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
-    """bitsandbytes' settings; the same kernels run on CPU and GPU."""
+def quantization_config(quantization: Quantization, dtype: torch.dtype, family: Family | None = None) -> Any:
+    """bitsandbytes' settings; the same kernels run on CPU and GPU. What sees keeps its weights: it is small, and bears it badly."""
     from transformers import BitsAndBytesConfig
 
+    kept = {"llm_int8_skip_modules": ["lm_head", *family.parts]} if family is not None else {}
     if quantization.quant_bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, **kept)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.quant_type,
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=dtype,
+        **kept,
     )
 
 
@@ -127,10 +138,13 @@ def dequantise_to(base: Any, dtype: torch.dtype) -> None:
         layer.compute_dtype = layer.weight.quant_state.dtype = dtype
 
 
-def auto_class(config: Any) -> Any:
-    """What transformers builds and loads this architecture with: as a language model, or as one that sees too."""
+def auto_class(config: Any, *, images: bool = False) -> Any:
+    """What transformers builds and loads this architecture with: as a language model where it can be one without the part that
+    sees, and no `images` are given; else as one that sees too."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    if images:
+        return AutoModelForImageTextToText
     sees = type(config) in AutoModelForImageTextToText._model_mapping
     return (
         AutoModelForImageTextToText if sees and type(config) not in AutoModelForCausalLM._model_mapping else AutoModelForCausalLM
@@ -141,6 +155,29 @@ def language_part(model: Any) -> dict[str, Any]:
     """The modules that read and write text, by name: a model that sees has others too, such as its vision tower."""
     text = {*model.get_decoder().modules(), *model.get_output_embeddings().modules()}
     return {name: module for name, module in model.named_modules() if module in text}
+
+
+def learning_part(model: Any, freeze: Freeze) -> dict[str, Any]:
+    """The modules that a job may train, by name: those of the language model, and of what sees those that aren't frozen."""
+    part = language_part(model)
+    family = None if freeze.vision and freeze.aligner else Family.of(model.config)
+    if family is not None:
+        for name, module in model.named_modules():
+            if (not freeze.vision and family.is_of_tower(name)) or (not freeze.aligner and family.is_of_aligner(name)):
+                part[name] = module
+    return part
+
+
+def family_of(spec: JobSpec, config: Any) -> Family | None:
+    """The family of a base that is to see; None for an llm's. Raises ModelError where it is none that is known."""
+    if spec.model_details.model_type == "llm":
+        return None
+    family = Family.of(config)
+    if family is None:
+        known = ", ".join(f.name for f in FAMILIES.values())
+        message = f"base model {spec.model_details.base_model} ({config.model_type}) is of no family that trains on images: {known}."
+        raise ModelError(message, field=BASE_MODEL)
+    return family
 
 
 def is_quantised(spec: JobSpec, folder: Path) -> bool:
@@ -173,8 +210,8 @@ def load_base(spec: JobSpec, folder: Path, device: torch.device, at: torch.devic
 
     Its weights are `at` another device, or nowhere (`META`: the model without them, which takes no memory).
 
-    Every parameter is frozen; for full training those of the language model learn, in float32: in bf16 most updates would round
-    to nothing.
+    Every parameter is frozen; for full training those of the language model, and of what else isn't frozen, learn, in float32: in
+    bf16 most updates would round to nothing.
     """
     from bitsandbytes.nn import Linear8bitLt
     from safetensors import SafetensorError
@@ -184,27 +221,29 @@ def load_base(spec: JobSpec, folder: Path, device: torch.device, at: torch.devic
     quantization = spec.model_details.quantization
     full = spec.train_config.train_type == "full"
     config = _config(spec, folder)
+    family = family_of(spec, config)
+    kind = auto_class(config, images=family is not None)
     # Quantised from float32, so that the 4-bit codes are the same whatever this machine computes in.
     kept_in = torch.float32 if quantization or full else dtype
     try:
         if at == META:
             with META:
-                model = auto_class(config).from_config(config, dtype=kept_in, trust_remote_code=False)
+                model = kind.from_config(config, dtype=kept_in, trust_remote_code=False)
         else:
-            model = auto_class(config).from_pretrained(
+            model = kind.from_pretrained(
                 folder,
                 dtype=kept_in,
                 device_map={"": at or device},
                 use_safetensors=True,
                 trust_remote_code=False,
-                **quantised_by(quantization, dtype),
+                **quantised_by(quantization, dtype, family),
             )
     except (OSError, ValueError, ImportError, SafetensorError) as error:  # the third: a kind of quantisation without its library
         name = spec.model_details.base_model
         raise ModelError(f"base model {name} can't be loaded: {first_line(error)}", field=BASE_MODEL) from error
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for module in language_part(model).values() if full else ():
+    for module in learning_part(model, spec.train_config.freeze).values() if full else ():
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(True)
     compute_in(model, dtype)
@@ -219,4 +258,4 @@ def load_base(spec: JobSpec, folder: Path, device: torch.device, at: torch.devic
             # that has lost its scales.
             module.init_8bit_state()
             module.init_8bit_state = lambda: None
-    return BaseModel(model, dtype, note)
+    return BaseModel(model, dtype, note, family)

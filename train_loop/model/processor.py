@@ -15,7 +15,7 @@ from train_loop.errors import ModelError
 from train_loop.model.load import BASE_MODEL, first_line, load_tokenizer
 
 # What a processor is described by, besides the tokenizer; each base has some of them.
-FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json")
+FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
 def load_processor(folder: Path) -> Any:
@@ -37,7 +37,7 @@ def load_processor(folder: Path) -> Any:
 
 
 def save_processor(base: Path, folder: Path) -> None:
-    """Copy what describes the processor of the model in `base` beside a tokenizer that is saved in `folder`."""
+    """Copy what describes the processor of the model in `base` beside a tokenizer that is saved in `folder`, with its template."""
     for name in FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
