@@ -77,12 +77,12 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if tokenizer.chat_template is None and (folder / OLD_TEMPLATE).is_file():
+            tokenizer.chat_template = json.loads((folder / OLD_TEMPLATE).read_text())["chat_template"]
     except Exception as error:  # tokenizers raises nothing narrower of a file that it can't read
         raise ModelError(f"the base model's tokenizer can't be loaded: {first_line(error)}", field=BASE_MODEL) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.chat_template is None and (folder / OLD_TEMPLATE).is_file():
-        tokenizer.chat_template = json.loads((folder / OLD_TEMPLATE).read_text())["chat_template"]
     return tokenizer
 
 
@@ -250,6 +250,10 @@ def load_base(spec: JobSpec, folder: Path, device: torch.device, at: torch.devic
             parameter.requires_grad_(True)
     compute_in(model, dtype)
     attend_by_document(model, device)
+    if (
+        family is not None and not family.mixes
+    ):  # its images come in the dtype of its first weight, and trained embeddings in float32
+        model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(model.dtype))
     for module in quantised_layers(model):
         # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit layer the first time it runs in eval mode, and the repacked
         # kernel has no backward: training after an evaluation would silently use wrong gradients.
