@@ -374,10 +374,7 @@ def memory_of_a_worker(
     block = 8 * shape.hidden + _kept_by_adapters(spec, shape, width)
     block += width * (2 * shape.hidden + 3 * shape.attention + 2 * shape.key_value + 4 * shape.intermediate)
     if hp.gradient_checkpointing:
-        # bitsandbytes keeps what goes into an 8-bit layer where checkpointing doesn't find it.
-        inputs = 2 * shape.hidden + shape.attention + shape.intermediate
-        kept = shape.hidden + (inputs if quantization is not None and quantization.quant_bits == 8 else 0)
-        activations = batch_tokens * (shape.num_layers * kept * width + RECOMPUTED_BLOCKS * block)
+        activations = batch_tokens * (shape.num_layers * shape.hidden * width + RECOMPUTED_BLOCKS * block)
     else:
         activations = batch_tokens * shape.num_layers * block
     still = shape.vision_params * width / held
@@ -415,11 +412,13 @@ def _kept_by_adapters(spec: JobSpec, shape: ModelShape, width: int) -> float:
     """Bytes of activations that the adapters of a block add, of a token."""
     if spec.train_config.train_type == "full":
         return 0.0
-    adapter, quantization = spec.train_config.adapter_config, spec.model_details.quantization
-    inputs = sum(i for i, _ in shape.adapted) / shape.num_layers
-    if adapter.use_dora or (quantization is not None and quantization.quant_bits == 8):
-        return inputs * (4 + width)  # as PEFT computes them: each keeps its input in float32, and what dropout left
-    return (inputs if adapter.dropout else 0.0) + width * rank(adapter) * len(shape.adapted) / shape.num_layers
+    adapter = spec.train_config.adapter_config
+    inputs, outputs = (sum(sizes) / shape.num_layers for sizes in zip(*shape.adapted, strict=True)) if shape.adapted else (0, 0)
+    masks = inputs if adapter.dropout else 0.0
+    low = width * rank(adapter) * len(shape.adapted) / shape.num_layers
+    if adapter.use_dora:  # what comes out before it gets its length, and of each layer what dropout left and what it took
+        return low + width * outputs + masks * (1 + 2 * width)
+    return low + masks
 
 
 def bytes_per_weight(quantization: Quantization) -> float:
