@@ -11,8 +11,9 @@ import types
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
+
+from train_loop.model.bits import QuantState, dequantize_4bit
 
 DRAWS = 2**16  # how many different numbers decide what dropout drops
 
@@ -95,7 +96,7 @@ def fuse(model: Any) -> None:
 
 
 def _is_known(base: torch.nn.Module) -> bool:
-    from bitsandbytes.nn import Linear4bit
+    from train_loop.model.bits import Linear4bit
 
     return type(base) is torch.nn.Linear or isinstance(base, Linear4bit)
 
