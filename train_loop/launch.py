@@ -1,4 +1,4 @@
-"""From a JobSpec to an adapter in object storage: Ray Data pipeline, TorchTrainer, manifest.
+"""From a JobSpec to an adapter in object storage: Ray Data pipeline, Ray Train, manifest.
 
 `launch` runs on Ray (the service's job actor and `python -m train_loop` both call it); `launch_local` runs the same parts
 in this process.
@@ -263,9 +263,8 @@ def _train(
 ) -> dict[str, Any]:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig
 
-    from train_loop.trainer import Trainer
+    from train_loop.trainer import ProcessGroup, Trainer
 
     # Checkpoints are ours; what Ray Train writes down of its own is of no use after the attempt.
     with scratch_folder() as notes:
@@ -279,7 +278,7 @@ def _train(
                 "monitor": monitor,
                 "clock": StepClock(placement.hang_floor_s, placement.hang_factor),
             },
-            torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo"),
+            backend_config=ProcessGroup("nccl" if placement.use_gpu else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=placement.num_workers or spec.infra_config.num_workers,
                 use_gpu=placement.use_gpu,
