@@ -63,7 +63,7 @@ def service(database_url: str | None) -> Iterator[tuple[dict[str, Any], JobStore
         def run(*arguments: str) -> str:
             return subprocess.run([TUNEYARD, *arguments], env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
 
-        state = json.loads(run("up", "--detach", "--json"))
+        state = json.loads(run("up", "--detach", "--json")) | {"home": home}
         try:
             yield state, JobStore.open(url), run("token", "--org", ORG).strip()
         finally:

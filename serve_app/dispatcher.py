@@ -20,6 +20,7 @@ from serve_app import logs
 from serve_app.cluster import DISPATCHER, Attempt, Cluster, Growth, Node, RayCluster, bundle_of
 from serve_app.housekeeping import clean
 from serve_app.lifecycle import BEFORE_WORKERS, NOTHING_TO_SAVE
+from serve_app.ready import ReadyProcesses
 from serve_app.scheduler import EPSILON, HALF_LIFE_S, Bundle, Decision, Gang, Limits, Room, Run, Shares, decide
 from serve_app.settings import Settings
 from serve_app.store.jobs import STORE_AWAY, Job, JobStore, StaleAttempt, utc_now
@@ -49,6 +50,7 @@ class Dispatcher:
         self.wake = threading.Event()
         self.settings = settings
         self.leads = False
+        self.ready = ReadyProcesses(settings.ready_workers or 0)
         threading.Thread(target=self._loop, name="dispatch", daemon=True).start()
         threading.Thread(target=self._keep_house, name="housekeeping", daemon=True).start()
 
@@ -67,6 +69,8 @@ class Dispatcher:
                 self.leads = self.store.acquire_lease(DISPATCHER, self.owner, LEASE_S) is not None
                 if self.leads:
                     busy = self.passes.run()
+                    if not self.passes.starting:
+                        self.ready.top_up()
                 else:
                     self.passes.forget()
             except STORE_AWAY as error:
@@ -100,6 +104,7 @@ class Passes:
     ) -> None:
         self.settings, self.store, self.cluster, self._now, self._awake_s = settings, store, cluster, now, awake_s
         self._passed = now(), awake_s()
+        self.starting = False  # whether a job was on the way to its first step, or to its start, in the last pass
         self.forget()
 
     def forget(self) -> None:
@@ -215,6 +220,7 @@ class Passes:
         empty = Room.of(node.resources for node in taking)
         self._look_at_capacity(empty, now)
         started = {gang.request_id for gang, _ in decision.starts}
+        self.starting = bool(started) or any(job.phase in NOTHING_TO_SAVE for job in open_jobs)
         self._refuse_what_never_fits([job for job in waiting if job.request_id not in started], empty, now)
 
     def _taking(self, nodes: list[Node], due: dict[str, Job]) -> list[Node]:

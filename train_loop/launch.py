@@ -1,4 +1,4 @@
-"""From a JobSpec to an adapter in object storage: Ray Data pipeline, TorchTrainer, manifest.
+"""From a JobSpec to an adapter in object storage: Ray Data pipeline, Ray Train, manifest.
 
 `launch` runs on Ray (the service's job actor and `python -m train_loop` both call it); `launch_local` runs the same parts
 in this process.
@@ -48,6 +48,7 @@ OUTCOME = "outcome.json"  # how training ended; written when the adapter is in s
 WORKER_NICENESS = 15  # Ray's own default for all its workers
 SESSION_NICENESS = 10  # a tenth of what others get while they want all
 TELL_S = 10.0  # a worker that ends itself waits so long for the monitor to hear why
+TRAINS = "TUNEYARD_TRAINS"  # set in the environment of workers on CPUs
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ class ActorMonitor:
         """Ask the monitor for the keys of one of the job's trackers."""
         keys: TrackerKeys = _opened(self.handle.tracker.remote(secret))
         return keys
+
+
+def worker_environment() -> dict[str, str]:
+    """The variables that a worker on CPUs starts with."""
+    return {TRAINS: "1"} | allocator.environment()
 
 
 def _opened(asked: Any) -> Any:
@@ -267,9 +273,8 @@ def _train(
 ) -> dict[str, Any]:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig
 
-    from train_loop.trainer import Trainer
+    from train_loop.trainer import ProcessGroup, Trainer
 
     # Checkpoints are ours; what Ray Train writes down of its own is of no use after the attempt.
     with scratch_folder() as notes:
@@ -283,7 +288,7 @@ def _train(
                 "monitor": monitor,
                 "clock": StepClock(placement.hang_floor_s, placement.hang_factor),
             },
-            torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo"),
+            backend_config=ProcessGroup("nccl" if placement.use_gpu else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=placement.num_workers or spec.infra_config.num_workers,
                 use_gpu=placement.use_gpu,
@@ -293,7 +298,7 @@ def _train(
             run_config=RunConfig(
                 name=request_id,
                 storage_path=str(notes),
-                worker_runtime_env=None if placement.use_gpu else {"env_vars": allocator.environment()},
+                worker_runtime_env=None if placement.use_gpu else {"env_vars": worker_environment()},
                 # An attempt ends with the first fault. Only room for the workers is waited for.
                 failure_config=FailureConfig(
                     max_failures=0, max_preemption_failures=0, controller_failure_limit=placement.room_waits

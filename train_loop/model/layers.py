@@ -12,10 +12,9 @@ import types
 from typing import Any, TypeAlias
 
 import torch
-from bitsandbytes import MatmulLtState, matmul
-from bitsandbytes.functional import QuantState, dequantize_4bit
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
+
+from train_loop.model.bits import Linear4bit, Linear8bitLt, MatmulLtState, QuantState, dequantize_4bit, matmul
 
 Quantised: TypeAlias = QuantState | MatmulLtState | None  # how a weight is packed: in 4 bits, in 8, not at all
 DRAWS = 2**16  # how many different numbers decide what dropout drops

@@ -119,7 +119,7 @@ def quieten() -> None:
 
 def quantised_layers(model: Any) -> list[Any]:
     """The model's 4-bit linear layers."""
-    from bitsandbytes.nn import Linear4bit
+    from train_loop.model.bits import Linear4bit
 
     return [m for m in model.modules() if isinstance(m, Linear4bit)]
 
@@ -215,8 +215,9 @@ def load_base(spec: JobSpec, folder: Path, device: torch.device, at: torch.devic
     Every parameter is frozen; for full training those of the language model, and of what else isn't frozen, learn, in float32: in
     bf16 most updates would round to nothing.
     """
-    from bitsandbytes.nn import Linear8bitLt
     from safetensors import SafetensorError
+
+    from train_loop.model.bits import Linear8bitLt
 
     quieten()
     dtype, note = compute_dtype(spec.train_config.torch_dtype, device)
