@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from train_loop.advice import advice
-from train_loop.data.formats import Conversation, RowRejected, to_conversation
+from train_loop.advice import PREFERENCES, advice
+from train_loop.data.formats import Conversation, Preference, RowRejected, parse, preferred
 from train_loop.data.glance import Glance, glance
 from train_loop.data.packing import pack
 from train_loop.data.prepare import decode_row
@@ -86,6 +86,7 @@ class DatasetSample:
     num_rejected: int
     num_read: int
     shown: list[dict[str, Any]]
+    num_preferences: int  # rows with a rejected answer
 
 
 def this_machine() -> Hardware:
@@ -236,14 +237,17 @@ def look(spec: JobSpec, uri: str, seen: Glance, chat: ChatTokenizer) -> DatasetS
     supervised: list[int] = []
     shown: list[dict[str, Any]] = []
     rejects: list[str] = []
+    preferences = 0
     for line in seen.lines:
         try:
-            conversation = to_conversation(decode_row(line), spec.dataset_details.dataset_format)
+            row = parse(decode_row(line), spec.dataset_details.dataset_format)
+            conversation = preferred(row)
             length = len(untruncated.encode(conversation).input_ids)
             sample = chat.encode(conversation)
         except RowRejected as error:
             rejects.append(error.reason)
             continue
+        preferences += isinstance(row, Preference)
         lengths.append(length)
         supervised.append(int((sample.labels != IGNORE_INDEX).sum()))
         if len(shown) < SHOWN_SAMPLES:
@@ -256,7 +260,16 @@ def look(spec: JobSpec, uri: str, seen: Glance, chat: ChatTokenizer) -> DatasetS
             code="no_usable_rows" if rejects else "dataset_empty",
         )
     usable = len(lengths) / (len(lengths) + len(rejects))
-    return DatasetSample(round(seen.num_rows * usable), seen.exact, lengths, supervised, len(rejects), seen.num_read, shown)
+    return DatasetSample(
+        num_rows=round(seen.num_rows * usable),
+        exact=seen.exact,
+        lengths=lengths,
+        supervised=supervised,
+        num_rejected=len(rejects),
+        num_read=seen.num_read,
+        shown=shown,
+        num_preferences=preferences,
+    )
 
 
 def show(conversation: Conversation, sample: Sample, chat: ChatTokenizer) -> dict[str, Any]:
@@ -380,6 +393,8 @@ def warnings_of(spec: JobSpec, shape: ModelShape, sample: DatasetSample, plan: d
     """What a person should know before paying for it."""
     hp = spec.train_config.hyperparameters
     found = list(advice(spec, hidden=shape.hidden, context=shape.context))
+    if sample.num_preferences and PREFERENCES not in found:
+        found.append(PREFERENCES)  # auto shows it by the rows alone
     truncated, limit = plan["tokens"]["truncated_share"], spec.dataset_config.preprocessing.prompt.max_length
     if truncated > 0:
         verb = "rejected" if spec.dataset_config.preprocessing.truncation == "reject" else "truncated"

@@ -88,6 +88,7 @@ class PreparedDataset:
     files: list[SourceFile]
     eager: bool
     eval_lines: list[int]  # 1-based numbers of the eval rows' lines, the first 10,000
+    num_preferences: int  # rows with a rejected answer, which is left out
 
     def to_json(self) -> str:
         """For index.json."""

@@ -1,4 +1,4 @@
-"""Dataset formats: one parser each, all into one shape (`Conversation`)."""
+"""Dataset formats: one parser each, all into one shape (`Conversation`), or two of it (`Preference`)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from train_loop.data.formats.chat import openai, sharegpt
-from train_loop.data.formats.conversation import Conversation, Message, RowRejected, kind, normalise, text
+from train_loop.data.formats.conversation import Conversation, Message, Preference, RowRejected, kind, normalise, text
 from train_loop.data.formats.pairs import alpaca, plain_text, prompt_completion
+from train_loop.data.formats.preference import KEYS as PREFERENCE_KEYS
+from train_loop.data.formats.preference import preference
 from train_loop.data.formats.tools import parse_tools
 
-__all__ = ["Conversation", "Message", "RowRejected", "to_conversation"]
+__all__ = ["Conversation", "Message", "Preference", "RowRejected", "parse", "preferred", "to_conversation"]
 
 PARSERS: dict[str, Callable[[dict[str, Any]], Iterable[Message]]] = {
     "sharegpt": sharegpt,
@@ -26,12 +28,13 @@ SHAPES: dict[str, tuple[frozenset[str], ...]] = {
     "alpaca": (frozenset({"instruction", "output"}),),
     "prompt_completion": (frozenset({"prompt", "completion"}), frozenset({"query", "response"})),
 }
-KNOWN_SHAPES = "messages; conversations; instruction and output; prompt and completion; query and response; text"
-PREFERENCE_KEYS = frozenset({"chosen", "rejected", "rejected_response", "preferred_output", "non_preferred_output"})
+KNOWN_SHAPES = (
+    "messages; conversations; instruction and output; prompt and completion; query and response; chosen and rejected; text"
+)
 MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
 
 
-def to_conversation(row: Any, dataset_format: str) -> Conversation:
+def parse(row: Any, dataset_format: str) -> Conversation | Preference:
     """Parse and normalise one decoded row. Raises RowRejected."""
     if not isinstance(row, dict):
         raise RowRejected(f"a row must be a JSON object, not {kind(row)}")
@@ -41,7 +44,31 @@ def to_conversation(row: Any, dataset_format: str) -> Conversation:
         dataset_format = detect(row)
     if dataset_format == "text":
         return {"text": plain_text(row)}
-    messages = normalise(PARSERS[dataset_format](row))
+    if dataset_format != "preference":
+        return _conversation(PARSERS[dataset_format](row), row)
+    chosen, rejected = preference(row)
+    if isinstance(row.get("input"), dict):
+        row = row["input"] | row  # OpenAI's rows have their tools there
+    first = _conversation(chosen, row)
+    try:
+        return Preference(first, _conversation(rejected, row))
+    except RowRejected as error:
+        raise RowRejected(f"of the answer that isn't preferred: {error.reason}") from None
+
+
+def preferred(parsed: Conversation | Preference) -> Conversation:
+    """What sft trains on."""
+    return parsed.chosen if isinstance(parsed, Preference) else parsed
+
+
+def to_conversation(row: Any, dataset_format: str) -> Conversation:
+    """One decoded row as sft trains on it. Raises RowRejected."""
+    return preferred(parse(row, dataset_format))
+
+
+def _conversation(turns: Iterable[Message], row: dict[str, Any]) -> Conversation:
+    """The turns with what a row of any format may have besides: a system message, and tools."""
+    messages = normalise(turns)
     system = row.get("system")
     if system is not None and messages[0]["role"] != "system" and text(system, "system").strip():
         messages.insert(0, {"role": "system", "content": system})
@@ -53,7 +80,7 @@ def detect(row: dict[str, Any]) -> str:
     """The format that a row's keys tell. Raises RowRejected where they tell none, or several."""
     given = {key for key, value in row.items() if value is not None}
     if given & PREFERENCE_KEYS:
-        raise RowRejected("a preference row holds a chosen and a rejected answer, and sft learns from one")
+        return "preference"
     fits = [name for name, shapes in SHAPES.items() if any(keys <= given for keys in shapes)]
     if not fits and "text" in given:
         return "text"
