@@ -244,7 +244,10 @@ def _finished(storage: FileSystem, run_path: str, request_id: str) -> dict[str, 
 def describe(prepared: PreparedDataset) -> str:
     """One sentence for the event log."""
     counts = ", ".join(f"{n} {split}" for split, n in prepared.counts.items())
-    return f"{prepared.num_rows} rows ({counts}), {prepared.num_rejected} rejected of {prepared.num_lines} lines"
+    said = f"{prepared.num_rows} rows ({counts}), {prepared.num_rejected} rejected of {prepared.num_lines} lines"
+    if prepared.num_preferences:
+        said += f"; of {prepared.num_preferences} preference rows the preferred answers are trained on, the others are left out"
+    return said
 
 
 def _prepare_on_ray(

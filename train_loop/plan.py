@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from train_loop.advice import advice
-from train_loop.data.formats import Conversation, RowRejected, to_conversation
+from train_loop.advice import PREFERENCES, advice
+from train_loop.data.formats import Conversation, Preference, RowRejected, parse, preferred
 from train_loop.data.glance import Glance, glance
 from train_loop.data.image_source import ImageSource, image_source
 from train_loop.data.image_tokens import ImageTokens
@@ -94,6 +94,7 @@ class DatasetSample:
     num_read: int
     shown: list[dict[str, Any]]
     images: list[list[Size]]  # of each row whose length is here
+    num_preferences: int  # rows with a rejected answer
 
 
 def this_machine() -> Hardware:
@@ -265,6 +266,7 @@ def look(spec: JobSpec, uri: str, seen: Glance, chat: ChatTokenizer, source: Ima
     supervised: list[int] = []
     shown: list[dict[str, Any]] = []
     rejects: list[str] = []
+    preferences = 0
     images: list[list[Size]] = []
     num_read = seen.num_read
     for number, line in enumerate(seen.lines):
@@ -272,7 +274,8 @@ def look(spec: JobSpec, uri: str, seen: Glance, chat: ChatTokenizer, source: Ima
             num_read = number
             break
         try:
-            conversation = to_conversation(decode_row(line), spec.dataset_details.dataset_format, vision=source is not None)
+            row = parse(decode_row(line), spec.dataset_details.dataset_format, vision=source is not None)
+            conversation = preferred(row)
             pictures = [source.picture(reference) for reference in conversation.get("images", ())] if source is not None else []
             sizes = [(picture.width, picture.height) for picture in pictures]
             length = len(untruncated.encode(conversation, sizes).input_ids)
@@ -280,6 +283,7 @@ def look(spec: JobSpec, uri: str, seen: Glance, chat: ChatTokenizer, source: Ima
         except RowRejected as error:
             rejects.append(error.reason)
             continue
+        preferences += isinstance(row, Preference)
         lengths.append(length)
         supervised.append(int((sample.labels != IGNORE_INDEX).sum()))
         images.append(sizes)
@@ -293,7 +297,17 @@ def look(spec: JobSpec, uri: str, seen: Glance, chat: ChatTokenizer, source: Ima
             code="no_usable_rows" if rejects else "dataset_empty",
         )
     usable = len(lengths) / (len(lengths) + len(rejects))
-    return DatasetSample(round(seen.num_rows * usable), seen.exact, lengths, supervised, len(rejects), num_read, shown, images)
+    return DatasetSample(
+        num_rows=round(seen.num_rows * usable),
+        exact=seen.exact,
+        lengths=lengths,
+        supervised=supervised,
+        num_rejected=len(rejects),
+        num_read=num_read,
+        shown=shown,
+        images=images,
+        num_preferences=preferences,
+    )
 
 
 def show(conversation: Conversation, sample: Sample, chat: ChatTokenizer, sizes: Sequence[Size]) -> dict[str, Any]:
@@ -440,6 +454,8 @@ def warnings_of(spec: JobSpec, shape: ModelShape, sample: DatasetSample, plan: d
     """What a person should know before paying for it."""
     hp = spec.train_config.hyperparameters
     found = list(advice(spec, hidden=shape.hidden, context=shape.context))
+    if sample.num_preferences and PREFERENCES not in found:
+        found.append(PREFERENCES)  # auto shows it by the rows alone
     truncated, limit = plan["tokens"]["truncated_share"], spec.dataset_config.preprocessing.prompt.max_length
     if truncated > 0:
         verb = "rejected" if spec.dataset_config.preprocessing.truncation == "reject" else "truncated"

@@ -63,6 +63,7 @@ def test_rows_of_every_shape_train_the_same_lazily_and_eagerly(local_job, tmp_pa
         {"instruction": "Say hello.", "input": "", "output": "Hello."},
         {"conversations": [{"from": r, "value": v} for r, v in calling], "tools": [tool]},
         {"prompt": [{"role": "user", "content": "Hi"}], "completion": "Hello"},
+        {"prompt": "Good day", "chosen": "And to you.", "rejected": "Is it?"},
     ]
     job = local_job(
         {

@@ -204,6 +204,7 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type
         ("openai", {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}, "Hello", 2),
         ("alpaca", {"instruction": "Hi", "output": "Hello"}, "Hello", 2),
         ("prompt_completion", {"query": "Hi", "response": "Hello"}, "Hello", 2),
+        ("preference", {"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"}, "Hello", 2),
         ("text", {"text": "Once upon a time."}, "Once upon a time.", 0),
         ("auto", {"text": "Once upon a time."}, "Once upon a time.", 0),
         (
@@ -232,6 +233,14 @@ def test_samples_of_every_format_are_shown(local_job, mirror, tmp_path, dataset_
     assert sample["turns"] == turns
     if "tools" in row:
         assert "weather" in sample["segments"][0]["text"]
+
+
+@pytest.mark.parametrize("dataset_format", ["preference", "auto"])
+def test_that_rejected_answers_are_left_out_is_said_once(local_job, mirror, tmp_path, dataset_format):
+    job = local_job({"dataset_details.dataset_format": dataset_format})
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"}] * 2)
+    said = planned(job, mirror)["warnings"]
+    assert len([w for w in said if "sft trains on the preferred answers of preference rows" in w]) == 1
 
 
 def kept_for_backward(spec, mirror, tmp_path, tokens):
