@@ -11,7 +11,8 @@ import torch
 
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.layout import ADAPTER_CONFIG
-from train_loop.model.load import auto_class, compute_dtype, load_tokenizer, quantised_by, quieten
+from train_loop.model.load import auto_class, compute_dtype, quantised_by, quieten
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.spec import Prompt, Quantization
 
 

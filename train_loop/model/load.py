@@ -1,4 +1,4 @@
-"""Load a base model and its tokenizer: safetensors only, no remote code, compute dtype by what the machine can do."""
+"""Load a base model: safetensors only, no remote code, compute dtype by what the machine can do."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 
 from train_loop.errors import ModelError
 from train_loop.model.attention import attend_by_document
+from train_loop.model.tokenizer import BASE_MODEL, first_line
 from train_loop.spec import JobSpec, Quantization
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-BASE_MODEL = "model_details.base_model"
 META = torch.device("meta")
 
 
@@ -58,23 +58,6 @@ def compute_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, st
     if wanted is torch.float16:
         return torch.bfloat16, "float16 can't hold gradients unscaled: computing in bfloat16 (torch_dtype stays float16)"
     return wanted, ""
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The model's tokenizer; one without a pad token pads with its end-of-sequence token. Raises ModelError."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises nothing narrower of a file that it can't read
-        raise ModelError(f"the base model's tokenizer can't be loaded: {_first_line(error)}", field=BASE_MODEL) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def quantised_by(quantization: Quantization | None, dtype: torch.dtype) -> dict[str, Any]:
@@ -160,7 +143,7 @@ def _config(spec: JobSpec, folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"base model {name} can't be loaded: {_first_line(error)}", field=BASE_MODEL) from error
+        raise ModelError(f"base model {name} can't be loaded: {first_line(error)}", field=BASE_MODEL) from error
     full = spec.train_config.train_type == "full"
     if _in_quantised_files(config) and (full or spec.model_details.quantization):
         remedy = "train an adapter" if full else "leave quantization out"
@@ -201,7 +184,7 @@ def load_base(spec: JobSpec, folder: Path, device: torch.device, at: torch.devic
             )
     except (OSError, ValueError, ImportError, SafetensorError) as error:  # the third: a kind of quantisation without its library
         name = spec.model_details.base_model
-        raise ModelError(f"base model {name} can't be loaded: {_first_line(error)}", field=BASE_MODEL) from error
+        raise ModelError(f"base model {name} can't be loaded: {first_line(error)}", field=BASE_MODEL) from error
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in language_part(model).values() if full else ():
