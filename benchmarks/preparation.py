@@ -56,7 +56,7 @@ def prepare(path: str, kind: str, mirror: str) -> dict[str, Any]:
     from train_loop.data.prepare import prepare_local
     from train_loop.data.sources import find_files
     from train_loop.data.tokenize import ChatTokenizer
-    from train_loop.model.load import load_tokenizer
+    from train_loop.model.tokenizer import load_tokenizer
     from train_loop.spec import JobSpec
 
     job = {

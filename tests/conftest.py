@@ -140,7 +140,7 @@ def mirror() -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(mirror: Path) -> Any:
-    from train_loop.model.load import load_tokenizer
+    from train_loop.model.tokenizer import load_tokenizer
 
     return load_tokenizer(mirror / TINY)
 

@@ -111,12 +111,13 @@ def _opened(asked: Any) -> Any:
 def _chat_tokenizer(spec: JobSpec, files: RunFiles) -> ChatTokenizer:
     from train_loop.data.image_tokens import ImageTokens
     from train_loop.data.tokenize import ChatTokenizer
-    from train_loop.model.load import load_tokenizer
     from train_loop.model.processor import load_processor
+    from train_loop.model.tokenizer import load_text_tokenizer, load_tokenizer
 
     folder = model_folder(spec.model_details, files.models(spec), weights=False)
-    images = ImageTokens(load_processor(folder)) if spec.model_details.model_type == "vlm" else None
-    return ChatTokenizer.of(spec, load_tokenizer(folder), images)
+    if spec.model_details.model_type == "vlm":
+        return ChatTokenizer.of(spec, load_tokenizer(folder), ImageTokens(load_processor(folder)))
+    return ChatTokenizer.of(spec, load_text_tokenizer(folder))
 
 
 def launch(spec: JobSpec, request_id: str, files: RunFiles, placement: Placement, monitor: ActorMonitor) -> dict[str, Any]:
@@ -253,15 +254,18 @@ def describe(prepared: PreparedDataset) -> str:
 def _prepare_on_ray(
     spec: JobSpec, found: list[SourceFile], files: RunFiles, placement: Placement, run_path: str
 ) -> PreparedDataset:
+    import ray
+
     from train_loop.data.pipeline import prepare_with_ray
 
+    chat = ray.put(_chat_tokenizer(spec, files))
     return prepare_with_ray(
         spec,
         found,
         open_source=lambda: files.source(spec),
         open_storage=lambda: files.storage()[0],
         run_path=run_path,
-        load_tokenizer=lambda: _chat_tokenizer(spec, files),
+        load_tokenizer=lambda: ray.get(chat),
         num_cpus_per_task=placement.data_cpus,
     )
 

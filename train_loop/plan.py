@@ -32,9 +32,10 @@ from train_loop.data.tokenize import IGNORE_INDEX, ChatTokenizer, Sample
 from train_loop.errors import DatasetError, ModelError
 from train_loop.loss import chunk_tokens
 from train_loop.model.adapters import ALL_LINEAR, expert_parameters, is_named, linear_layers, named, rank
-from train_loop.model.load import DTYPES, auto_class, compute_dtype, family_of, language_part, load_tokenizer
+from train_loop.model.load import DTYPES, auto_class, compute_dtype, family_of, language_part
 from train_loop.model.processor import load_processor
 from train_loop.model.source import ModelPlaces, model_folder
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.parallel import BUCKET_BYTES
 from train_loop.sight import NUM_BATCHES, Sight, Size, image_spans, largest_sum, patches_per_token
 from train_loop.spec import JobSpec, Quantization, RandomSplit

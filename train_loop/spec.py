@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from train_loop.section import Fault, NotYet, OnlyYet, Rule, Section, held_to
+from train_loop.section import Fault, OnlyYet, Rule, Section, held_to
 
 BUCKET = re.compile(r"[a-z0-9][a-z0-9._\-]{1,220}[a-z0-9]")  # Google's may have `_`, and dots may make them long
 # The hub's own rule; each part also becomes a folder's name in the mirror, so `..` and 300 letters must not pass.

@@ -35,7 +35,7 @@ from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import Cause, DatasetError, ModelError, RunFault, Stopped
 from train_loop.faults import classified
 from train_loop.launch import ActorMonitor, Placement, launch
-from train_loop.model.load import load_tokenizer
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.run_files import Keys, RunFiles
 from train_loop.spec import JobSpec
 

@@ -17,7 +17,8 @@ from train_loop.errors import DatasetError, Stopped, TrainingError
 from train_loop.layout import TENSORBOARD
 from train_loop.loss import supervised_loss
 from train_loop.model.adapters import add_adapter, trainable
-from train_loop.model.load import load_base, load_tokenizer, quantization_config
+from train_loop.model.load import load_base, quantization_config
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.spec import JobSpec
 from train_loop.tensorboard import event_file
 

@@ -1,8 +1,7 @@
-"""Load a base model and its tokenizer: safetensors only, no remote code, compute dtype by what the machine can do."""
+"""Load a base model: safetensors only, no remote code, compute dtype by what the machine can do."""
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -14,13 +13,12 @@ import torch
 
 from train_loop.errors import ModelError
 from train_loop.model.attention import attend_by_document
+from train_loop.model.tokenizer import BASE_MODEL, first_line
 from train_loop.model.vision import FAMILIES, Family
 from train_loop.spec import Freeze, JobSpec, Quantization
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-BASE_MODEL = "model_details.base_model"
 META = torch.device("meta")
-OLD_TEMPLATE = "chat_template.json"  # where models that see had theirs, before it went into a file of its own
 
 
 @dataclass(frozen=True)
@@ -62,28 +60,6 @@ def compute_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, st
     if wanted is torch.float16:
         return torch.bfloat16, "float16 can't hold gradients unscaled: computing in bfloat16 (torch_dtype stays float16)"
     return wanted, ""
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The model's tokenizer; one without a pad token pads with its end-of-sequence token. Raises ModelError.
-
-    Its chat template may be one that the base has for its processor only.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises nothing narrower of a file that it can't read
-        raise ModelError(f"the base model's tokenizer can't be loaded: {first_line(error)}", field=BASE_MODEL) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.chat_template is None and (folder / OLD_TEMPLATE).is_file():
-        tokenizer.chat_template = json.loads((folder / OLD_TEMPLATE).read_text())["chat_template"]
-    return tokenizer
 
 
 def quantised_by(quantization: Quantization | None, dtype: torch.dtype, family: Family | None = None) -> dict[str, Any]:
