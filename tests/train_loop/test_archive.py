@@ -271,6 +271,22 @@ def test_an_archive_after_other_data_is_one(outcome):
     assert outcome(PLAIN) == (3, [])
 
 
+def test_an_archive_that_was_written_as_a_stream_is_read(outcome):
+    class Pipe(io.BytesIO):
+        def seekable(self):
+            return False
+
+        def tell(self):
+            raise OSError
+
+    out = Pipe()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as streamed:
+        streamed.writestr("train.jsonl", jsonl(ROWS))
+        streamed.writestr("a.png", GOOD)
+    assert out.getvalue()[6] & 8, "sizes follow the data"
+    assert outcome(out.getvalue()) == (3, [])
+
+
 def test_zip64_is_read(outcome, monkeypatch):
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
     monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 1)

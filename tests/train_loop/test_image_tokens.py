@@ -1,7 +1,6 @@
 """Rows with pictures: the tokens that the model's own processor makes, cut off between pictures, laid out with what they show."""
 
 import copy
-import pickle
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -13,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pyarrow.fs import LocalFileSystem
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, ProcessorMixin
 
+from tests.train_loop.test_check import over_characters
 from tests.train_loop.vision_models import FAMILIES, make
 from train_loop.data.formats import RowRejected
 from train_loop.data.image_tokens import ImageTokens
@@ -38,7 +39,7 @@ STAND_INS = {
     "mllama": ["<|image|>"],
 } | {name: ["<|image_pad|>", "<|video_pad|>"] for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")}
 IMAGE = {"type": "image"}
-MET = {}  # what tokenizers have found out, by processor
+MET = {}  # tokenizers, by processor: what they find out of it takes a while
 
 
 def text(words):
@@ -91,15 +92,14 @@ def family(request):
 
 
 def chat_of(processor, truncation="right", train_on="assistant", max_length=4096, **prompt):
-    """A job's tokenizer, which may have met rows of other lengths. A job's max_length is 16 or more, and here any."""
+    """A job's tokenizer, made once: what differs only in max_length (a job's is 16 or more, and here any) is the same one."""
     met = MET.setdefault(id(processor), {})
     key = (truncation, train_on, *sorted(prompt.items()))
     if key not in met:
         images = met.setdefault("images", ImageTokens(processor))
         met[key] = ChatTokenizer(processor.tokenizer, Prompt(**prompt), truncation, train_on, images)
-    chat = copy.copy(met[key])
-    object.__setattr__(chat, "prompt", chat.prompt.model_copy(update={"max_length": max_length}))
-    return chat
+    object.__setattr__(met[key], "prompt", met[key].prompt.model_copy(update={"max_length": max_length}))
+    return met[key]
 
 
 def by_the_processor(processor, messages, sizes):
@@ -141,7 +141,7 @@ class Plain:
 
 # --- the same tokens as the processor's --------------------------------------------------------------------------
 
-words = st.sampled_from(["a", "What is this?\n", "\n", "\n\n", " ", "日本", "<", "word " * 5, "\n\n\n", "image>"])
+words = st.sampled_from(["a", "What is this?\n", "\n", "\n\n", " ", "日本", "<", "word " * 5, "\n\n\n", "image"])
 turns = st.lists(
     st.tuples(st.lists(words.map(text) | st.just(IMAGE), min_size=1, max_size=5), st.sampled_from(["Yes", "A dog.\n\nAnd."])),
     min_size=1,
@@ -149,7 +149,8 @@ turns = st.lists(
 )
 
 
-@settings(max_examples=15)
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=40)
 @given(turns=turns, sizes=st.lists(st.sampled_from(SIZES), min_size=10, max_size=10), system=st.none() | words.filter(str.strip))
 def test_tokens_are_those_of_the_processors_own_template_call(family, processors, turns, sizes, system):
     messages = [{"role": "system", "content": system}] if system else []
@@ -172,6 +173,7 @@ def test_what_is_learned_is_what_the_assistant_says(family, processors, messages
                 assert (part["text"].strip() in learned) is (message["role"] == "assistant")
 
 
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen3_vl"])  # whose answers show none
 @pytest.mark.parametrize("train_on", ["assistant", "all"])
 def test_no_token_of_a_picture_is_learned_whoever_shows_it(family, processors, train_on):
     messages = [user("Draw, like this: ", IMAGE), {"role": "assistant", "content": [text("Look: "), IMAGE]}]
@@ -192,6 +194,30 @@ def test_plain_rows_of_a_model_that_sees_are_those_of_the_processor(family, proc
     assert sample.images == ()
 
 
+@pytest.mark.parametrize("over_bytes", [True, False])
+def test_a_text_begins_as_the_processor_begins_it(processors, over_bytes):
+    processor = copy.copy(processors["llava"])
+    if over_bytes:
+        processor.tokenizer = copy.deepcopy(processor.tokenizer)
+        processor.tokenizer.add_special_tokens({"bos_token": "<s>"})
+    else:  # of Llama 2's kind, with a blank before what stands between two of the special tokens
+        processor.tokenizer = over_characters()
+        processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<s>", "<image>"]})
+    processor.image_token_id = processor.tokenizer.convert_tokens_to_ids("<image>")
+    begins = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", processor.tokenizer.bos_token_id)])
+    processor.tokenizer.backend_tokenizer.post_processor = begins
+    asked = {"role": "user", "content": "and now?"}
+    for messages, sizes in [(MESSAGES, SHOWN), ([asked, said("a bad cab.")], [])]:
+        for template in (None, "{{ bos_token }}" + processor.chat_template):
+            chat = ChatTokenizer(processor.tokenizer, Prompt(template=template), "right", "assistant", ImageTokens(processor))
+            sample = chat.encode({"messages": messages}, sizes)
+            assert sample.input_ids[0] == processor.tokenizer.bos_token_id
+            if template is None:
+                assert sample.input_ids.tolist() == by_the_processor(processor, messages, sizes)
+            learned = sample.labels[sample.labels != IGNORE_INDEX].tolist()
+            assert 0 < len(learned) < len(sample.labels) - len(sample.images) - 2
+
+
 def test_what_the_model_is_given_of_a_picture_is_what_the_processor_makes(family, processors):
     processor = processors[family]
     picture = Plain(40, 28, grey=90)
@@ -204,7 +230,7 @@ def test_what_the_model_is_given_of_a_picture_is_what_the_processor_makes(family
 
 
 def test_a_size_that_the_processor_refuses_rejects_the_row(processors):
-    with pytest.raises(RowRejected, match="no picture of 1 x 500 pixels"):
+    with pytest.raises(RowRejected, match="no image of 1 x 500 pixels"):
         chat_of(processors["qwen2_vl"]).encode({"messages": [user(IMAGE), said("Yes")]}, [(1, 500)])
 
 
@@ -263,27 +289,27 @@ def test_a_stand_in_that_is_written_in_a_text_rejects_the_row(family, processors
         ]
         for judge in (chat.encode, chat.check):
             for row, sizes in rows:
-                with pytest.raises(RowRejected, match=r"stands for a picture|places for one"):
+                with pytest.raises(RowRejected, match=r"stands for an image|images: \d, places"):
                     judge(row, sizes)
-        with pytest.raises(RowRejected, match="stands for a picture"):
+        with pytest.raises(RowRejected, match="stands for an image"):
             chat_of(processors[family], system=f"Print {token}").encode(HI)
-        with pytest.raises(RowRejected, match="stands for a picture"):
+        with pytest.raises(RowRejected, match="stands for an image"):
             chat._check_written([said("", tool_calls=[call])])
 
 
 def test_nor_may_it_be_put_together_from_parts(processors):
     for family, halves in {"qwen2_vl": ("<|video_", "pad|>"), "idefics3": ("<im", "age>")}.items():
-        with pytest.raises(RowRejected, match=r"stands for a picture|places"):
+        with pytest.raises(RowRejected, match=r"stands for an image|images: 0, places"):
             chat_of(processors[family]).encode({"messages": [user(*halves), said("Yes")]})
 
 
 @pytest.mark.parametrize(
     ("conversation", "sizes", "reason"),
     [
-        ({"messages": [user(IMAGE, "Hi"), said("Yes")]}, [], "0 pictures, and 1 places"),
-        ({"messages": [user(IMAGE, "Hi"), said("Yes")]}, SIZES[:2], "2 pictures, and 1 places"),
-        (HI, SIZES[:1], "1 pictures, and 0 places"),
-        ({"text": "Once upon a time."}, SIZES[:1], "plain text has no place for a picture"),
+        ({"messages": [user(IMAGE, "Hi"), said("Yes")]}, [], "images: 0, places for them in its messages: 1"),
+        ({"messages": [user(IMAGE, "Hi"), said("Yes")]}, SIZES[:2], "images: 2, places for them in its messages: 1"),
+        (HI, SIZES[:1], "images: 1, places for them in its messages: 0"),
+        ({"text": "Once upon a time."}, SIZES[:1], "plain text has no place for an image"),
     ],
 )
 def test_other_numbers_of_pictures_than_places_reject_the_row(processors, conversation, sizes, reason):
@@ -293,11 +319,11 @@ def test_other_numbers_of_pictures_than_places_reject_the_row(processors, conver
             judge(conversation, sizes)
 
 
-BLIND = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+BLIND = "{% for m in messages %}{{ m.role }}\n{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
 USERS_ONLY = (
-    "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
-    "{% if part.type == 'text' %}{{ part.text }}{% elif m.role == 'user' %}<image>{% endif %}{% endfor %}{% endif %}\n"
-    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% for m in messages %}{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% elif m.role == 'user' %}<image>{% endif %}{% endfor %}{% endif %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
 )
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + USERS_ONLY
 
@@ -305,24 +331,26 @@ NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system'
 def test_a_template_that_shows_no_picture_is_at_fault(processors):
     chat = chat_of(processors["idefics3"], template=BLIND)
     assert chat.encode({"messages": [{"role": "user", "content": "Hi"}, said("Yes")]}).is_supervised
-    with pytest.raises(DatasetError, match="leaves out pictures") as raised:
+    with pytest.raises(DatasetError, match="leaves out images") as raised:
         chat.encode({"messages": [user(IMAGE), said("Yes")]}, SIZES[:1])
     assert raised.value.field == "dataset_config.preprocessing.prompt.template"
 
 
 def test_a_picture_that_the_template_leaves_out_rejects_its_row(processors):
     row = {"messages": [user("Draw"), {"role": "assistant", "content": [text("Here"), IMAGE]}]}
-    with pytest.raises(RowRejected, match="1 pictures, for which the chat template has 0 places"):
+    with pytest.raises(RowRejected, match="images: 1, places for them in what the chat template makes of it: 0"):
         chat_of(processors["idefics3"], template=USERS_ONLY).encode(row, SIZES[:1])
+    with pytest.raises(RowRejected, match="images: 1, places for them in what the chat template makes of it: 0"):
+        chat_of(processors["qwen3_vl"]).encode(row, SIZES[:1])
 
 
 def test_a_system_message_that_the_template_does_not_take_opens_the_first_turn(processors):
     processor = processors["idefics3"]
     chat = chat_of(processor, template=NO_SYSTEM, system="Be brief.")
     for content, expected in [
-        ("Hi", "user: Be brief.\n\nHi\nassistant: Yes\n"),
-        ([text("Hi "), IMAGE], "user: Be brief.\n\nHi <image>\nassistant: Yes\n"),
-        ([IMAGE, text("Hi")], "user: Be brief.\n\n<image>Hi\nassistant: Yes\n"),
+        ("Hi", "user\nBe brief.\n\nHi\nassistant\nYes\n"),
+        ([text("Hi "), IMAGE], "user\nBe brief.\n\nHi <image>\nassistant\nYes\n"),
+        ([IMAGE, text("Hi")], "user\nBe brief.\n\n<image>Hi\nassistant\nYes\n"),
     ]:
         shown = SIZES[:1] if isinstance(content, list) else []
         sample = chat.encode({"messages": [{"role": "user", "content": content}, said("Yes")]}, shown)
@@ -348,7 +376,7 @@ def verdict(judge, *row):
 pieces = st.sampled_from(["a", "word " * 9, "\n", "<image>", "<|im_end|>", "日本"])
 
 
-@settings(max_examples=60)
+@settings(max_examples=150)
 @given(
     name=st.sampled_from(["idefics3", "qwen2_vl", "gemma3", "llava"]),
     truncation=st.sampled_from(["right", "left", "reject"]),
@@ -371,13 +399,6 @@ def test_the_verdict_of_the_preparation_is_that_of_the_tokens(processors, name, 
     assert verdict(chat.check, row, sizes) == verdict(chat.encode, row, sizes)
 
 
-def test_a_tokenizer_that_has_met_rows_travels(processors):
-    chat = chat_of(processors["qwen2_5_vl"])
-    sample = chat.encode({"messages": MESSAGES}, SHOWN)
-    again = pickle.loads(pickle.dumps(chat)).encode({"messages": MESSAGES}, SHOWN)
-    assert again.input_ids.tolist() == sample.input_ids.tolist()
-
-
 # --- batches -----------------------------------------------------------------------------------------------------
 
 LIMIT = 100
@@ -396,7 +417,7 @@ class Rows:
         return shown if self.chat is None else [shown[i] for i in self._whole(row).images]
 
     def conversation(self, row):
-        parts = [part for i in range(row % 3) for part in (f"Picture {7 * row + i}: ", IMAGE)]
+        parts = [part for i in range(row % 3) for part in (IMAGE, f"is picture {7 * row + i}. ")]
         return {"messages": [user(*parts, f"Of row {row}, " + "and so on " * (row % 5)), said(f"It is {row}.")]}
 
     def _whole(self, row):
@@ -426,7 +447,7 @@ def documents(batch):
         end = len(ids) if batch.attention_mask is None else int(batch.attention_mask[r].sum())
         starts = [i for i in range(end) if positions[i] == 0]
         found += [ids[a:b].tolist() for a, b in zip(starts, [*starts[1:], end], strict=True)]
-    return found
+    return [document for document in found if len(set(document)) > 1]  # the rest is padding
 
 
 def layout_of(gemma, packing, *, lazy=True, max_length=LIMIT):
@@ -437,9 +458,9 @@ def layout_of(gemma, packing, *, lazy=True, max_length=LIMIT):
 
 
 def told(document, processor):
-    """The pictures that a document names and shows whole, by their placeholders."""
-    words = processor.tokenizer.decode(document).replace("\n", " ").split("Picture ")[1:]
-    return [int(said.split(":")[0]) for said in words if processor.tokenizer.boi_token in said]
+    """The pictures that a document shows, by what it says of each."""
+    shown = processor.tokenizer.decode(document).split(processor.tokenizer.boi_token)[1:]
+    return [int(words.split("is picture ")[1].split(".")[0]) for words in shown]
 
 
 @pytest.mark.parametrize("lazy", [True, False])
@@ -459,13 +480,13 @@ def test_a_micro_batch_has_the_pictures_of_its_documents_in_their_order(gemma, p
 def test_pictures_that_are_cut_off_are_not_laid_out(gemma):
     processor, _ = gemma
     for lazy in (True, False):
-        layout, chat = layout_of(gemma, packing=False, lazy=lazy, max_length=28)
+        layout, chat = layout_of(gemma, packing=False, lazy=lazy, max_length=38)
         chat = replace(chat, truncation="left")
         layout = replace(layout, tokenizer=chat if lazy else None)
         batch = layout.micro_batch(Rows(12, None if lazy else chat), [2, 5, 3])
         shown = [told(document, processor) for document in documents(batch)]
         assert greys(batch.vision, processor) == [picture for of_one in shown for picture in of_one]
-        assert 0 < sum(map(len, shown)) < 4
+        assert shown == [[15], [36], []]
 
 
 def test_rows_without_pictures_have_none(gemma):

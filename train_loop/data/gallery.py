@@ -38,6 +38,11 @@ class Gallery:
     def __len__(self) -> int:
         return len(self._numbers)
 
+    @property
+    def sha256(self) -> bytes:
+        """Of the contents of all of them."""
+        return hashlib.sha256(b"".join(self._numbers)).digest()
+
     def sizes(self, references: Sequence[str]) -> list[tuple[int, int]]:
         """(width, height) of a row's images. Raises as ImageSource.picture does, RowRejected."""
         self._looked_at = {}

@@ -48,7 +48,7 @@ class Expansion:
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """A base model's processor, as far as rows need it. Picklable."""
+    """A base model's processor, as far as rows need it."""
 
     processor: Any
 
@@ -87,9 +87,16 @@ class ImageTokens:
         blank = np.broadcast_to(np.uint8(0), (3, height, width))
         try:
             # Only how large what comes out is matters.
-            inputs = self._processed(blank, return_tensors="np", resample=0, do_rescale=False, do_normalize=False)
+            inputs = self._processed(
+                blank,
+                input_data_format="channels_first",
+                return_tensors="np",
+                resample=0,
+                do_rescale=False,
+                do_normalize=False,
+            )
         except (ValueError, ArithmeticError) as error:
-            raise RowRejected(f"the model takes no picture of {width} x {height} pixels: {error}") from error
+            raise RowRejected(f"the model takes no image of {width} x {height} pixels: {error}") from error
         text = self.processor.replace_image_token(inputs, image_idx=0, **self._options)
         tokenizer = self.processor.tokenizer
         out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -122,13 +129,13 @@ class ImageTokens:
         """Raise RowRejected where a text has a token in it that the model would look for a picture at."""
         for token in self._stand_ins:
             if token in text:
-                raise RowRejected(f"its text has {token} in it, which stands for a picture")
+                raise RowRejected(f"its text has {token} in it, which stands for an image")
 
     def with_text(self, rendered: Rendered, shown: Sequence[Expansion]) -> Rendered:
         """With the text around the pictures that are `shown`, in order. Raises RowRejected if others are rendered."""
         places = [match.span() for match in re.finditer(re.escape(self.placeholder), rendered.text)]
         if len(places) != len(shown):
-            raise RowRejected(f"{len(shown)} pictures, for which the chat template has {len(places)} places")
+            raise RowRejected(f"images: {len(shown)}, places for them in what the chat template makes of it: {len(places)}")
         self.check_written(rendered.text.replace(self.placeholder, " "))  # as parts put together may have it
         if not any(picture.before or picture.after for picture in shown):
             return rendered

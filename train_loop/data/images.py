@@ -24,7 +24,6 @@ PLAIN = ("RGB", "L", "1", "P")  # modes that become RGB without a choice, where 
 DEEP = ("I;16", "I;16B", "I;16L", "I;16N")  # grey of 16 bits
 UNKNOWN_RANGE = ("I", "F")  # which value is white isn't said
 ORIENTATION = 0x0112  # of EXIF; 1 is upright
-WHITE = (255, 255, 255, 255)
 MAX_REASON_CHARS = 100  # of a decoder's own words
 
 
@@ -82,12 +81,14 @@ def _admit(raw: bytes, max_pixels: int | None) -> Picture:
         if image.mode in DEEP:
             made = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.has_transparency_data:
-            made = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image.convert("RGBA")).convert("RGB")
+            clear = image if image.mode == "RGBA" else image.convert("RGBA")
+            made = Image.new("RGB", image.size, "white")
+            made.paste(clear, mask=clear)
         elif image.mode not in PLAIN:
             made = image.convert("RGB")
         made = _upright(image, made)
         if max_pixels is not None and width * height > max_pixels:
-            made = _scaled(made.convert("RGB"), max_pixels)
+            made = _scaled(_as_rgb(made), max_pixels)
         return Picture(raw if made is image else _as_png(made), *made.size)
 
 
@@ -118,9 +119,13 @@ def _scaled(image: Image.Image, max_pixels: int) -> Image.Image:
     return image.resize((long, short) if width >= height else (short, long), Image.Resampling.BICUBIC)
 
 
+def _as_rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it, too
+
+
 def _as_png(image: Image.Image) -> bytes:
     out = io.BytesIO()
-    image.convert("RGB").save(out, "PNG", compress_level=1)
+    _as_rgb(image).save(out, "PNG", compress_level=1)
     return out.getvalue()
 
 

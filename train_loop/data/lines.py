@@ -54,14 +54,14 @@ def too_long(offset: int) -> Line:
     return Line(offset, b"", f"the row is longer than {MAX_LINE_BYTES >> 20} MiB")
 
 
-def blocks(lines: Iterable[Line], max_bytes: int) -> Iterator[list[Line]]:
-    """The lines in lists of about `max_bytes` and at most BLOCK_ROWS: what is held in memory at a time."""
+def blocks(lines: Iterable[Line], max_bytes: int, max_rows: int = BLOCK_ROWS) -> Iterator[list[Line]]:
+    """The lines in lists of about `max_bytes` and at most `max_rows`: what is held in memory at a time."""
     block: list[Line] = []
     size = 0
     for line in lines:
         block.append(line)
         size += len(line.data)
-        if size >= max_bytes or len(block) >= BLOCK_ROWS:
+        if size >= max_bytes or len(block) >= max_rows:
             yield block
             block, size = [], 0
     if block:

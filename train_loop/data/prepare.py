@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 INDEX = "index.json"  # written last
 EXCERPT_CHARS = 200
 MAX_EVAL_LINES = 10_000
+MAX_ROWS_WITH_IMAGES = 2_000  # of a block, whose images are one file
 MAX_VALUES = 4_000_000  # of a row; prose of MAX_LINE_BYTES has fewer commas
 # Rejected rows that are listed, of a block and in all: files that are all wrong mustn't fill the memory.
 MAX_LISTED = 1_000
@@ -143,6 +144,8 @@ def parse_block(
         columns["u"].append(place_of(spec, part.file, line.offset))
         if gallery is not None:
             columns["images"].append(gallery.add(images))
+    if gallery is not None:
+        digest.update(gallery.sha256)
     # Arrow would make an object of Python of each token.
     tokens = {name: token_lists(columns[name]) for name in TOKENS if name in columns}
     table = pa.table(columns | tokens, schema=schema)
@@ -335,7 +338,8 @@ def prepare_part(
         # After an outage the part is read again, up to where it was.
         if part.dataset_type == "zip":
             with image_source(spec, source, part.file) as images, scratch_folder() as scratch:
-                for lines in islice(blocks(read_part(source, part, archive=images.archive), part.block_bytes), len(done), None):
+                rows = read_part(source, part, archive=images.archive)
+                for lines in islice(blocks(rows, part.block_bytes, MAX_ROWS_WITH_IMAGES), len(done), None):
                     gallery = Gallery(images, scratch / "images.arrow")
                     table, summary = parse_block(lines, part, len(done), spec, chat, gallery)
                     done.append(_save(storage, run_path, table, summary, gallery))
@@ -355,7 +359,7 @@ def _save(
         return summary
     place = f"{summary.part:05d}-{summary.block:05d}.arrow"
     info = ShardInfo(f"shard-{place}", table.num_rows)
-    if gallery:
+    if gallery is not None and len(gallery):
         gallery.close()
         info = replace(info, images=f"images-{place}")
         upload_file(gallery.file, storage, f"{run_path}/data/{info.images}")

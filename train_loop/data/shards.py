@@ -89,7 +89,7 @@ class PreparedDataset:
     num_lines: int  # lines that aren't blank
     num_rows: int
     num_rejected: int
-    sha256: str  # of the rows' bytes, block by block
+    sha256: str  # of the rows' bytes and their images', block by block
     files: list[SourceFile]
     eager: bool
     eval_lines: list[int]  # 1-based numbers of the eval rows' lines, the first 10,000

@@ -171,7 +171,7 @@ class ChatTokenizer:
     def _document(self, text: str, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
         """Plain text as the model was pre-trained on: its own beginning, its end-of-sequence token."""
         if sizes:
-            raise RowRejected("plain text has no place for a picture")
+            raise RowRejected("plain text has no place for an image")
         self._check_written(text)
         ids: list[int] = self.tokenizer(text)["input_ids"]
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
@@ -294,11 +294,11 @@ class ChatTokenizer:
         """With its size in the part of each picture."""
         places = sum(len(_pictures(m)) for m in messages)
         if places != len(sizes):
-            raise RowRejected(f"{len(sizes)} pictures, and {places} places for one in its messages")
+            raise RowRejected(f"images: {len(sizes)}, places for them in its messages: {places}")
         if not places:
             return messages
         if not self._takes_pictures:
-            raise _at_fault("the chat template leaves out pictures", "give prompt.template one that shows them, or leave it null")
+            raise _at_fault("the chat template leaves out images", "give prompt.template one that shows them, or leave it null")
         rest = iter(sizes)
 
         def sized(part: dict[str, Any]) -> dict[str, Any]:

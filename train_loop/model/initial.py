@@ -43,13 +43,17 @@ def from_principal_part(model: Any, r: int) -> None:
 def from_quantisation_error(model: Any, r: int) -> None:
     """LoftQ: start at the best approximation of rank `r` of what quantisation took from each weight, as the base's files have it.
 
-    One iteration, so that the base stays what anyone gets who quantises it. Raises ModelError where a weight isn't in the files.
+    One iteration, so that the base stays what anyone gets who quantises it. Layers that aren't quantised, as those of a vision
+    tower, start as ever. Raises ModelError where a weight isn't in the files.
     Source: Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", 2023.
     """
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from peft.tuners.lora.dora import DoraLinearLayer
 
     files = _files_by_tensor(Path(model.get_base_model().name_or_path))
     for name, layer, a, b, scale in _adapted(model):
+        if not isinstance(layer.get_base_layer(), Linear4bit | Linear8bitLt):
+            continue
         original = _read(files, f"{name}.weight", _weight(layer).device)
         b_data, a_data = _largest_part(original - _weight(layer), r, scale)
         a.data.copy_(a_data)

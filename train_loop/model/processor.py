@@ -31,7 +31,9 @@ def load_processor(folder: Path) -> Any:
         kind = _for_images(_class(folder))
         described, _ = kind.get_processor_dict(folder)
         return kind.from_args_and_dict([images, load_tokenizer(folder)], described, video_processor=None)
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # files that anyone may have written, read by code that expects its own
         message = f"the base model's image processor can't be loaded: {first_line(error)}"
         raise ModelError(message, field=BASE_MODEL) from error
 

@@ -38,12 +38,12 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if tokenizer.chat_template is None and (folder / OLD_TEMPLATE).is_file():
+            tokenizer.chat_template = json.loads((folder / OLD_TEMPLATE).read_text())["chat_template"]
     except Exception as error:  # tokenizers raises nothing narrower of a file that it can't read
         raise ModelError(f"the base model's tokenizer can't be loaded: {first_line(error)}", field=BASE_MODEL) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.chat_template is None and (folder / OLD_TEMPLATE).is_file():
-        tokenizer.chat_template = json.loads((folder / OLD_TEMPLATE).read_text())["chat_template"]
     return tokenizer
 
 

@@ -28,6 +28,7 @@ class Family:
     layout: Layout
     packs: bool = True  # several samples in a row
     shards: bool = True  # its language model is the same whether a batch has images or not
+    mixes: bool = True  # embeddings of text and images of different dtypes
     config: Any = None
 
     @classmethod
@@ -158,7 +159,7 @@ DEEPSTACK = ("model.visual.merger", "model.visual.deepstack_merger_list")
 # By model_type of their configuration.
 FAMILIES: dict[str, Family] = {
     "idefics3": IDEFICS3,
-    "smolvlm": replace(IDEFICS3, name="SmolVLM2"),
+    "smolvlm": replace(IDEFICS3, name="SmolVLM2", mixes=False),
     "qwen2_vl": replace(QWEN, name="Qwen2-VL"),
     "qwen2_5_vl": replace(QWEN, name="Qwen2.5-VL"),
     "qwen3_vl": replace(QWEN, name="Qwen3-VL", aligner=DEEPSTACK),
