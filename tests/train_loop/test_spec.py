@@ -59,6 +59,7 @@ def test_wrong_values_are_refused(field, value):
 
 
 VLM = {"model_details.model_type": "vlm", "dataset_details.dataset_type": "zip"}
+STREAMED = {"dataset_config.preprocessing.streaming": True, "train_config.hyperparameters.max_steps": 5}
 
 
 def errors_of(changes):
@@ -160,7 +161,7 @@ def errors_of(changes):
         ({"model_details.model_type": "vlm"}, "dataset_details.dataset_type", "zip"),
         ({"dataset_details.dataset_type": "zip"}, "dataset_details.dataset_type", "model_type vlm"),
         (
-            VLM | {"dataset_config.preprocessing.streaming": True},
+            VLM | STREAMED,
             "dataset_config.preprocessing.streaming",
             "rows of a zip are read once",
         ),
