@@ -36,6 +36,7 @@ LOOK_AHEAD_PER_ORG = 200  # queued jobs of an org looked at in a pass
 UNPLACEABLE_S = 600.0  # a machine may be away for a while; a job too large for all that are left waits as long as this
 CAPACITY_S = 30.0
 CLEAN_S = 600.0
+READY_S = 3.0
 
 
 class Dispatcher:
@@ -50,9 +51,10 @@ class Dispatcher:
         self.wake = threading.Event()
         self.settings = settings
         self.leads = False
-        self.ready = ReadyProcesses(settings.ready_workers or 0)
         threading.Thread(target=self._loop, name="dispatch", daemon=True).start()
         threading.Thread(target=self._keep_house, name="housekeeping", daemon=True).start()
+        if settings.ready_workers:
+            threading.Thread(target=self._keep_ready, args=[settings.ready_workers], name="ready", daemon=True).start()
 
     def poke(self) -> None:
         """Look now instead of at the next poll."""
@@ -69,8 +71,6 @@ class Dispatcher:
                 self.leads = self.store.acquire_lease(DISPATCHER, self.owner, LEASE_S) is not None
                 if self.leads:
                     busy = self.passes.run()
-                    if not self.passes.starting:
-                        self.ready.top_up()
                 else:
                     self.passes.forget()
             except STORE_AWAY as error:
@@ -80,6 +80,17 @@ class Dispatcher:
                 log.exception("a dispatch pass failed; trying again")
             self.wake.wait(BUSY_POLL_S if busy else POLL_S)
             self.wake.clear()
+
+    def _keep_ready(self, num_workers: int) -> None:
+        # In a thread of its own: Ray answers when all of the machine's processes have, and one may hang.
+        ready = ReadyProcesses(num_workers)
+        while True:
+            time.sleep(READY_S)
+            try:
+                if self.leads and not self.passes.starting:
+                    ready.top_up()
+            except Exception:
+                log.warning("no processes can be kept ready; trying again", exc_info=True)
 
     def _keep_house(self) -> None:
         while True:

@@ -19,7 +19,6 @@ from ray import JobID
 from train_loop.launch import TRAINS, worker_environment
 
 HELPERS = 5  # the job's actor, a task that prepares rows, Ray Train's controller, its cleaner and its barrier
-LOOK_S = 5.0
 START_S = 60.0  # Ray ends a process that hasn't started by then
 KEEP_S = 10 * 365 * 86400
 ASK_S = 10.0
@@ -28,33 +27,32 @@ PRELOADS = "RAY_preload_python_modules"
 
 
 class ReadyProcesses:
-    """Keeps so many processes ready for workers, and for what a job has beside them; none at all for 0. Of the Ray node that this
-    process is on, where that has its workers load something.
+    """Keeps so many processes ready for workers, and what a job has beside them, on the Ray node that this process is on.
 
-    Of the embedded Ray only, which starts anew with each version: these processes keep the code that they have loaded.
+    On the embedded one only, which has its workers load something: it starts anew with each version of the code, and these
+    processes keep what they have loaded.
     """
 
     def __init__(self, num_workers: int) -> None:
-        self._wanted = {NO_ENVIRONMENT: HELPERS, _of_workers(): num_workers} if num_workers and PRELOADS in os.environ else {}
-        self._look_at = time.monotonic()
+        self._wanted = {NO_ENVIRONMENT: HELPERS, _of_workers(): num_workers} if PRELOADS in os.environ else {}
+        self._asked_at = float("-inf")
 
     def top_up(self) -> None:
         """Have as many as wanted, a while later. Raises grpc.RpcError."""
         from ray._private.grpc_utils import init_grpc_channel
         from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
 
-        if not self._wanted or time.monotonic() < self._look_at:
+        if not self._wanted or time.monotonic() - self._asked_at < START_S:
             return
         here = ray.get_runtime_context().get_node_id()
         node = next(node for node in ray.nodes() if node["NodeID"] == here)
         with init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:
             raylet = NodeManagerServiceStub(channel)
             there = _waiting(raylet)
-            missing = {environment: wanted - there[environment] for environment, wanted in self._wanted.items()}
-            for environment, number in missing.items():
-                if number > 0:
-                    _start(raylet, environment, number)
-        self._look_at = time.monotonic() + (START_S if max(missing.values()) > 0 else LOOK_S)
+            for environment, wanted in self._wanted.items():
+                if there[environment] < wanted:
+                    _start(raylet, environment, wanted - there[environment])
+                    self._asked_at = time.monotonic()
 
 
 def _of_workers() -> str:
