@@ -41,16 +41,12 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bytes_which_load_and_see_alike(j
 
     job = job_of({"train_config.export.merge": True})
     manifest = run(job, tmp_path, mirror, "whole")
-    for step in (1, 3):
-        with pytest.raises(Stopped):
-            run(job, tmp_path, mirror, "cut", Watcher(stop_at=step))
+    with pytest.raises(Stopped):
+        run(job, tmp_path, mirror, "cut", Watcher(stop_at=1))
     run(job, tmp_path, mirror, "cut")
     assert adapter(tmp_path / "cut") == adapter(tmp_path / "whole")
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
-    eager = run(job_of({"dataset_config.preprocessing.lazy_tokenize": False}), tmp_path, mirror, "eager")
-    assert adapter(tmp_path / "eager") == adapter(tmp_path / "whole")
-    metrics = manifest["metrics"]
-    assert eager["metrics"]["eval_loss_after"] == metrics["eval_loss_after"] < metrics["eval_loss_before"]
+    assert manifest["metrics"]["eval_loss_after"] < manifest["metrics"]["eval_loss_before"]
 
     asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
     logits = []
