@@ -48,6 +48,7 @@ OUTCOME = "outcome.json"  # how training ended; written when the adapter is in s
 WORKER_NICENESS = 15  # Ray's own default for all its workers
 SESSION_NICENESS = 10  # a tenth of what others get while they want all
 TELL_S = 10.0  # a worker that ends itself waits so long for the monitor to hear why
+TRAINS = "TUNEYARD_TRAINS"  # set in the environment of workers on CPUs
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ class ActorMonitor:
         """Ask the monitor for the keys of one of the job's trackers."""
         keys: TrackerKeys = _opened(self.handle.tracker.remote(secret))
         return keys
+
+
+def worker_environment() -> dict[str, str]:
+    """The variables that a worker on CPUs starts with."""
+    return {TRAINS: "1"} | allocator.environment()
 
 
 def _opened(asked: Any) -> Any:
@@ -288,7 +294,7 @@ def _train(
             run_config=RunConfig(
                 name=request_id,
                 storage_path=str(notes),
-                worker_runtime_env=None if placement.use_gpu else {"env_vars": allocator.environment()},
+                worker_runtime_env=None if placement.use_gpu else {"env_vars": worker_environment()},
                 # An attempt ends with the first fault. Only room for the workers is waited for.
                 failure_config=FailureConfig(
                     max_failures=0, max_preemption_failures=0, controller_failure_limit=placement.room_waits
