@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray.exceptions import GetTimeoutError
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
@@ -92,10 +93,10 @@ class Trainer(DataParallelTrainer):
         return [CleanerCallback() if type(c) is theirs else c for c in callbacks]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        """As theirs does. From an actor, though, the controller gets no environment of its own: the node's is this actor's too,
-        and the processes that Ray has ready have no other."""
+        """As theirs does. But where the node's environment is this process's, and has what theirs would add to it, the controller
+        gets none of its own: the processes that Ray has ready have no other."""
         here = ray.get_runtime_context()
-        if here.get_actor_id() is None:
+        if here.get_actor_id() is None or RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR not in os.environ:
             return super()._initialize_and_run_controller(**arguments)
         beside = {ray._raylet.RAY_NODE_ID_KEY: here.get_node_id()}
         controller = ray.remote(num_cpus=0, label_selector=beside)(TrainController).remote(**arguments)
