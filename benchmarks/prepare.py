@@ -34,7 +34,7 @@ from pyarrow.fs import LocalFileSystem
 from benchmarks.setting import SMOLLM2, conversations, machine
 from train_loop.data.formats.chat import ROLES
 from train_loop.data.tokenize import IGNORE_INDEX, ChatTokenizer
-from train_loop.model.load import load_tokenizer
+from train_loop.model.tokenizer import TextTokenizer, load_tokenizer
 from train_loop.spec import JobSpec
 
 MAX_LENGTH = 1024
@@ -114,6 +114,7 @@ def ours(task: Task, rows: str, folder: str) -> tuple[Stages, dict[str, int]]:
         ray.init("local", num_cpus=task.cores, include_dashboard=False, log_to_driver=False, logging_level="error")
     spec, stages = job_of(rows), Stages()
     tokenizer = load_tokenizer(Path(task.model))
+    chat = ray.put(ChatTokenizer.of(spec, TextTokenizer.of(tokenizer)))
     with timed(stages, "tokens"):
         prepared = prepare_with_ray(
             spec,
@@ -121,7 +122,7 @@ def ours(task: Task, rows: str, folder: str) -> tuple[Stages, dict[str, int]]:
             open_source=LocalFileSystem,
             open_storage=LocalFileSystem,
             run_path=folder,
-            load_tokenizer=lambda: ChatTokenizer.of(spec, load_tokenizer(Path(task.model))),
+            load_tokenizer=lambda: ray.get(chat),
             num_cpus_per_task=1,
         )
     tokens = supervised = sequences = 0

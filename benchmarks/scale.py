@@ -49,7 +49,7 @@ from train_loop.data.prepare import prepare_local
 from train_loop.data.shards import ShardSet
 from train_loop.data.sources import find_files
 from train_loop.data.tokenize import IGNORE_INDEX, ChatTokenizer
-from train_loop.model.load import load_tokenizer
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.spec import Hyperparameters, JobSpec
 
 WORKERS = (1, 2, 4)

@@ -25,7 +25,8 @@ from train_loop.data.packing import pack
 from train_loop.data.shards import PreparedDataset, ShardSet
 from train_loop.data.tokenize import IGNORE_INDEX, Sample
 from train_loop.loop import batch_plan, run
-from train_loop.model.load import load_tokenizer, quantised_by, quieten
+from train_loop.model.load import quantised_by, quieten
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.spec import JobSpec
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -34,7 +34,8 @@ from train_loop.allocator import environment
 from train_loop.data.prepare import prepare_local
 from train_loop.data.sources import find_files
 from train_loop.data.tokenize import IGNORE_INDEX, ChatTokenizer
-from train_loop.model.load import compute_dtype, load_tokenizer
+from train_loop.model.load import compute_dtype
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.spec import JobSpec
 
 NUM_ROWS = 200

@@ -54,10 +54,10 @@ class Principal:
 
 
 class Verifier:
-    """Checks tokens against the operator's key. Thread-safe."""
+    """Checks tokens against the operator's key. Thread-safe. `may_wait`: for an issuer's keys, to be fetched first."""
 
-    def __init__(self, settings: Settings, find_key: FindKey) -> None:
-        self._settings, self._find_key = settings, find_key
+    def __init__(self, settings: Settings, find_key: FindKey, *, may_wait: bool = False) -> None:
+        self._settings, self._find_key, self.may_wait = settings, find_key, may_wait
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Verifier:
@@ -71,7 +71,8 @@ class Verifier:
         if len(given) > 1:
             raise RuntimeError(f"{' and '.join(given)} are both set: tokens are checked against one kind of key")
         if settings.jwt_jwks_url:
-            return cls(settings, _Jwks(settings.jwt_jwks_url, settings.jwt_jwks_refresh_s, settings.jwt_jwks_max_age_s).find)
+            keys = _Jwks(settings.jwt_jwks_url, settings.jwt_jwks_refresh_s, settings.jwt_jwks_max_age_s)
+            return cls(settings, keys.find, may_wait=True)
         if settings.jwt_public_key:
             public, algorithm = _public_key(settings.jwt_public_key)
             return cls(settings, lambda _: (public, [algorithm]))

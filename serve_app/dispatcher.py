@@ -20,6 +20,7 @@ from serve_app import logs
 from serve_app.cluster import DISPATCHER, Attempt, Cluster, Growth, Node, RayCluster, bundle_of
 from serve_app.housekeeping import clean
 from serve_app.lifecycle import BEFORE_WORKERS, NOTHING_TO_SAVE
+from serve_app.ready import ReadyProcesses
 from serve_app.scheduler import EPSILON, HALF_LIFE_S, Bundle, Decision, Gang, Limits, Room, Run, Shares, decide
 from serve_app.settings import Settings
 from serve_app.store.jobs import STORE_AWAY, Job, JobStore, StaleAttempt, utc_now
@@ -35,6 +36,7 @@ LOOK_AHEAD_PER_ORG = 200  # queued jobs of an org looked at in a pass
 UNPLACEABLE_S = 600.0  # a machine may be away for a while; a job too large for all that are left waits as long as this
 CAPACITY_S = 30.0
 CLEAN_S = 600.0
+READY_S = 3.0
 
 
 class Dispatcher:
@@ -51,6 +53,8 @@ class Dispatcher:
         self.leads = False
         threading.Thread(target=self._loop, name="dispatch", daemon=True).start()
         threading.Thread(target=self._keep_house, name="housekeeping", daemon=True).start()
+        if settings.ready_workers:
+            threading.Thread(target=self._keep_ready, args=[settings.ready_workers], name="ready", daemon=True).start()
 
     def poke(self) -> None:
         """Look now instead of at the next poll."""
@@ -77,6 +81,17 @@ class Dispatcher:
             self.wake.wait(BUSY_POLL_S if busy else POLL_S)
             self.wake.clear()
 
+    def _keep_ready(self, num_workers: int) -> None:
+        # In a thread of its own: Ray answers when all of the machine's processes have, and one may hang.
+        ready = ReadyProcesses(num_workers)
+        while True:
+            time.sleep(READY_S)
+            try:
+                if self.leads and not self.passes.starting:
+                    ready.top_up()
+            except Exception:
+                log.warning("no processes can be kept ready; trying again", exc_info=True)
+
     def _keep_house(self) -> None:
         while True:
             time.sleep(CLEAN_S)
@@ -100,6 +115,7 @@ class Passes:
     ) -> None:
         self.settings, self.store, self.cluster, self._now, self._awake_s = settings, store, cluster, now, awake_s
         self._passed = now(), awake_s()
+        self.starting = False  # whether a job was on the way to its first step, or to its start, in the last pass
         self.forget()
 
     def forget(self) -> None:
@@ -215,6 +231,7 @@ class Passes:
         empty = Room.of(node.resources for node in taking)
         self._look_at_capacity(empty, now)
         started = {gang.request_id for gang, _ in decision.starts}
+        self.starting = bool(started) or any(job.phase in NOTHING_TO_SAVE for job in open_jobs)
         self._refuse_what_never_fits([job for job in waiting if job.request_id not in started], empty, now)
 
     def _taking(self, nodes: list[Node], due: dict[str, Job]) -> list[Node]:

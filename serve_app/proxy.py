@@ -6,14 +6,16 @@ import asyncio
 import contextlib
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.body import declares_more, too_long
-from serve_app.errors import RETRY_AFTER_S, ApiError, problem
+from serve_app.errors import RETRY_AFTER_S, ApiError, problem, to_api_error
 from serve_app.settings import Settings
 
 CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.proxy.for_proxy"}  # where Ray is started
+ROUTES = "/-/routes"  # of Serve's own, beside /-/healthz, which says nothing but that it is there
 LINGER_S = 2.0
 
 
@@ -74,7 +76,8 @@ class BodyLimit:
 
 
 class Problems:
-    """Answers 503 in place of the proxy, which has plain text or nothing to say when a replica dies or none is there yet.
+    """Answers 503 in place of the proxy, which has plain text or nothing to say when a replica dies or none is there yet, and 404
+    where it would tell anybody what else runs on this Serve.
 
     The service itself answers nothing in plain text.
     """
@@ -85,6 +88,9 @@ class Problems:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        if scope["path"] == ROUTES:
+            await problem(to_api_error(HTTPException(404)))(scope, receive, send)
             return
         started = dropped = False
 

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import psutil
 from cryptography.fernet import Fernet
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, JsonConfigSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
@@ -125,6 +126,12 @@ class Settings(BaseSettings):
         "refused. Default yes, but not embedded.",
     )
     data_cpus: float = Field(1.0, gt=0, description="CPUs of one data preparation task.")
+    ready_workers: int | None = Field(
+        None,
+        ge=0,
+        description="Embedded only: processes kept ready for a job's workers, with torch and transformers loaded, some 400 MB "
+        "each, and unless 0 those that a job has beside them; default one a core, but at most one for each 8 GiB of memory.",
+    )
     data_cache_bytes: int = Field(
         100 << 30, ge=0, description="Prepared rows kept for later jobs of their org, in bytes; the least recently used go first."
     )
@@ -164,6 +171,7 @@ class Settings(BaseSettings):
             "jwt_secret": self.jwt_secret or _read_secret(home / "jwt.key"),
             "ingress_replicas": self.ingress_replicas or (1 if self.embedded else 2),
             "autoscales": not self.embedded if self.autoscales is None else self.autoscales,
+            "ready_workers": (_ready_workers() if self.ready_workers is None else self.ready_workers) if self.embedded else 0,
             "secret_key": self.secret_key or _read_secret(home / "secret.key"),
         }
         for name in ("allowed_s3_endpoints", "allowed_tracker_endpoints"):
@@ -209,6 +217,10 @@ def write_private(path: Path, text: str, *, keep: bool = False) -> None:
             os.replace(scratch, path)
     finally:
         Path(scratch).unlink(missing_ok=True)
+
+
+def _ready_workers() -> int:
+    return min(len(os.sched_getaffinity(0)), psutil.virtual_memory().total // (8 << 30))
 
 
 def _read_secret(path: Path) -> SecretStr | None:

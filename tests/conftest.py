@@ -28,7 +28,8 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.sched_setaffinity(0, {_cores[int(worker.removeprefix("gw")) % len(_cores)]})
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-MODELS = Path(os.environ.get("TUNEYARD_HOME") or Path.home() / ".tuneyard") / "models"
+# The home of whoever runs the tests; a process of xdist's inherits the one that is set below.
+MODELS = Path(os.environ.setdefault("TESTS_HOME", os.environ.get("TUNEYARD_HOME") or str(Path.home() / ".tuneyard"))) / "models"
 # Whoever runs the tests may have a service of their own here, whose settings are none of theirs.
 _home = tempfile.TemporaryDirectory(prefix="tuneyard-tests-")
 os.environ["TUNEYARD_HOME"] = _home.name
@@ -140,7 +141,7 @@ def mirror() -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(mirror: Path) -> Any:
-    from train_loop.model.load import load_tokenizer
+    from train_loop.model.tokenizer import load_tokenizer
 
     return load_tokenizer(mirror / TINY)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from train_loop.spec import JobSpec
 
+PREFERENCES = "sft trains on the preferred answers of preference rows and leaves the others out"
 USUAL_LEARNING_RATE = {"lora": (1e-5, 1e-3), "full": (1e-6, 1e-4)}
 
 
@@ -15,6 +16,8 @@ def advice(spec: JobSpec, *, hidden: int | None, context: int | None) -> Iterato
     length = spec.dataset_config.preprocessing.prompt.max_length
     if context is not None and length > context:
         yield f"max_length {length} is more than the model's context, {context} tokens"
+    if spec.dataset_details.dataset_format == "preference":
+        yield PREFERENCES
     if kind == "lora" and hidden is not None and adapter.r > hidden:
         yield (f"adapter_config.r {adapter.r} is more than the model's hidden size {hidden}: full fine-tuning would be smaller")
     low, high = USUAL_LEARNING_RATE[kind]

@@ -14,8 +14,9 @@ from train_loop.data.image_tokens import ImageTokens
 from train_loop.data.images import Picture
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.layout import ADAPTER_CONFIG
-from train_loop.model.load import auto_class, compute_dtype, load_tokenizer, quantised_by, quieten
+from train_loop.model.load import auto_class, compute_dtype, quantised_by, quieten
 from train_loop.model.processor import load_processor
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.model.vision import Family
 from train_loop.spec import ModelDetails, Prompt
 

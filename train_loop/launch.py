@@ -1,4 +1,4 @@
-"""From a JobSpec to an adapter in object storage: Ray Data pipeline, TorchTrainer, manifest.
+"""From a JobSpec to an adapter in object storage: Ray Data pipeline, Ray Train, manifest.
 
 `launch` runs on Ray (the service's job actor and `python -m train_loop` both call it); `launch_local` runs the same parts
 in this process.
@@ -48,6 +48,7 @@ OUTCOME = "outcome.json"  # how training ended; written when the adapter is in s
 WORKER_NICENESS = 15  # Ray's own default for all its workers
 SESSION_NICENESS = 10  # a tenth of what others get while they want all
 TELL_S = 10.0  # a worker that ends itself waits so long for the monitor to hear why
+TRAINS = "TUNEYARD_TRAINS"  # set in the environment of workers on CPUs
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,11 @@ class ActorMonitor:
         return keys
 
 
+def worker_environment() -> dict[str, str]:
+    """The variables that a worker on CPUs starts with."""
+    return {TRAINS: "1"} | allocator.environment()
+
+
 def _opened(asked: Any) -> Any:
     import ray
 
@@ -105,12 +111,13 @@ def _opened(asked: Any) -> Any:
 def _chat_tokenizer(spec: JobSpec, files: RunFiles) -> ChatTokenizer:
     from train_loop.data.image_tokens import ImageTokens
     from train_loop.data.tokenize import ChatTokenizer
-    from train_loop.model.load import load_tokenizer
     from train_loop.model.processor import load_processor
+    from train_loop.model.tokenizer import load_text_tokenizer, load_tokenizer
 
     folder = model_folder(spec.model_details, files.models(spec), weights=False)
-    images = ImageTokens(load_processor(folder)) if spec.model_details.model_type == "vlm" else None
-    return ChatTokenizer.of(spec, load_tokenizer(folder), images)
+    if spec.model_details.model_type == "vlm":
+        return ChatTokenizer.of(spec, load_tokenizer(folder), ImageTokens(load_processor(folder)))
+    return ChatTokenizer.of(spec, load_text_tokenizer(folder))
 
 
 def launch(spec: JobSpec, request_id: str, files: RunFiles, placement: Placement, monitor: ActorMonitor) -> dict[str, Any]:
@@ -238,21 +245,27 @@ def _finished(storage: FileSystem, run_path: str, request_id: str) -> dict[str, 
 def describe(prepared: PreparedDataset) -> str:
     """One sentence for the event log."""
     counts = ", ".join(f"{n} {split}" for split, n in prepared.counts.items())
-    return f"{prepared.num_rows} rows ({counts}), {prepared.num_rejected} rejected of {prepared.num_lines} lines"
+    said = f"{prepared.num_rows} rows ({counts}), {prepared.num_rejected} rejected of {prepared.num_lines} lines"
+    if prepared.num_preferences:
+        said += f"; of {prepared.num_preferences} preference rows the preferred answers are trained on, the others are left out"
+    return said
 
 
 def _prepare_on_ray(
     spec: JobSpec, found: list[SourceFile], files: RunFiles, placement: Placement, run_path: str
 ) -> PreparedDataset:
+    import ray
+
     from train_loop.data.pipeline import prepare_with_ray
 
+    chat = ray.put(_chat_tokenizer(spec, files))
     return prepare_with_ray(
         spec,
         found,
         open_source=lambda: files.source(spec),
         open_storage=lambda: files.storage()[0],
         run_path=run_path,
-        load_tokenizer=lambda: _chat_tokenizer(spec, files),
+        load_tokenizer=lambda: ray.get(chat),
         num_cpus_per_task=placement.data_cpus,
     )
 
@@ -267,9 +280,8 @@ def _train(
 ) -> dict[str, Any]:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig
 
-    from train_loop.trainer import Trainer
+    from train_loop.trainer import ProcessGroup, Trainer
 
     # Checkpoints are ours; what Ray Train writes down of its own is of no use after the attempt.
     with scratch_folder() as notes:
@@ -283,7 +295,7 @@ def _train(
                 "monitor": monitor,
                 "clock": StepClock(placement.hang_floor_s, placement.hang_factor),
             },
-            torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo"),
+            backend_config=ProcessGroup("nccl" if placement.use_gpu else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=placement.num_workers or spec.infra_config.num_workers,
                 use_gpu=placement.use_gpu,
@@ -293,7 +305,7 @@ def _train(
             run_config=RunConfig(
                 name=request_id,
                 storage_path=str(notes),
-                worker_runtime_env=None if placement.use_gpu else {"env_vars": allocator.environment()},
+                worker_runtime_env=None if placement.use_gpu else {"env_vars": worker_environment()},
                 # An attempt ends with the first fault. Only room for the workers is waited for.
                 failure_config=FailureConfig(
                     max_failures=0, max_preemption_failures=0, controller_failure_limit=placement.room_waits

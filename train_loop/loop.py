@@ -33,10 +33,10 @@ from train_loop.layout import MERGED_FOLDER, METRICS, TENSORBOARD
 from train_loop.loss import supervised_loss
 from train_loop.metrics import MetricLog
 from train_loop.model.adapters import parameter_groups
-from train_loop.model.load import load_tokenizer
 from train_loop.model.merge import write_merged
 from train_loop.model.processor import load_processor
 from train_loop.model.source import revision_of, weights_hash
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.node import from_first_worker
 from train_loop.optim import build_optimizer, learning_rate, set_learning_rate
 from train_loop.parallel import clip_gradients, set_threads, sync_gradients

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from train_loop.advice import advice
-from train_loop.data.formats import Conversation, RowRejected, to_conversation
+from train_loop.advice import PREFERENCES, advice
+from train_loop.data.formats import Conversation, Preference, RowRejected, parse, preferred
 from train_loop.data.glance import Glance, glance
 from train_loop.data.image_source import ImageSource, image_source
 from train_loop.data.image_tokens import ImageTokens
@@ -32,9 +32,10 @@ from train_loop.data.tokenize import IGNORE_INDEX, ChatTokenizer, Sample
 from train_loop.errors import DatasetError, ModelError
 from train_loop.loss import chunk_tokens
 from train_loop.model.adapters import ALL_LINEAR, expert_parameters, is_named, linear_layers, named, rank
-from train_loop.model.load import DTYPES, auto_class, compute_dtype, family_of, language_part, load_tokenizer
+from train_loop.model.load import DTYPES, auto_class, compute_dtype, family_of, language_part
 from train_loop.model.processor import load_processor
 from train_loop.model.source import ModelPlaces, model_folder
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.parallel import BUCKET_BYTES
 from train_loop.sight import NUM_BATCHES, Sight, Size, image_spans, largest_sum, patches_per_token
 from train_loop.spec import JobSpec, Quantization, RandomSplit
@@ -94,6 +95,7 @@ class DatasetSample:
     num_read: int
     shown: list[dict[str, Any]]
     images: list[list[Size]]  # of each row whose length is here
+    num_preferences: int  # rows with a rejected answer
 
 
 def this_machine() -> Hardware:
@@ -265,6 +267,7 @@ def look(spec: JobSpec, uri: str, seen: Glance, chat: ChatTokenizer, source: Ima
     supervised: list[int] = []
     shown: list[dict[str, Any]] = []
     rejects: list[str] = []
+    preferences = 0
     images: list[list[Size]] = []
     num_read = seen.num_read
     for number, line in enumerate(seen.lines):
@@ -272,7 +275,8 @@ def look(spec: JobSpec, uri: str, seen: Glance, chat: ChatTokenizer, source: Ima
             num_read = number
             break
         try:
-            conversation = to_conversation(decode_row(line), spec.dataset_details.dataset_format, vision=source is not None)
+            row = parse(decode_row(line), spec.dataset_details.dataset_format, vision=source is not None)
+            conversation = preferred(row)
             pictures = [source.picture(reference) for reference in conversation.get("images", ())] if source is not None else []
             sizes = [(picture.width, picture.height) for picture in pictures]
             length = len(untruncated.encode(conversation, sizes).input_ids)
@@ -280,6 +284,7 @@ def look(spec: JobSpec, uri: str, seen: Glance, chat: ChatTokenizer, source: Ima
         except RowRejected as error:
             rejects.append(error.reason)
             continue
+        preferences += isinstance(row, Preference)
         lengths.append(length)
         supervised.append(int((sample.labels != IGNORE_INDEX).sum()))
         images.append(sizes)
@@ -293,7 +298,17 @@ def look(spec: JobSpec, uri: str, seen: Glance, chat: ChatTokenizer, source: Ima
             code="no_usable_rows" if rejects else "dataset_empty",
         )
     usable = len(lengths) / (len(lengths) + len(rejects))
-    return DatasetSample(round(seen.num_rows * usable), seen.exact, lengths, supervised, len(rejects), num_read, shown, images)
+    return DatasetSample(
+        num_rows=round(seen.num_rows * usable),
+        exact=seen.exact,
+        lengths=lengths,
+        supervised=supervised,
+        num_rejected=len(rejects),
+        num_read=num_read,
+        shown=shown,
+        images=images,
+        num_preferences=preferences,
+    )
 
 
 def show(conversation: Conversation, sample: Sample, chat: ChatTokenizer, sizes: Sequence[Size]) -> dict[str, Any]:
@@ -374,10 +389,7 @@ def memory_of_a_worker(
     block = 8 * shape.hidden + _kept_by_adapters(spec, shape, width)
     block += width * (2 * shape.hidden + 3 * shape.attention + 2 * shape.key_value + 4 * shape.intermediate)
     if hp.gradient_checkpointing:
-        # bitsandbytes keeps what goes into an 8-bit layer where checkpointing doesn't find it.
-        inputs = 2 * shape.hidden + shape.attention + shape.intermediate
-        kept = shape.hidden + (inputs if quantization is not None and quantization.quant_bits == 8 else 0)
-        activations = batch_tokens * (shape.num_layers * kept * width + RECOMPUTED_BLOCKS * block)
+        activations = batch_tokens * (shape.num_layers * shape.hidden * width + RECOMPUTED_BLOCKS * block)
     else:
         activations = batch_tokens * shape.num_layers * block
     still = shape.vision_params * width / held
@@ -415,11 +427,13 @@ def _kept_by_adapters(spec: JobSpec, shape: ModelShape, width: int) -> float:
     """Bytes of activations that the adapters of a block add, of a token."""
     if spec.train_config.train_type == "full":
         return 0.0
-    adapter, quantization = spec.train_config.adapter_config, spec.model_details.quantization
-    inputs = sum(i for i, _ in shape.adapted) / shape.num_layers
-    if adapter.use_dora or (quantization is not None and quantization.quant_bits == 8):
-        return inputs * (4 + width)  # as PEFT computes them: each keeps its input in float32, and what dropout left
-    return (inputs if adapter.dropout else 0.0) + width * rank(adapter) * len(shape.adapted) / shape.num_layers
+    adapter = spec.train_config.adapter_config
+    inputs, outputs = (sum(sizes) / shape.num_layers for sizes in zip(*shape.adapted, strict=True)) if shape.adapted else (0, 0)
+    masks = inputs if adapter.dropout else 0.0
+    low = width * rank(adapter) * len(shape.adapted) / shape.num_layers
+    if adapter.use_dora:  # what comes out before it gets its length, and of each layer what dropout left and what it took
+        return low + width * outputs + masks * (1 + 2 * width)
+    return low + masks
 
 
 def bytes_per_weight(quantization: Quantization) -> float:
@@ -441,6 +455,8 @@ def warnings_of(spec: JobSpec, shape: ModelShape, sample: DatasetSample, plan: d
     """What a person should know before paying for it."""
     hp = spec.train_config.hyperparameters
     found = list(advice(spec, hidden=shape.hidden, context=shape.context))
+    if sample.num_preferences and PREFERENCES not in found:
+        found.append(PREFERENCES)  # auto shows it by the rows alone
     truncated, limit = plan["tokens"]["truncated_share"], spec.dataset_config.preprocessing.prompt.max_length
     if truncated > 0:
         verb = "rejected" if spec.dataset_config.preprocessing.truncation == "reject" else "truncated"

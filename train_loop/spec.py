@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from train_loop.section import Fault, NotYet, OnlyYet, Rule, Section, held_to
+from train_loop.section import Fault, OnlyYet, Rule, Section, held_to
 
 BUCKET = re.compile(r"[a-z0-9][a-z0-9._\-]{1,220}[a-z0-9]")  # Google's may have `_`, and dots may make them long
 # The hub's own rule; each part also becomes a folder's name in the mirror, so `..` and 300 letters must not pass.
@@ -313,10 +313,10 @@ class DatasetDetails(Section):
     dataset_type: Literal["jsonl", "zip", "json", "parquet"] = Field(
         "jsonl", description="File type; jsonl and json may be compressed, .gz or .zst. A zip holds train.jsonl and its images."
     )
-    dataset_format: Annotated[
-        Literal["sharegpt", "openai", "alpaca", "prompt_completion", "text", "preference", "auto"],
-        NotYet("preference"),
-    ] = Field("sharegpt", description="Shape of a row; auto tells it by the keys of each.")
+    dataset_format: Literal["sharegpt", "openai", "alpaca", "prompt_completion", "text", "preference", "auto"] = Field(
+        "sharegpt",
+        description="Shape of a row; auto tells it by the keys of each. sft trains on the preferred answers of preference rows.",
+    )
     source_type: Literal["s3", "gcs", "hf", "local"] = Field(
         "s3", description="Where the dataset lives; runs without the service take local, a path, too."
     )
@@ -494,12 +494,6 @@ def all_linear_is_alone(train_config: TrainConfig) -> Iterator[Fault]:
         yield Fault("train_config.adapter_config.targets", message)
 
 
-def rows_suit_the_objective(train_config: TrainConfig, dataset_details: DatasetDetails) -> Iterator[Fault]:
-    if train_config.type == "sft" and dataset_details.dataset_format == "preference":
-        message = "preference rows hold a chosen and a rejected answer, and sft learns from one: name another format, or type dpo"
-        yield Fault("dataset_details.dataset_format", message)
-
-
 def images_come_in_a_zip(model_details: ModelDetails, dataset_details: DatasetDetails) -> Iterator[Fault]:
     vision, zipped = model_details.model_type == "vlm", dataset_details.dataset_type == "zip"
     if vision and not zipped:
@@ -565,7 +559,6 @@ RULES: tuple[Rule, ...] = (
     early_stopping_has_something_to_judge_by,
     fsdp_shards_what_it_can,
     all_linear_is_alone,
-    rows_suit_the_objective,
     images_come_in_a_zip,
     only_a_vlm_has_pixels,
     only_a_vlm_has_more_to_train,

@@ -12,7 +12,9 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -48,6 +50,9 @@ NO_BUCKET = ("NO_SUCH_BUCKET", "NoSuchBucket", "bucket does not exist")
 NO_OBJECT = ("NO_SUCH_KEY", "HTTP status 404")
 ANSWERS = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
 
+MAX_LATE = 20  # threads that wait for a storage when whoever asked has gone
+
+_late = threading.BoundedSemaphore(MAX_LATE)
 _tell: Callable[[str], None] = log.warning
 
 
@@ -103,6 +108,31 @@ def patiently(action: Callable[[], T], what: str, patience_s: float | None = Non
     if retrying.statistics["attempt_number"] > 1:
         _tell(f"the storage is back after {retrying.statistics['delay_since_first_attempt']:.0f} s")
     return result
+
+
+def within(limit_s: float, action: Callable[[], T], what: str) -> T:
+    """Do `action`, for as long as `limit_s`: for a client whose own limits are minutes. Raises RunFault(storage_away) after it.
+
+    What is late goes on in a thread that nobody waits for. While too many do, nothing is begun.
+    """
+    away = RunFault(Cause.STORAGE_AWAY, f"The storage is away: no answer within {limit_s:g} s ({what}).")
+    if not _late.acquire(blocking=False):
+        raise away
+    done: Future[T] = Future()
+
+    def act() -> None:
+        try:
+            done.set_result(action())
+        except Exception as error:  # noqa: BLE001 - whoever waits raises it
+            done.set_exception(error)
+        finally:
+            _late.release()
+
+    threading.Thread(target=act, name="within", daemon=True).start()
+    wait([done], limit_s)
+    if not done.done():
+        raise away
+    return done.result()
 
 
 def read_bytes(storage: FileSystem, path: str) -> bytes:

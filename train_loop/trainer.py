@@ -1,53 +1,104 @@
-"""Ray Train's TorchTrainer, whose cleaner takes a silent state API for a dead controller, mended.
+"""Ray Train's TorchTrainer in parts: torch only where it computes, and no process that a run here has no use for.
 
-A detached actor beside each run asks Ray's dashboard every second whether the run's controller lives, and removes the placement
-group once it doesn't: then all workers die. In Ray 2.60 an answer without the controller counts as dead, which a busy dashboard
-may give, and that of another cluster on the same machine always gives. See the review of ray-project/ray pull request 65447.
+Whoever starts a run, Ray Train's controller and its cleaner would each spend seconds on loading torch before the first step.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks import placement_group_callback
-from ray.train.v2._internal.execution.controller import placement_group_cleaner
+import ray
+from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
+from ray.exceptions import GetTimeoutError
+from ray.train._internal.utils import get_address_and_port
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks import DatasetsCallback, placement_group_callback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from train_loop.cleaner import CleanerCallback
+
+GROUP_S = 1800  # that the workers wait for each other, in forming their group and in everything that they do together
+LEAVE_S = 30.0
 
 
-class Cleaner(placement_group_cleaner.PlacementGroupCleaner):
-    """Removes the placement group only once Ray says that the controller is dead."""
+@dataclass
+class ProcessGroup(BackendConfig):
+    """torch's process group over the workers, as TorchConfig has it."""
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        placement_group_cleaner.is_actor_alive = may_live  # in the process of this actor alone
+    backend: str  # gloo, nccl
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _ProcessGroupBackend
+
+    @property
+    def train_func_context(self) -> Any:
+        return _on_own_device
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"backend": self.backend, "timeout_s": GROUP_S}
 
 
-class CleanerCallback(placement_group_callback.PlacementGroupCleanerCallback):
-    """Starts that cleaner."""
+class _ProcessGroupBackend(Backend):
+    """TorchTrainer's, called where the workers are: its own controller loads torch."""
 
-    def after_controller_start(self, train_run_context: Any) -> None:
-        placement_group_callback.PlacementGroupCleaner = Cleaner  # in the process of the controller alone
-        super().after_controller_start(train_run_context)
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        meeting_point, ranks = worker_group.execute_single(0, get_address_and_port), range(len(worker_group))
+        joining = [
+            worker_group.execute_single_async(rank, _join, backend_config.backend, rank, len(ranks), *meeting_point)
+            for rank in ranks
+        ]
+        ray.get(joining)
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        with contextlib.suppress(GetTimeoutError):
+            ray.get(worker_group.execute_async(_leave, len(worker_group) > 1), timeout=LEAVE_S)
 
 
-class Trainer(TorchTrainer):
-    """A TorchTrainer with that cleaner."""
+def _join(backend: str, rank: int, world_size: int, address: str, port: int) -> None:
+    from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
+
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    _set_torch_distributed_env_vars()
+    _setup_torch_process_group(backend, rank, world_size, "env://", GROUP_S)
+
+
+def _leave(others: bool) -> None:
+    from ray.train.torch.config import _shutdown_torch
+
+    _shutdown_torch(destroy_process_group=others)
+
+
+@contextlib.contextmanager
+def _on_own_device() -> Iterator[None]:
+    from ray.train.torch.config import TorchConfigContextManager
+
+    with TorchConfigContextManager():
+        yield
+
+
+class Trainer(DataParallelTrainer):
+    """What TorchTrainer does, for workers that read their rows themselves, with our cleaner of placement groups."""
 
     def _create_default_callbacks(self) -> list[Any]:
         theirs = placement_group_callback.PlacementGroupCleanerCallback
-        return [CleanerCallback() if type(c) is theirs else c for c in super()._create_default_callbacks()]
+        callbacks = [c for c in super()._create_default_callbacks() if type(c) is not DatasetsCallback]
+        return [CleanerCallback() if type(c) is theirs else c for c in callbacks]
 
-
-def may_live(actor_id: str, timeout: int) -> bool:
-    """Whether an actor isn't known to be dead. `timeout` in seconds."""
-    import ray
-    from ray.exceptions import RayError
-    from ray.util import state
-    from ray.util.state.exception import RayStateApiException
-
-    try:
-        # By default Ray asks the cluster that was started last on this machine, which may be another one.
-        actor = state.get_actor(actor_id, address=ray.get_runtime_context().gcs_address, timeout=timeout)
-    except (RayStateApiException, RayError, OSError, ValueError):  # Ray's own class lets the last three end its watch
-        return True
-    return actor is None or actor.state != "DEAD"
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        """As theirs does. But where the node's environment is this process's, and has what theirs would add to it, the controller
+        gets none of its own: the processes that Ray has ready have no other."""
+        here = ray.get_runtime_context()
+        if here.get_actor_id() is None or RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR not in os.environ:
+            return super()._initialize_and_run_controller(**arguments)
+        beside = {ray._raylet.RAY_NODE_ID_KEY: here.get_node_id()}
+        controller = ray.remote(num_cpus=0, label_selector=beside)(TrainController).remote(**arguments)
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())

@@ -54,6 +54,7 @@ def _start_ray(settings: Settings, ray_dir: str, num_cpus: int) -> tuple[str, st
 
     from serve_app.deployment import deploy
     from serve_app.proxy import CALLBACK
+    from serve_app.ready import PRELOADS
 
     # Everything listens on 127.0.0.1, and `ray job submit` reads no token unless it is told to: RAY_AUTH_MODE=token for both
     # closes it to other users of this machine.
@@ -63,6 +64,13 @@ def _start_ray(settings: Settings, ray_dir: str, num_cpus: int) -> tuple[str, st
     # Ray makes all its workers nice, the ingress like the training; only the training should be.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ |= CALLBACK
+    # One machine is there or isn't: nobody takes it back, so no process of each run need watch for that.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    os.environ.setdefault(
+        "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0"
+    )  # what Ray Train gives its controller: see train_loop.trainer
+    # What serve_app.ready has Ray start is of use; what Ray would start by itself now would load all that for the ingress.
+    os.environ |= {PRELOADS: "serve_app.preload", "RAY_prestart_worker_first_driver": "0"}
     http_port, dashboard_port = remembered_ports(settings.home / "ports.json", 2)
     context = ray.init(
         address="local",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Protocol, cast
 
 from fastapi import Depends, Header, Request
+from starlette.concurrency import run_in_threadpool
 
 from serve_app.auth import Principal, Verifier
 from serve_app.errors import ApiError, field_error, invalid
@@ -59,16 +60,24 @@ class Service:
     streams: Places
 
 
-def service(request: Request) -> Service:
+# These two take no thread: on cores that train, each waits for its turn.
+async def service(request: Request) -> Service:
     """The app's Service."""
     found: Service = request.app.state.service
     return found
 
 
-def principal(request: Request, authorization: Annotated[str | None, Header(include_in_schema=False)] = None) -> Principal:
+Here = Annotated[Service, Depends(service)]
+
+
+async def principal(
+    here: Here,
+    request: Request,
+    authorization: Annotated[str | None, Header(include_in_schema=False)] = None,
+) -> Principal:
     """Who is asking. Raises 401, 429."""
-    here = service(request)
-    asking = here.verifier.authenticate(authorization)
+    verify = here.verifier.authenticate
+    asking = await run_in_threadpool(verify, authorization) if here.verifier.may_wait else verify(authorization)
     here.rate_limit.check(_charged(asking, request.query_params.get("org_id")))
     return asking
 
@@ -83,7 +92,6 @@ def _charged(asking: Principal, org_id: str | None) -> str:
 
 
 Asking = Annotated[Principal, Depends(principal)]
-Here = Annotated[Service, Depends(service)]
 
 
 def is_uuid(value: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import datetime as dt
+import math
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,7 @@ CAPACITY_AGE_S = 5.0
 NAME_TRIES = 3  # for a name whose holder ends between our try and the look at who holds it
 NEARLY_FULL = 100  # waiting jobs below the limit, more than are ever added at once
 WRITES = "tuneyard_writes"
+PROVEN_S = 1.0  # a connection to PostgreSQL that was used so short a time ago is there still
 STORE_AWAY = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)  # nothing was written; it may come back
 
 
@@ -142,6 +144,8 @@ class JobStore:
         self._capacity: dict[str, int] = {}
         self._capacity_until = 0.0
         self._writer = engine.execution_options(**{WRITES: True})
+        # A transaction around a single statement is two round trips more. SQLite's connections begin none by themselves.
+        self._reader = engine if engine.name == "sqlite" else engine.execution_options(isolation_level="AUTOCOMMIT")
         self.journal = Journal(self.read)
 
     @classmethod
@@ -149,10 +153,12 @@ class JobStore:
         """Connect to `url`; nothing is created. Raises RuntimeError for a URL of no database that is known here."""
         if not url.startswith("sqlite"):
             try:
-                return cls(sa.create_engine(url, pool_pre_ping=True))
+                engine = sa.create_engine(url, pool_use_lifo=True)  # few connections, and those in use
             except (sa.exc.ArgumentError, ImportError):
                 wanted = "postgresql+psycopg://user:password@host/name"
                 raise RuntimeError(f"TUNEYARD_DATABASE_URL isn't of a database that Tuneyard knows: give {wanted}") from None
+            _replace_dead_connections(engine)
+            return cls(engine)
         engine = sa.create_engine(url, connect_args={"timeout": 30})
 
         @sa.event.listens_for(engine, "connect")
@@ -164,13 +170,14 @@ class JobStore:
         @sa.event.listens_for(engine, "begin")
         def _begin(connection: Connection) -> None:
             # A writer takes the write lock at once: upgrading a read lock later fails instead of waiting.
-            connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get(WRITES) else "BEGIN")
+            if connection.get_execution_options().get(WRITES):
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
 
         return cls(engine)
 
     def read(self) -> AbstractContextManager[Connection]:
-        """A connection that only reads: on SQLite it waits for no writer."""
-        return self.engine.connect()
+        """A connection that only reads, each statement what is committed by then: on SQLite it waits for no writer."""
+        return self._reader.connect()
 
     def write(self) -> AbstractContextManager[Connection]:
         """A transaction: committed at the end, rolled back by an exception."""
@@ -583,6 +590,26 @@ class JobStore:
                 return int(epoch)
         except sa.exc.IntegrityError:  # two inserted at once; the other one has it
             return None
+
+
+def _replace_dead_connections(engine: Engine) -> None:
+    """Have a connection that wasn't used for PROVEN_S asked, before it is used, whether it is there still, and replaced if not.
+
+    SQLAlchemy's pool_pre_ping asks each time, a round trip of every request. Where the database came back within that time, one
+    request fails, as with any that was under way, and the pool drops all its connections.
+    """
+
+    @sa.event.listens_for(engine, "checkin")
+    def _used(connection: Any, record: Any) -> None:
+        record.info["used_at"] = time.monotonic()
+
+    @sa.event.listens_for(engine, "checkout")
+    def _ask(connection: Any, record: Any, proxy: Any) -> None:
+        if time.monotonic() - record.info.get("used_at", math.inf) > PROVEN_S:
+            try:
+                engine.dialect.do_ping(connection)
+            except engine.dialect.loaded_dbapi.Error:
+                raise sa.exc.InvalidatePoolError from None
 
 
 def _alembic() -> Any:

@@ -14,6 +14,8 @@ pytestmark = pytest.mark.service
     ("bits", "checkpointing", "max_length", "batch", "trains"),
     [
         (4, True, 512, 4, "lora"),
+        (8, True, 512, 2, "lora"),
+        (8, False, 512, 2, "lora"),
         (None, True, 1024, 2, "lora"),
         (None, False, 512, 2, "lora"),
         (None, True, 512, 2, "full"),

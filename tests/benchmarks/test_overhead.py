@@ -51,8 +51,12 @@ def test_a_step_is_timed_between_points_however_many_there_are():
 
 def test_the_table_has_every_wait_and_the_ratios():
     names = ("first job", "later job", "later job, rows prepared before", "a point for every step", "few points")
-    found = {"jobs": [{"name": n, "seen": SEEN, "points": points(40)} for n in names], "floor": {"first": 7.0, "second": 3.5}}
+    found = {
+        "jobs": [{"name": n, "seen": SEEN, "points": points(40), "cpu_s": 9.0} for n in names],
+        "floor": {"first": 7.0, "second": 3.5},
+    }
     said = table(found)
     assert all(f"| {what} |" in said for what in WAITS.values())
+    assert "| CPU seconds meanwhile | 9.0 | 9.0 | 9.0 |" in said
     assert "| workers / floor | 1.00 | 2.00 | 2.00 |" in said
     assert "holds the loop for 300 ms (median of 3), 3.00 steps of 100 ms" in said

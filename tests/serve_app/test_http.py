@@ -84,6 +84,8 @@ def test_the_message_says_what_was_accepted_and_what_to_think_over(settings, sto
         assert "Warning: learning_rate 0.5 is outside what LoRA usually wants" in warned
         assert "Warning: adapter_config.r 100 is more than the model's hidden size 64" in warned
         assert "r 100" not in said("/job/", "e", train_type="full", **careless)
+        public |= {"dataset_details.dataset_format": "preference"}
+        assert "Warning: sft trains on the preferred answers of preference rows and leaves the others out" in said("/job/", "f")
 
 
 def test_every_path_works_with_and_without_its_slash():

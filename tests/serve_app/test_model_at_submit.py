@@ -213,14 +213,21 @@ def test_a_submission_is_to_come_again_when_the_models_storage_or_the_hub_is_awa
             assert said in told
 
 
-def test_a_models_storage_that_hangs_holds_nobody_up(http, job):
+@pytest.mark.parametrize("storage", ["s3", "gcs"])
+@pytest.mark.parametrize("path", ["/job/", "/job/plan/"])
+def test_a_models_storage_that_hangs_holds_nobody_up(http, job, storage, path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as never_answers:
         endpoint = f"http://127.0.0.1:{never_answers.getsockname()[1]}"
-        secret = made(http, "s3", {"access_key_id": "a", "secret_access_key": CANARY, "endpoint_url": endpoint})
-        away = {"base_model": URI, "source_type": "s3", "ownership": "private", "secret_id": secret}
+        monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", endpoint)
+        if storage == "s3":
+            secret = made(http, "s3", {"access_key_id": "a", "secret_access_key": CANARY, "endpoint_url": endpoint})
+            away = {"base_model": URI, "source_type": "s3", "ownership": "private", "secret_id": secret}
+        else:
+            away = {"base_model": "gs://bucket/tiny", "source_type": "gcs", "ownership": "public"}
         began = time.monotonic()
-        answer = http.post("/job/", json=with_fields(job, {"model_details": away}))
-    assert (answer.status_code, "Retry-After" in answer.headers) == (503, True)
+        answer = http.post(path, json=with_fields(job, {"model_details": away}))
+    assert (answer.status_code, "Retry-After" in answer.headers) == (503, True), answer.text
+    assert "The storage is away" in answer.json()["detail"]
     assert time.monotonic() - began < 30  # with the patience of a training run it would be minutes
 
 

@@ -133,3 +133,11 @@ def test_what_the_service_says_passes(status, kind):
     with served(plain(status, kind)) as (host, port):
         answer = httpx.get(f"http://{host}:{port}")
     assert (answer.status_code, answer.headers["content-type"], answer.text) == (status, kind, "words of Serve")
+
+
+def test_nobody_is_told_what_runs_on_this_serve():
+    with served(plain(200, "application/json")) as (host, port):
+        answers = [httpx.request(method, f"http://{host}:{port}/-/routes") for method in ("GET", "HEAD", "POST")]
+        assert httpx.get(f"http://{host}:{port}/-/healthz").status_code == 200
+    assert {(a.status_code, a.headers["content-type"]) for a in answers} == {(404, "application/problem+json")}
+    assert "Serve" not in answers[0].text

@@ -134,7 +134,7 @@ class Hub(Server):
 
 
 class Mlflow(Server):
-    """As much of MLflow's REST API as a run needs, and as strict."""
+    """As much of MLflow's REST API as a run needs, and as strict; its statuses and refusals are those of `mlflow server` 3.17."""
 
     authorization = None  # that it asks for
     down = None  # the status that it answers everything with
@@ -156,12 +156,13 @@ class Mlflow(Server):
         if self.down:
             return self.answer({"message": self.question}, self.down)
         if self.headers.get("Authorization") != self.authorization:
-            return self.answer({"error_code": "UNAUTHENTICATED", "message": self.question}, 401)
+            return self.answer(self.question.encode(), 401, WWW_Authenticate='Basic realm="mlflow"')
         call = path.removeprefix("/api/2.0/mlflow/")
         try:
             self.answer(getattr(self, re.sub(r"\W", "_", call))(**asked))
         except LookupError as error:
-            self.answer({"error_code": error.args[0], "message": "no"}, 400)
+            (code,) = error.args
+            self.answer({"error_code": code, "message": self.question}, 404 if code == "RESOURCE_DOES_NOT_EXIST" else 400)
 
     def experiments_get_by_name(self, experiment_name):
         if experiment_name not in self.experiments:
@@ -250,5 +251,6 @@ class Wandb(Server):
     def resumed(self, run):
         tail = json.dumps([json.dumps(line) for line in list(run["history"].values())[-1:]])
         counts = {"historyLineCount": len(run["history"]), "eventsLineCount": 0, "logLineCount": 0}
-        rest = {"summaryMetrics": "{}", "eventsTail": "[]", "config": "{}", "tags": [], "notes": "", "wandbConfig": '{"t": 1}'}
+        rest = {"summaryMetrics": "{}", "eventsTail": "[]", "config": run["config"], "tags": run["tags"], "notes": ""}
+        rest["wandbConfig"] = '{"t": 1}'
         return counts | rest | {"id": "b", "name": run["name"], "displayName": run["displayName"], "historyTail": tail}

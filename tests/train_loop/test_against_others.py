@@ -13,7 +13,7 @@ from train_loop.data.packing import IGNORE_INDEX
 from train_loop.data.sampler import BatchPlan
 from train_loop.data.shards import PreparedDataset, ShardSet
 from train_loop.data.tokenize import ChatTokenizer
-from train_loop.model.load import load_tokenizer
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.optim import learning_rate
 from train_loop.spec import JobSpec
 

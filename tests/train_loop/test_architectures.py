@@ -12,7 +12,7 @@ from tests.train_loop.models import ARCHITECTURES, make_base, run, samples
 from train_loop.data.packing import collate
 from train_loop.loss import keeps_documents_apart, supervised_loss
 from train_loop.model.adapters import linear_layers
-from train_loop.model.load import load_tokenizer
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.spec import JobSpec
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}

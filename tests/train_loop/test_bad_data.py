@@ -420,7 +420,7 @@ from pyarrow.fs import LocalFileSystem
 from train_loop.data.prepare import prepare_local
 from train_loop.data.sources import find_files
 from train_loop.data.tokenize import ChatTokenizer
-from train_loop.model.load import load_tokenizer
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.spec import JobSpec
 
 def peak():  # getrusage's would be the parent's, where that one is larger

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train_loop.data.formats import RowRejected, to_conversation
+from train_loop.data.formats import Preference, RowRejected, parse, to_conversation
 
 WEATHER = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
 SAID = '{"name": "weather", "arguments": {"city": "Oslo"}}'
@@ -88,13 +88,15 @@ MIXED = [
     {"instruction": "Hi", "input": "", "output": "Hello", "text": "rendered before"},
     {"prompt": "Hi", "completion": "Hello"},
     {"query": "Hi", "response": "Hello"},
+    {"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"},
+    chat(("user", "Hi"), ("assistant", "Hello")) | {"rejected_response": None},
 ]
 
 
 def test_a_mixed_dataset_is_told_row_by_row():
     text, *others = [to_conversation(row, "auto") for row in MIXED]
     assert text == {"text": "Once."}
-    assert others == [chat(("user", "Hi"), ("assistant", "Hello"))] * 6
+    assert others == [chat(("user", "Hi"), ("assistant", "Hello"))] * 8
 
 
 @pytest.mark.parametrize(
@@ -105,8 +107,6 @@ def test_a_mixed_dataset_is_told_row_by_row():
             chat(("user", "Hi")) | {"prompt": "a", "completion": "b"},
             "fits openai and prompt_completion: name one of them in dataset_f",
         ),
-        ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "a preference row holds"),
-        ({"messages": [], "rejected_response": "b"}, "a preference row holds"),
     ],
 )
 def test_a_row_of_no_or_several_shapes_is_rejected_with_those_that_there_are(row, reason):
@@ -245,12 +245,150 @@ def test_unusable_rows_say_why(row, reason):
         to_conversation(row, "sharegpt")
 
 
+HI, HELLO, RUDE = [{"role": r, "content": c} for r, c in (("user", "Hi"), ("assistant", "Hello"), ("assistant", "Go away"))]
+SYSTEM = {"role": "system", "content": "Be kind."}
+BEFORE = [HI, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "And?"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"},
+        {"prompt": "Hi", "chosen": HELLO, "rejected": RUDE},
+        {"prompt": "Hi", "chosen": [HELLO], "rejected": "Go away"},
+        {"prompt": [HI], "chosen": [HELLO], "rejected": [RUDE]},
+        {"messages": [HI], "chosen": "Hello", "rejected": "Go away"},
+        {"prompt": "Hi", "chosen": [HI | {"content": "Hi\n"}, HELLO], "rejected": [HI, RUDE]},
+        {"prompt": "Hi", "messages": [HI, HELLO], "chosen": [HI, HELLO], "rejected": [HI, RUDE]},
+        {"chosen": [HI, HELLO], "rejected": [HI, RUDE]},
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: Go away"},
+        {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": "Hello", "rejected": "Go away"},
+        {"input": {"messages": [HI]}, "preferred_output": [HELLO], "non_preferred_output": [RUDE]},
+        {"messages": [HI, HELLO], "rejected_response": "Go away"},
+        {"messages": [HI, HELLO], "rejected_response": [RUDE]},
+        sharegpt(("human", "Hi"))
+        | {"chosen": {"from": "gpt", "value": "Hello"}, "rejected": {"from": "gpt", "value": "Go away"}},
+        {"conversation": [{"human": "Hi"}], "chosen": "Hello", "rejected": "Go away"},
+        sharegpt(("human", "Hi"), ("gpt", "Hello")) | {"rejected_response": "Go away"},
+    ],
+)
+def test_every_shape_of_a_preference_is_the_same_two_conversations(row):
+    pair = Preference(chat(("user", "Hi"), ("assistant", "Hello")), chat(("user", "Hi"), ("assistant", "Go away")))
+    assert parse(row, "preference") == parse(row, "auto") == pair
+    assert to_conversation(row, "auto") == pair.chosen
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": BEFORE, "chosen": "Hello", "rejected": "Go away"},
+        {"chosen": [*BEFORE, HELLO], "rejected": [*BEFORE, RUDE]},
+        {"prompt": BEFORE, "chosen": [*BEFORE, HELLO], "rejected": [RUDE]},
+        {"messages": [*BEFORE, HELLO], "rejected_response": "Go away"},
+        {"input": {"messages": BEFORE}, "preferred_output": [HELLO], "non_preferred_output": [RUDE]},
+        {
+            side: f"\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: And?\n\nAssistant: {said}"
+            for side, said in (("chosen", "Hello"), ("rejected", "Go away"))
+        },
+    ],
+)
+def test_of_a_preference_only_the_answer_is_trained_on(row):
+    pair = parse(row, "preference")
+    for side, said in ((pair.chosen, "Hello"), (pair.rejected, "Go away")):
+        assert [(m["content"], m.get("loss", True)) for m in side["messages"] if m["role"] == "assistant"] == [
+            ("Yes?", False),
+            (said, True),
+        ]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"system": "Be kind.", "prompt": "Hi", "chosen": "Hello", "rejected": "Go away"},
+        {"prompt": [SYSTEM, HI], "chosen": "Hello", "rejected": "Go away"},
+        {"prompt": [SYSTEM, HI], "chosen": [HI, HELLO], "rejected": [SYSTEM, HI, RUDE]},
+        {"prompt": "Hi", "chosen": [SYSTEM, HI, HELLO], "rejected": [SYSTEM, HI, RUDE]},
+        {"chosen": [SYSTEM, HI, HELLO], "rejected": [SYSTEM, HI, RUDE]},
+    ],
+)
+def test_a_preference_may_have_its_system_message_anywhere(row):
+    pair = parse(row, "preference")
+    assert pair.chosen["messages"] == [SYSTEM, HI, HELLO]
+    assert pair.rejected["messages"] == [SYSTEM, HI, RUDE]
+
+
+def test_two_answers_that_are_the_same_are_a_preference():
+    assert parse({"chosen": [*BEFORE, HELLO], "rejected": [*BEFORE, HELLO]}, "preference") == parse(
+        {"prompt": BEFORE, "chosen": "Hello", "rejected": "Hello"}, "preference"
+    )
+
+
+def test_answers_that_part_at_a_tool_call_are_whole():
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}],
+    }
+    result, cold = {"role": "tool", "content": "3"}, {"role": "assistant", "content": "Cold."}
+    tools = {"tools": [{"type": "function", "function": WEATHER}]}
+    row = {
+        "input": {"messages": [HI], **tools, "parallel_tool_calls": True},
+        "preferred_output": [call],
+        "non_preferred_output": [RUDE],
+    }
+    assert to_conversation(row, "auto") == {"messages": [HI, called(city="Oslo")], **tools}
+    pair = parse({"chosen": [HI, call, result, cold], "rejected": [HI, RUDE], **tools}, "auto")
+    assert [m.get("loss", True) for m in pair.chosen["messages"]] == [True] * 4
+    assert pair.rejected == {"messages": [HI, RUDE], **tools}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "Hi", "chosen": "Hello"}, 'no "rejected"'),
+        ({"prompt": "Hi", "rejected": "Hello"}, 'no "chosen"'),
+        ({"prompt": "Hi", "chosen": " ", "rejected": "b"}, "chosen is empty"),
+        ({"prompt": "Hi", "chosen": "a", "rejected": []}, "rejected is empty"),
+        (
+            {"prompt": "Hi", "chosen": 3, "rejected": "b"},
+            "chosen must be a string, a message or a list of messages, not a number",
+        ),
+        ({"prompt": "Hi", "chosen": ["a"], "rejected": "b"}, "a turn must be an object"),
+        (
+            {"prompt": "Hi", "chosen": "a", "rejected": {"role": "assistant", "content": " "}},
+            "isn't preferred: empty assistant turn",
+        ),
+        ({"prompt": "Hi", "chosen": [HI], "rejected": "b"}, "chosen holds no answer to the prompt"),
+        ({"prompt": "Ho", "chosen": [HI, HELLO], "rejected": "b"}, "chosen begins with other turns than the prompt's"),
+        ({"prompt": [HI, HELLO], "chosen": "a", "rejected": "b"}, "the prompt of chosen ends with an answer"),
+        ({"chosen": "a", "rejected": "b"}, "no prompt: none beside chosen and rejected, and they begin with no"),
+        ({"chosen": [HI, HELLO], "rejected": [BEFORE[2], RUDE]}, "no prompt: none beside"),
+        ({"messages": [HI], "rejected_response": "b"}, "messages before it that end with the preferred answer"),
+        ({"rejected_response": "b"}, "messages before it that end with the preferred answer"),
+        ({"messages": [HELLO], "rejected_response": "b"}, "no assistant turn that answers a user"),
+        ({"messages": [HI, HELLO], "rejected_response": " "}, "rejected_response is empty"),
+        ({"input": {"messages": [HI]}, "preferred_output": [HELLO]}, 'no "non_preferred_output"'),
+        ({"input": "Hi", "preferred_output": [HELLO], "non_preferred_output": [RUDE]}, 'no "input" with a list "messages"'),
+    ],
+)
+def test_an_unusable_preference_says_why(row, reason):
+    for dataset_format in ("preference", "auto"):
+        with pytest.raises(RowRejected, match=reason):
+            parse(row, dataset_format)
+
+
+def test_a_row_of_one_answer_is_no_preference():
+    with pytest.raises(RowRejected, match="not two answers: a preference row has the keys chosen and rejected; preferred_output"):
+        parse(chat(("user", "Hi"), ("assistant", "Hello")), "preference")
+
+
 ROLE_NAMES = st.sampled_from(["human", "gpt", "user", "assistant", "system", "tool", "function_call", "observation"])
 scalars = st.none() | st.booleans() | st.integers() | st.text(max_size=5) | ROLE_NAMES | st.just(SAID)
 KEYS = [
     *("from", "value", "role", "content", "conversations", "conversation", "messages", "human", "assistant", "system", "tools"),
     *("tool_calls", "function", "name", "arguments", "weight", "loss", "instruction", "input", "output", "history", "prompt"),
-    *("completion", "query", "response", "text"),
+    *("completion", "query", "response", "text", "chosen", "rejected", "rejected_response", "preferred_output"),
+    "non_preferred_output",
 ]
 anything = st.recursive(
     scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(KEYS), v, max_size=6), max_leaves=12
@@ -262,15 +400,28 @@ turns = st.lists(
     ),
     max_size=7,
 )
-FORMATS = ["sharegpt", "openai", "alpaca", "prompt_completion", "text", "auto"]
+sides = st.sampled_from(["a", " "]) | turns | anything
+pairs = (
+    st.fixed_dictionaries({"messages": turns, "rejected_response": sides})
+    | st.fixed_dictionaries({"chosen": sides, "rejected": sides}, optional={"prompt": sides, "messages": turns})
+    | st.fixed_dictionaries(
+        {"preferred_output": sides, "non_preferred_output": sides, "input": st.fixed_dictionaries({"messages": turns})}
+    )
+)
+FORMATS = ["sharegpt", "openai", "alpaca", "prompt_completion", "text", "preference", "auto"]
 
 
-@given(anything | st.fixed_dictionaries({"messages": turns}), st.sampled_from(FORMATS))
+@given(anything | st.fixed_dictionaries({"messages": turns}) | pairs, st.sampled_from(FORMATS))
 def test_any_json_is_either_a_good_conversation_or_rejected(row, dataset_format):
     try:
-        made = to_conversation(row, dataset_format)
+        made = parse(row, dataset_format)
     except RowRejected:
         return  # any other exception fails the test
+    for side in (made.chosen, made.rejected) if isinstance(made, Preference) else (made,):
+        check_conversation(side)
+
+
+def check_conversation(made):
     assert json.loads(json.dumps(made)) == made
     if "text" in made:
         return

@@ -18,7 +18,7 @@ from train_loop.chat import Comparison
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import Stopped
 from train_loop.metrics import MetricLog
-from train_loop.model.load import load_tokenizer
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.spec import ModelDetails, Prompt
 
 FULL = {

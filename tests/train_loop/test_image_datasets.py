@@ -18,8 +18,8 @@ from train_loop.data.sources import Credentials, dataset_filesystem, filesystem_
 from train_loop.data.stored_file import StoredFile
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import DatasetError
-from train_loop.model.load import load_tokenizer
 from train_loop.model.processor import load_processor
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.spec import JobSpec
 
 LOCAL = LocalFileSystem()

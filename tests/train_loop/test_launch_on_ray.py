@@ -26,6 +26,7 @@ from tests.train_loop.memory_group import memory_group
 from tests.train_loop.test_bad_data import FILES, HTML, JSONL, listed, malformed_job, outcome
 from tests.train_loop.zips import FIELDS, Chat, picture, row, zipped
 from train_loop.allocator import environment
+from train_loop.cleaner import may_live
 from train_loop.data import parts
 from train_loop.data.pipeline import prepare_with_ray
 from train_loop.data.prepare import prepare_local
@@ -34,10 +35,9 @@ from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import Cause, DatasetError, ModelError, RunFault, Stopped
 from train_loop.faults import classified
 from train_loop.launch import ActorMonitor, Placement, launch
-from train_loop.model.load import load_tokenizer
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.run_files import Keys, RunFiles
 from train_loop.spec import JobSpec
-from train_loop.trainer import may_live
 
 pytestmark = pytest.mark.service
 HP = "train_config.hyperparameters"
@@ -247,12 +247,18 @@ def test_a_notice_saves_a_checkpoint_at_once_and_the_attempt_ends_as_preempted(c
     assert ray.get(monitor.seen.remote())[0] > step  # it went on
 
 
+def has_torch(pid):
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+
 def test_what_a_dead_controller_had_is_taken_from_it_and_a_silent_dashboard_is_no_death(cluster, start, monkeypatch):
     end, monitor = start()
     wait_for_step(end, monitor, 1)
     alive = {a.class_name: a for a in list_actors(cluster.address, filters=[("state", "=", "ALIVE")])}
     assert "Cleaner" in alive
-    assert "PlacementGroupCleaner" not in alive
+    assert not {"PlacementGroupCleaner", "DatasetManager"} & alive.keys()
+    # Loading torch takes seconds.
+    assert {name for name, actor in alive.items() if has_torch(actor.pid)} - {"Recorder"} == {"RayTrainWorker"}
     controller = alive["TrainController"]
     assert may_live(controller.actor_id, 10)
     with monkeypatch.context() as patch:

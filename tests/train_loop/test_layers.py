@@ -51,6 +51,16 @@ def four_bit(*sizes, **kwargs):
     return Linear4bit(*sizes, compute_dtype=torch.float32, quant_type="nf4", **kwargs)
 
 
+def eight_bit(*sizes, **kwargs):
+    """Its state is laid out as load_base leaves it."""
+    from bitsandbytes.nn import Linear8bitLt
+
+    layer = Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0, **kwargs).to("cpu")
+    layer.init_8bit_state()
+    layer.init_8bit_state = lambda: None
+    return layer
+
+
 def calls(monkeypatch):
     """How often a layer was computed as one function."""
     seen, real = [], layers._LoraLinear.apply
@@ -58,11 +68,13 @@ def calls(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("linear", [torch.nn.Linear, four_bit], ids=["float", "nf4"])
+@pytest.mark.parametrize("linear", [torch.nn.Linear, four_bit, eight_bit], ids=["float", "nf4", "int8"])
 @pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"use_dora": True, "lora_dropout": 0.4}], ids=str)
 def test_the_values_and_gradients_are_those_of_peft(linear, changes, monkeypatch):
     seen = calls(monkeypatch)
-    model, fused = adapted(Model(linear).to("cpu"), **changes)
+    base = Model(linear).to("cpu")
+    base.is_loaded_in_8bit = linear is eight_bit
+    model, fused = adapted(base, **changes)
     x = torch.randn(2, ROWS, 64)
     theirs = values_and_gradients(model, x)
     assert not seen

@@ -8,7 +8,8 @@ import torch
 from tests.conftest import write_jsonl
 from tests.train_loop.models import make_base, run
 from train_loop.data.tokenize import ChatTokenizer
-from train_loop.model.load import load_base, load_tokenizer
+from train_loop.model.load import load_base
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.spec import JobSpec
 
 # Which word comes next is told by the one before: chance is 1 in 8.

@@ -17,7 +17,8 @@ from train_loop.errors import DatasetError, Stopped, TrainingError
 from train_loop.layout import TENSORBOARD
 from train_loop.loss import supervised_loss
 from train_loop.model.adapters import add_adapter, trainable
-from train_loop.model.load import load_base, load_tokenizer, quantization_config
+from train_loop.model.load import load_base, quantization_config
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.spec import JobSpec
 from train_loop.tensorboard import event_file
 
@@ -63,6 +64,7 @@ def test_rows_of_every_shape_train_the_same_lazily_and_eagerly(local_job, tmp_pa
         {"instruction": "Say hello.", "input": "", "output": "Hello."},
         {"conversations": [{"from": r, "value": v} for r, v in calling], "tools": [tool]},
         {"prompt": [{"role": "user", "content": "Hi"}], "completion": "Hello"},
+        {"prompt": "Good day", "chosen": "And to you.", "rejected": "Is it?"},
     ]
     job = local_job(
         {

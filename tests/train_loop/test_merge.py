@@ -14,8 +14,9 @@ from train_loop.data.packing import collate
 from train_loop.errors import Stopped
 from train_loop.loss import supervised_loss
 from train_loop.model.adapters import add_adapter
-from train_loop.model.load import compute_dtype, compute_in, load_base, load_tokenizer
+from train_loop.model.load import compute_dtype, compute_in, load_base
 from train_loop.model.merge import merged
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.spec import JobSpec
 
 HP = "train_config.hyperparameters"

@@ -16,9 +16,10 @@ from train_loop.data.image_tokens import ImageTokens
 from train_loop.data.images import admit
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.model.adapters import trainable
-from train_loop.model.load import load_base, load_tokenizer
+from train_loop.model.load import load_base
 from train_loop.model.processor import load_processor
 from train_loop.model.source import ModelPlaces
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.plan import Hardware, make_plan
 from train_loop.spec import JobSpec, ModelDetails, Prompt
 

@@ -12,8 +12,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from train_loop.data import pieces
-from train_loop.data.pieces import PATTERNS, Pieces
+from train_loop.data.pieces import Pieces
 from train_loop.data.token_bounds import TokenBounds
+from train_loop.data.words import PATTERNS
 
 TEXT = "You're right:\n\n  it's 3.14 (or 22/7), isn't it? <|im_end|>\n<|im_start|>assistant\nNo.\r\nx = [1, 2]\t# done "
 
@@ -46,15 +47,22 @@ def composing(backend):
     backend.normalizer = normalizers.NFC()
 
 
-def digit_by_digit(backend):
-    over_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), over_bytes])
+def digits(individual):
+    def change(backend):
+        over_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=individual), over_bytes])
+
+    return change
+
+
+def added(backend):
+    backend.add_tokens([AddedToken("word", normalized=False), AddedToken("_", normalized=True), AddedToken("<|im_end|>_")])
 
 
 @pytest.fixture(scope="module")
 def cut_up(tokenizer):
     """Tokenizers of every kind that is cut up, with their pieces."""
-    changes = [lambda backend: None, composing, digit_by_digit, *map(split_by, sorted(PATTERNS))]
+    changes = [lambda backend: None, composing, digits(True), digits(False), added, *map(split_by, sorted(PATTERNS))]
     made = [variant(tokenizer, change) for change in changes]
     return [(each, pieces_of(each)) for each in made]
 
@@ -68,6 +76,7 @@ def by_itself(tokenizer, text):
 @example("")
 @example(TEXT)
 @example(TEXT * 30)
+@example("<|im_end|>_ word \U00040000word")
 def test_the_tokens_of_a_text_are_those_of_its_pieces(cut_up, text):
     for tokenizer, its in cut_up:
         np.testing.assert_array_equal(its.tokens(text), by_itself(tokenizer, text))
@@ -96,8 +105,8 @@ def test_a_limit_in_the_tokenizers_file_is_none_here(tokenizer):
 def test_what_was_known_before_still_is(tokenizer, monkeypatch):
     monkeypatch.setattr(pieces, "MAX_KNOWN", 20)
     its, made = pieces_of(tokenizer), []
-    keep = its._made_apart
-    monkeypatch.setattr(its, "_made_apart", lambda new: made.extend(new) or keep(new))
+    make = its._words.tokens
+    monkeypatch.setattr(its._words, "tokens", lambda piece: made.append(piece) or make(piece))
     its.tokens(" ".join(f"a{i}" for i in range(30)))
     its.tokens("begin again")
     made.clear()

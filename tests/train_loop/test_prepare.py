@@ -18,6 +18,7 @@ from train_loop.data.shards import PreparedDataset, ShardSet, split_bounds
 from train_loop.data.sources import Credentials, filesystem_for, find_files
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import DatasetError
+from train_loop.launch import describe
 from train_loop.model.source import ModelPlaces
 from train_loop.plan import make_plan, this_machine
 from train_loop.spec import JobSpec
@@ -68,6 +69,18 @@ def test_rejected_lines_have_their_numbers_whatever_the_ranges(local_job, prepar
         seen.append([shards.conversation(i) for split in ("train", "eval") for i in shards.ids(split)])
         assert len(prepared.eval_lines) == prepared.counts["eval"] == len(shards.ids("eval"))
     assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("how", [{}, {"lazy_tokenize": False}, {"streaming": True}])
+def test_rejected_answers_are_left_out_and_the_event_says_of_how_many_rows(local_job, prepare, how):
+    preferences = [{"prompt": "Hi", "chosen": f"Hello {i}", "rejected": "Go away"} for i in range(3)]
+    bad = {"prompt": "Hi", "chosen": "Hello", "rejected": ""}
+    changes = {"dataset_details.dataset_format": "auto", "dataset_config.preprocessing.max_reject_ratio": 0.5}
+    changes |= {f"dataset_config.preprocessing.{name}": value for name, value in how.items()}
+    prepared, _ = prepare(local_job(changes), [*rows(4), *preferences, bad])
+    assert (prepared.num_rows, prepared.num_rejected, prepared.num_preferences) == (7, 1, 3)
+    assert "; of 3 preference rows the preferred answers are trained on, the others are left out" in describe(prepared)
+    assert "preference" not in describe(prepare(local_job(changes), rows(4))[0])
 
 
 def test_appending_rows_moves_no_row_between_splits(local_job, prepare):

@@ -24,7 +24,7 @@ from train_loop.data.prepare import prepare_local
 from train_loop.data.sources import dataset_filesystem, dataset_keys, find_files
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import DatasetError
-from train_loop.model.load import load_tokenizer
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.spec import JobSpec
 
 spec, name, secret = JobSpec.model_validate_json(sys.argv[1]), sys.argv[3], sys.stdin.read()

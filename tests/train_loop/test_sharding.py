@@ -11,8 +11,9 @@ from tests.train_loop.group import on_workers
 from tests.train_loop.models import ARCHITECTURES, VISION, make_base, samples
 from train_loop.data.packing import collate
 from train_loop.loss import supervised_loss
-from train_loop.model.load import META, load_base, load_tokenizer
+from train_loop.model.load import META, load_base
 from train_loop.model.mirror import SMOLLM2
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.sharding import is_sharded, whole
 from train_loop.spec import JobSpec
 from train_loop.trainee import load_trainee, load_whole

@@ -1,5 +1,6 @@
 """An outage of the storage is waited out, and nothing is lost, doubled or half written."""
 
+import contextlib
 import errno
 import hashlib
 import subprocess
@@ -16,12 +17,14 @@ from train_loop.launch import launch_local
 from train_loop.run_files import Keys, RunFiles
 from train_loop.spec import JobSpec
 from train_loop.storage import (
+    MAX_LATE,
     PATIENCE_S,
     list_files,
     outages_told,
     patiently,
     read_bytes,
     read_json,
+    within,
     write_json,
 )
 
@@ -169,3 +172,25 @@ def test_a_storage_that_stays_away_ends_the_attempt_with_that_cause(local_job, m
         launch_local(spec, "run", files, Outage(server, 3, away_s=None))
     assert caught.value.cause == Cause.STORAGE_AWAY
     assert caught.value.message.startswith("The storage was away for 2 s (writing tuneyard/run/")
+
+
+def test_what_a_storage_does_not_answer_in_time_is_given_up_and_only_so_much_waits_for_it():
+    answered, began = threading.Event(), []
+
+    def ask():
+        began.append(1)
+        answered.wait(60)
+
+    for _ in range(MAX_LATE + 5):
+        with pytest.raises(RunFault) as fault:
+            within(0.01, ask, "asking")
+        assert fault.value.cause is Cause.STORAGE_AWAY
+    assert len(began) <= MAX_LATE
+    answered.set()
+    heard = None
+    while heard is None:  # as soon as one of them has ended
+        with contextlib.suppress(RunFault):
+            heard = within(60, lambda: "answer", "asking")
+    assert heard == "answer"
+    with pytest.raises(FileNotFoundError):
+        within(60, lambda: read_bytes(LOCAL, "/no/such/file"), "asking")

@@ -200,8 +200,18 @@ def test_what_waits_for_a_tracker_is_bounded_and_what_is_given_up_is_told(told, 
 
 @pytest.mark.parametrize("keys", [{"token": CANARY}, {"username": "me", "password": CANARY}])
 def test_a_tracker_that_refuses_is_left_alone(keys, told, serve):
-    said = "MLflow at 127.0.0.1 refuses what it is sent (401, UNAUTHENTICATED): nothing more is sent there"
+    said = "MLflow at 127.0.0.1 refuses what it is sent (401): nothing more is sent there"
     assert told(mlflow(serve(Mlflow.new()), **keys)) == [said]
+
+
+def test_of_what_a_tracker_says_only_its_code_is_told(told, serve):
+    server = Mlflow.new()
+    keys = mlflow(serve(server))
+    assert told(keys) == []
+    server.runs[0]["params"]["a.b"] = "other"
+    assert told(keys) == [
+        "MLflow at 127.0.0.1 refuses what it is sent (400, INVALID_PARAMETER_VALUE): nothing more is sent there"
+    ]
 
 
 def test_a_wandb_that_refuses_the_key_is_left_alone(told, serve):

@@ -7,7 +7,8 @@ import torch
 
 from tests.train_loop.models import make_base
 from train_loop.errors import ModelError
-from train_loop.model.load import load_base, load_tokenizer
+from train_loop.model.load import load_base
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.spec import JobSpec
 
 FLOAT = {"model_details.quantization": None}

@@ -7,8 +7,9 @@ from safetensors.torch import load_file
 from tests.train_loop.models import VISION, make_base, run
 from tests.train_loop.test_architectures import eval_loss
 from train_loop.model.adapters import add_adapter
-from train_loop.model.load import load_base, load_tokenizer
+from train_loop.model.load import load_base
 from train_loop.model.source import ModelPlaces
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.plan import Hardware, make_plan
 from train_loop.spec import JobSpec
 

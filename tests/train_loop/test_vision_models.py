@@ -22,9 +22,10 @@ from train_loop.loss import supervised_loss
 from train_loop.metrics import MetricLog
 from train_loop.model import load
 from train_loop.model.adapters import add_adapter, parameter_groups, trainable
-from train_loop.model.load import load_base, load_tokenizer
+from train_loop.model.load import load_base
 from train_loop.model.merge import write_merged
 from train_loop.model.processor import load_processor
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.optim import build_optimizer
 from train_loop.sharding import whole
 from train_loop.spec import JobSpec

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from train_loop.data.formats import Conversation, RowRejected, to_conversation
+from train_loop.data.formats import Conversation, Preference, RowRejected, parse, preferred
 from train_loop.data.gallery import Gallery
 from train_loop.data.image_source import image_source, shortened
 from train_loop.data.lines import Line, blocks
@@ -59,7 +59,7 @@ MAX_VALUES = 4_000_000  # of a row; prose of MAX_LINE_BYTES has fewer commas
 # Rejected rows that are listed, of a block and in all: files that are all wrong mustn't fill the memory.
 MAX_LISTED = 1_000
 MAX_LISTED_IN_ALL = 100_000
-LAYOUT = 2  # of shards and index; part of the key
+LAYOUT = 3  # of shards and index; part of the key
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 TRAIN_PLACE, EVAL_PLACE = 0.25, 0.75  # of rows whose file says which split they are of
 
@@ -89,6 +89,7 @@ class BlockSummary:
     sha256: bytes
     lost: float = 0.0  # share of the file from here on, where it breaks off
     shard: ShardInfo | None = None
+    num_preferences: int = 0  # good rows with a rejected answer, which is left out
 
 
 def parse_block(
@@ -108,14 +109,15 @@ def parse_block(
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
     rejects: list[Reject] = []
     digest = hashlib.sha256()
-    blank = rejected = 0
+    blank = rejected = preferences = 0
     for number, line in enumerate(lines, 1):
         digest.update(line.data + b"\n")
         if line.fault is None and not line.data.strip():
             blank += 1
             continue
         try:
-            conversation = to_conversation(decode_row(line), spec.dataset_details.dataset_format, vision=gallery is not None)
+            row = parse(decode_row(line), spec.dataset_details.dataset_format, vision=gallery is not None)
+            conversation = preferred(row)
             images = conversation.get("images", [])
             sizes = gallery.sizes(images) if gallery is not None else []
             if tokenized:
@@ -135,6 +137,7 @@ def parse_block(
                 excerpt = line.data[: 4 * EXCERPT_CHARS].decode(errors="replace")[:EXCERPT_CHARS]
                 rejects.append(Reject(number, error.reason, excerpt))
             continue
+        preferences += isinstance(row, Preference)
         columns["file"].append(part.file_index)
         columns["offset"].append(line.offset)
         columns["line"].append(number)
@@ -158,6 +161,7 @@ def parse_block(
         rejects=rejects,
         sha256=digest.digest(),
         lost=max((line.lost for line in lines), default=0.0),
+        num_preferences=preferences,
     )
 
 
@@ -269,6 +273,7 @@ def assemble(
         files=list(files),
         eager=not spec.dataset_config.preprocessing.lazy_tokenize,
         eval_lines=eval_lines[:MAX_EVAL_LINES].tolist(),
+        num_preferences=sum(s.num_preferences for s in ordered),
     )
 
 

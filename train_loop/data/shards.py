@@ -93,6 +93,7 @@ class PreparedDataset:
     files: list[SourceFile]
     eager: bool
     eval_lines: list[int]  # 1-based numbers of the eval rows' lines, the first 10,000
+    num_preferences: int  # rows with a rejected answer, which is left out
 
     @property
     def paths(self) -> list[str]:

@@ -48,7 +48,7 @@ class TokenBounds:
         kinds = [step["type"] for step in splits]
         dropped: frozenset[str] = frozenset()
         if "ByteLevel" in kinds:
-            missing = [byte for byte, name in _byte_names().items() if name not in vocabulary]
+            missing = [byte for byte, name in byte_names().items() if name not in vocabulary]
             dropped = frozenset(chr(byte) for byte in missing if byte < FIRST_OF_SEVERAL)
             # Other characters leave at least the bytes that follow their first.
             known = _over_bytes(splits, changes) and not any(FIRST_OF_SEVERAL <= byte < 0xC0 for byte in missing)
@@ -99,7 +99,7 @@ class TokenBounds:
             token in self.added
             and token not in self.uncertain
             and token == token.strip()
-            and not any(token in other for other in self.added if other != token)
+            and not any(token in other or other in token for other in self.added if other != token)
             and not any(token[:i] in self._ends for i in range(1, len(token) + 1))
         )
 
@@ -142,7 +142,7 @@ def _keeps_all(split: dict[str, Any]) -> bool:
     return split["type"] == "Split" and split["behavior"] in KEEPS_ALL
 
 
-def _byte_names() -> dict[int, str]:
+def byte_names() -> dict[int, str]:
     """How each byte is written in the vocabulary of a tokenizer over bytes (GPT-2's way: visible ones as themselves)."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = (byte for byte in range(256) if byte not in visible)

@@ -1,19 +1,22 @@
 """Linear layers with a LoRA adapter as one function of autograd.
 
 PEFT's own forward casts its input to float32, drops out of the copy, and leaves autograd to keep each of these: five copies of an
-input that the base layer, being frozen, doesn't need at all. Here the input itself is kept, which the layers that read it share,
-and a byte of dropout mask a value. Idea: Unsloth's LoRA kernels.
+input that the base layer, being frozen, doesn't need at all; an 8-bit layer of bitsandbytes even keeps it where checkpointing
+doesn't find it. Here the input itself is kept, which the layers that read it share, and a byte of dropout mask a value. Idea:
+Unsloth's LoRA kernels.
 """
 
 from __future__ import annotations
 
 import types
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
+from train_loop.model.bits import Linear4bit, Linear8bitLt, MatmulLtState, QuantState, dequantize_4bit, matmul
+
+Quantised: TypeAlias = QuantState | MatmulLtState | None  # how a weight is packed: in 4 bits, in 8, not at all
 DRAWS = 2**16  # how many different numbers decide what dropout drops
 
 
@@ -28,14 +31,14 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         weight: torch.Tensor,
-        quantised: QuantState | None,
+        quantised: Quantised,
         bias: torch.Tensor | None,
         a: torch.Tensor,
         b: torch.Tensor,
         scale: float,
         dropout: float,
     ) -> torch.Tensor:
-        y = F.linear(x, _unpacked(weight, quantised, x.dtype), bias)
+        y = _base_of(x, weight, quantised, bias)
         mask, share = _kept(x, dropout) if dropout else (None, 1.0)
         scale /= share
         low = _masked(x, mask) @ a.t()  # [n, r]
@@ -80,8 +83,16 @@ def _masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return x * mask.to(x.dtype)  # cast first: five times as fast as mixing the types
 
 
-def _unpacked(weight: torch.Tensor, quantised: QuantState | None, dtype: torch.dtype) -> torch.Tensor:
+def _base_of(x: torch.Tensor, weight: torch.Tensor, quantised: Quantised, bias: torch.Tensor | None) -> torch.Tensor:
+    if isinstance(quantised, MatmulLtState) and x.is_cuda:
+        return matmul(x, weight, bias=bias, state=quantised)  # type: ignore[no-any-return] # in 8 bits, as LLM.int8() does
+    return F.linear(x, _unpacked(weight, quantised, x.dtype), bias)
+
+
+def _unpacked(weight: torch.Tensor, quantised: Quantised, dtype: torch.dtype) -> torch.Tensor:
     """[out, in], in `dtype`."""
+    if isinstance(quantised, MatmulLtState):
+        return weight.to(dtype).mul_(quantised.SCB.unsqueeze(1) / 127)
     return (weight if quantised is None else dequantize_4bit(weight.view(-1, 1), quantised)).to(dtype)
 
 
@@ -95,9 +106,7 @@ def fuse(model: Any) -> None:
 
 
 def _is_known(base: torch.nn.Module) -> bool:
-    from bitsandbytes.nn import Linear4bit
-
-    return type(base) is torch.nn.Linear or isinstance(base, Linear4bit)
+    return type(base) is torch.nn.Linear or isinstance(base, (Linear4bit, Linear8bitLt))
 
 
 def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -125,7 +134,7 @@ def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Te
 def _dora(
     x: torch.Tensor,
     weight: torch.Tensor,
-    quantised: QuantState | None,
+    quantised: Quantised,
     bias: torch.Tensor | None,
     a: torch.Tensor,
     b: torch.Tensor,
@@ -150,6 +159,8 @@ def _dora(
     return y if bias is None else y + bias
 
 
-def _state(base: Any) -> QuantState | None:
-    """How a 4-bit layer's weight is packed. Sharded, the weight has lost it, and the layer keeps it."""
+def _state(base: Any) -> Quantised:
+    """How a layer's weight is packed. Of a sharded 4-bit one the weight has lost it, and the layer keeps it."""
+    if isinstance(base, Linear8bitLt):
+        return base.state
     return getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)

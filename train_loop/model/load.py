@@ -1,8 +1,7 @@
-"""Load a base model and its tokenizer: safetensors only, no remote code, compute dtype by what the machine can do."""
+"""Load a base model: safetensors only, no remote code, compute dtype by what the machine can do."""
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -14,13 +13,12 @@ import torch
 
 from train_loop.errors import ModelError
 from train_loop.model.attention import attend_by_document
+from train_loop.model.tokenizer import BASE_MODEL, first_line
 from train_loop.model.vision import FAMILIES, Family
 from train_loop.spec import Freeze, JobSpec, Quantization
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-BASE_MODEL = "model_details.base_model"
 META = torch.device("meta")
-OLD_TEMPLATE = "chat_template.json"  # where models that see had theirs, before it went into a file of its own
 
 
 @dataclass(frozen=True)
@@ -64,28 +62,6 @@ def compute_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, st
     return wanted, ""
 
 
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The model's tokenizer; one without a pad token pads with its end-of-sequence token. Raises ModelError.
-
-    Its chat template may be one that the base has for its processor only.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if tokenizer.chat_template is None and (folder / OLD_TEMPLATE).is_file():
-            tokenizer.chat_template = json.loads((folder / OLD_TEMPLATE).read_text())["chat_template"]
-    except Exception as error:  # tokenizers raises nothing narrower of a file that it can't read
-        raise ModelError(f"the base model's tokenizer can't be loaded: {first_line(error)}", field=BASE_MODEL) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def quantised_by(quantization: Quantization | None, dtype: torch.dtype, family: Family | None = None) -> dict[str, Any]:
     """What from_pretrained is told. Nothing, not None, without: None has it forget that the files are quantised already."""
     return {"quantization_config": quantization_config(quantization, dtype, family)} if quantization else {}
@@ -119,7 +95,7 @@ def quieten() -> None:
 
 def quantised_layers(model: Any) -> list[Any]:
     """The model's 4-bit linear layers."""
-    from bitsandbytes.nn import Linear4bit
+    from train_loop.model.bits import Linear4bit
 
     return [m for m in model.modules() if isinstance(m, Linear4bit)]
 
@@ -215,8 +191,9 @@ def load_base(spec: JobSpec, folder: Path, device: torch.device, at: torch.devic
     Every parameter is frozen; for full training those of the language model, and of what else isn't frozen, learn, in float32: in
     bf16 most updates would round to nothing.
     """
-    from bitsandbytes.nn import Linear8bitLt
     from safetensors import SafetensorError
+
+    from train_loop.model.bits import Linear8bitLt
 
     quieten()
     dtype, note = compute_dtype(spec.train_config.torch_dtype, device)

@@ -96,7 +96,7 @@ def _dequantised(module: Any) -> torch.Tensor:
 
 
 def _quantised_types() -> tuple[Any, ...]:
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from train_loop.model.bits import Linear4bit, Linear8bitLt
 
     return Linear4bit, Linear8bitLt
 

@@ -114,7 +114,7 @@ def _tiny_vlm(gguf: Path, folder: Path, mirror: Path) -> None:
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-    from train_loop.model.load import load_tokenizer
+    from train_loop.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(mirror / SMOLLM2)
     tokenizer.add_special_tokens({"additional_special_tokens": list(VLM_TOKENS), "eos_token": "<end_of_utterance>"})

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from train_loop.errors import ModelError
-from train_loop.model.load import BASE_MODEL, first_line, load_tokenizer
+from train_loop.model.tokenizer import BASE_MODEL, first_line, load_tokenizer
 
 # What a processor is described by, besides the tokenizer; each base has some of them.
 FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")

@@ -20,7 +20,7 @@ from train_loop.errors import Cause, ModelError, RunFault
 from train_loop.model import cache
 from train_loop.model.mirror import COMPLETE, mirrored
 from train_loop.spec import SCHEMES, ModelDetails
-from train_loop.storage import DENIED, answers_later, download_file, is_away, patiently
+from train_loop.storage import DENIED, answers_later, download_file, is_away, patiently, within
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 DESCRIPTION = ("*.json", "*.model", "*.jinja", "*.txt")  # config and tokenizer
 WEIGHTS = "*.safetensors"
 MAX_CONFIG_BYTES = 1 << 20  # of a config.json, which is read where requests are answered
+GOOGLE_S = 5.0  # for a config.json in Google's storage, whose client lets a server be silent for minutes
 BASE_MODEL = "model_details.base_model"
 SECRET = "model_details.secret_id"
 
@@ -73,6 +74,12 @@ def model_config(details: ModelDetails, places: ModelPlaces) -> dict[str, Any] |
 
     Raises ModelError, and RunFault when the storage is away now: nothing is waited for.
     """
+    if details.source_type == "gcs":
+        return within(GOOGLE_S, lambda: _model_config(details, places), f"reading {details.base_model}")
+    return _model_config(details, places)
+
+
+def _model_config(details: ModelDetails, places: ModelPlaces) -> dict[str, Any] | None:
     if details.source_type in SCHEMES:
         filesystem, path = places.open_model(details.base_model)
         uri = details.base_model

@@ -1,4 +1,4 @@
-"""Dataset formats: one parser each, all into one shape (`Conversation`)."""
+"""Dataset formats: one parser each, all into one shape (`Conversation`), or two of it (`Preference`)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from train_loop.data.formats.chat import openai, sharegpt
-from train_loop.data.formats.conversation import Conversation, Message, RowRejected, kind, normalise, text
+from train_loop.data.formats.conversation import Conversation, Message, Preference, RowRejected, kind, normalise, text
 from train_loop.data.formats.images import OPEN, images_of_row, placed, take_images
 from train_loop.data.formats.pairs import alpaca, plain_text, prompt_completion
+from train_loop.data.formats.preference import KEYS as PREFERENCE_KEYS
+from train_loop.data.formats.preference import preference
 from train_loop.data.formats.tools import parse_tools
 
-__all__ = ["Conversation", "Message", "RowRejected", "to_conversation"]
+__all__ = ["Conversation", "Message", "Preference", "RowRejected", "parse", "preferred", "to_conversation"]
 
 PARSERS: dict[str, Callable[[dict[str, Any]], Iterable[Message]]] = {
     "sharegpt": sharegpt,
@@ -27,14 +29,15 @@ SHAPES: dict[str, tuple[frozenset[str], ...]] = {
     "alpaca": (frozenset({"instruction", "output"}),),
     "prompt_completion": (frozenset({"prompt", "completion"}), frozenset({"query", "response"})),
 }
-KNOWN_SHAPES = "messages; conversations; instruction and output; prompt and completion; query and response; text"
-PREFERENCE_KEYS = frozenset({"chosen", "rejected", "rejected_response", "preferred_output", "non_preferred_output"})
+KNOWN_SHAPES = (
+    "messages; conversations; instruction and output; prompt and completion; query and response; chosen and rejected; text"
+)
 IMAGE_KEYS = ("images", "image")
 OTHER_MEDIA_KEYS = ("videos", "video", "audios", "audio")
 NEED_VLM = "images need model_type vlm"
 
 
-def to_conversation(row: Any, dataset_format: str, *, vision: bool = False) -> Conversation:
+def parse(row: Any, dataset_format: str, *, vision: bool = False) -> Conversation | Preference:
     """Parse and normalise one decoded row; with `vision` it may have images. Raises RowRejected."""
     if not isinstance(row, dict):
         raise RowRejected(f"a row must be a JSON object, not {kind(row)}")
@@ -49,14 +52,38 @@ def to_conversation(row: Any, dataset_format: str, *, vision: bool = False) -> C
         if images:
             raise RowRejected("images need a conversation: a row of text alone shows none")
         return {"text": plain_text(row)}
-    turns = PARSERS[dataset_format](row)
-    messages = normalise(placed(turns, images) if vision else turns)
+    shown = images if vision else None
+    if dataset_format != "preference":
+        return _conversation(PARSERS[dataset_format](row), row, shown)
+    chosen, rejected = preference(row)
+    if isinstance(row.get("input"), dict):
+        row = row["input"] | row  # OpenAI's rows have their tools there
+    first = _conversation(chosen, row, shown)
+    try:
+        return Preference(first, _conversation(rejected, row, shown))
+    except RowRejected as error:
+        raise RowRejected(f"of the answer that isn't preferred: {error.reason}") from None
+
+
+def preferred(parsed: Conversation | Preference) -> Conversation:
+    """What sft trains on."""
+    return parsed.chosen if isinstance(parsed, Preference) else parsed
+
+
+def to_conversation(row: Any, dataset_format: str, *, vision: bool = False) -> Conversation:
+    """One decoded row as sft trains on it; with `vision` it may have images. Raises RowRejected."""
+    return preferred(parse(row, dataset_format, vision=vision))
+
+
+def _conversation(turns: Iterable[Message], row: dict[str, Any], images: list[str] | None) -> Conversation:
+    """The turns with what a row of any format may have besides: a system message, tools, and `images` where it may have some."""
+    messages = normalise(turns if images is None else placed(turns, images))
     system = row.get("system")
     if system is not None and messages[0]["role"] != "system" and text(system, "system").strip():
         messages.insert(0, {"role": "system", "content": system})
     tools = parse_tools(row.get("tools") or row.get("functions"))
     made: Conversation = {"messages": messages, "tools": tools} if tools else {"messages": messages}
-    return _illustrated(made, vision)
+    return _illustrated(made, images is not None)
 
 
 def _illustrated(conversation: Conversation, vision: bool) -> Conversation:
@@ -73,7 +100,7 @@ def detect(row: dict[str, Any]) -> str:
     """The format that a row's keys tell. Raises RowRejected where they tell none, or several."""
     given = {key for key, value in row.items() if value is not None}
     if given & PREFERENCE_KEYS:
-        raise RowRejected("a preference row holds a chosen and a rejected answer, and sft learns from one")
+        return "preference"
     fits = [name for name, shapes in SHAPES.items() if any(keys <= given for keys in shapes)]
     if not fits and "text" in given:
         return "text"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 # `role` (system, user, assistant, tool) and `content`, a string, or with images a list of parts: {"type": "text", "text"} and
@@ -21,6 +22,14 @@ class Conversation(TypedDict, total=False):
     images: list[str]
     tools: list[dict[str, Any]]
     text: str
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two conversations that begin with the same prompt and end with answers to it, of which `chosen` has the better one."""
+
+    chosen: Conversation
+    rejected: Conversation
 
 
 class RowRejected(Exception):

@@ -22,9 +22,9 @@ def prompt_completion(row: dict[str, Any]) -> Iterator[Message]:
     """prompt and completion, or query and response: each a string or a list of messages. Only the completion is trained on."""
     asked, answered = ("query", "response") if "query" in row and "prompt" not in row else ("prompt", "completion")
     yield from _history(row)
-    for message in _messages(row.get(asked), asked, "user"):
+    for message in one_or_more(row.get(asked), asked, "user"):
         yield message | {"loss": False} if message["role"] == "assistant" else message
-    yield from _messages(row.get(answered), answered, "assistant")
+    yield from one_or_more(row.get(answered), answered, "assistant")
 
 
 def plain_text(row: dict[str, Any]) -> str:
@@ -35,7 +35,8 @@ def plain_text(row: dict[str, Any]) -> str:
     return found
 
 
-def _messages(value: Any, name: str, role: str) -> Iterator[Message]:
+def one_or_more(value: Any, name: str, role: str) -> Iterator[Message]:
+    """The messages of a list, or the one that a string is, of this role. Raises RowRejected."""
     if isinstance(value, list):
         return parse_turns(value)
     return iter([{"role": role, "content": text(value, name)}])

@@ -1,0 +1,145 @@
+"""The base model's tokenizer: transformers' own, and what making tokens needs of it.
+
+transformers tells a tokenizer's class by the model's, for which it imports torch: seconds, and hundreds of MB in every process
+that prepares rows. It does without where there is no torch, so a process that has none yet asks one that can't have any.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from train_loop.errors import ModelError
+
+BASE_MODEL = "model_details.base_model"
+OLD_TEMPLATE = "chat_template.json"  # where models that see had theirs, before it went into a file of its own
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None  # not to be imported
+from train_loop.model.tokenizer import hand_over
+hand_over(sys.argv[1])
+"""
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The model's tokenizer; one without a pad token pads with its end-of-sequence token. Raises ModelError.
+
+    Its chat template may be one that the base has for its processor only.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if tokenizer.chat_template is None and (folder / OLD_TEMPLATE).is_file():
+            tokenizer.chat_template = json.loads((folder / OLD_TEMPLATE).read_text())["chat_template"]
+    except Exception as error:  # tokenizers raises nothing narrower of a file that it can't read
+        raise ModelError(f"the base model's tokenizer can't be loaded: {first_line(error)}", field=BASE_MODEL) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def first_line(error: Exception) -> str:
+    """What a library says, as far as it fits into a sentence of ours."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """What of a tokenizer turns text into tokens, by the names that it has in transformers. Picklable, and free of torch."""
+
+    backend_tokenizer: Tokenizer
+    chat_template: str | dict[str, str] | None
+    special_tokens_map: dict[str, str]
+    all_special_ids: list[int]
+    bos_token_id: int | None
+    eos_token_id: int | None
+    split_special_tokens: bool
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> TextTokenizer:
+        """Of one of transformers, which mustn't be changed from then on. Raises ModelError if it isn't one of `tokenizers`."""
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise ModelError(
+                f"the base model's tokenizer is a {type(tokenizer).__name__}, which doesn't say where in a text its tokens are: "
+                "give the model a tokenizer.json.",
+                field=BASE_MODEL,
+            )
+        return cls(
+            backend,
+            tokenizer.chat_template,
+            tokenizer.special_tokens_map,
+            tokenizer.all_special_ids,
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
+            tokenizer.split_special_tokens,
+        )
+
+    @property
+    def eos_token(self) -> str | None:
+        """What ends a text."""
+        return self.special_tokens_map.get("eos_token")
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        """The tokens that are looked for in a text before all others, by id."""
+        return self.backend_tokenizer.get_added_tokens_decoder()
+
+    def get_vocab(self) -> dict[str, int]:
+        """The id of each token."""
+        return self.backend_tokenizer.get_vocab(with_added_tokens=True)
+
+    def num_special_tokens_to_add(self) -> int:
+        """How many tokens a text gets besides its own."""
+        return self.backend_tokenizer.num_special_tokens_to_add(False)
+
+    def get_chat_template(self, tools: Any = None) -> str:
+        """The template for a chat with these tools. Raises ValueError where there is none."""
+        templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        template = templates.get("tool_use") if tools is not None else None
+        template = templates.get("default") if template is None else template
+        if template is None:
+            raise ValueError("no chat template")
+        return template
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True, return_offsets_mapping: bool = False) -> dict[str, Any]:
+        """The text's `input_ids`, and the `offset_mapping` of where in it each token is, in characters."""
+        backend = self.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = self.split_special_tokens
+        made = backend.encode(text, add_special_tokens=add_special_tokens)
+        return {"input_ids": made.ids} | ({"offset_mapping": made.offsets} if return_offsets_mapping else {})
+
+
+def load_text_tokenizer(folder: Path) -> TextTokenizer:
+    """The same for text alone, without importing torch. Raises ModelError."""
+    if "torch" not in sys.modules:
+        made = subprocess.run(
+            [sys.executable, "-c", WITHOUT_TORCH, str(folder)],
+            # The modules that this process finds, wherever Ray told it to look for them.
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
+        if made.returncode == 0:
+            found: TextTokenizer = pickle.loads(made.stdout)
+            return found
+    return TextTokenizer.of(load_tokenizer(folder))
+
+
+def hand_over(folder: str) -> None:
+    """Write the folder's TextTokenizer to standard output, pickled."""
+    with os.fdopen(os.dup(1), "wb") as out:
+        os.dup2(2, 1)  # libraries may print
+        pickle.dump(TextTokenizer.of(load_tokenizer(Path(folder))), out)
