@@ -72,6 +72,7 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"use_dora": True, "lora_dropout": 0.4}], ids=str)
 def test_the_values_and_gradients_are_those_of_peft(linear, changes, monkeypatch):
     seen = calls(monkeypatch)
+    torch.manual_seed(0)  # weights too: now and then a sum of large terms differs by more than is allowed
     base = Model(linear).to("cpu")
     base.is_loaded_in_8bit = linear is eight_bit
     model, fused = adapted(base, **changes)
