@@ -10,17 +10,17 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from heapq import heappop, heappush
 from importlib.metadata import version
-from itertools import islice
+from itertools import compress, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from train_loop.data.formats import RowRejected, to_conversation
+from train_loop.data.formats import Conversation, RowRejected, each, to_conversation
 from train_loop.data.lines import Line, blocks
 from train_loop.data.parts import Part, plan_parts, read_part
 from train_loop.data.shards import (
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 INDEX = "index.json"  # written last
 EXCERPT_CHARS = 200
+BATCH_BYTES = 1 << 19  # of rows that are judged together
 MAX_EVAL_LINES = 10_000
 MAX_VALUES = 4_000_000  # of a row; prose of MAX_LINE_BYTES has fewer commas
 # Rejected rows that are listed, of a block and in all: files that are all wrong mustn't fill the memory.
@@ -99,34 +100,25 @@ def parse_block(
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
     rejects: list[Reject] = []
     digest = hashlib.sha256()
-    blank = rejected = 0
-    for number, line in enumerate(lines, 1):
-        digest.update(line.data + b"\n")
-        if line.fault is None and not line.data.strip():
-            blank += 1
-            continue
-        try:
-            conversation = to_conversation(decode_row(line), spec.dataset_details.dataset_format)
-            if schema is EAGER:
-                sample = chat.encode(conversation)
-                columns["input_ids"].append(sample.input_ids)
-                columns["labels"].append(sample.labels)
+    number = blank = rejected = 0
+    for some in blocks(lines, BATCH_BYTES):
+        for line, row in zip(some, _judged(some, spec, chat), strict=True):
+            number += 1
+            digest.update(line.data + b"\n")
+            if row is None:
+                blank += 1
+            elif isinstance(row, RowRejected):
+                rejected += 1
+                if rejected <= MAX_LISTED:
+                    excerpt = line.data[: 4 * EXCERPT_CHARS].decode(errors="replace")[:EXCERPT_CHARS]
+                    rejects.append(Reject(number, row.reason, excerpt))
             else:
-                chat.check(conversation)
-                if schema is STREAMED:
-                    columns["size"].append(len(line.data))
-                else:
-                    columns["conversation"].append(json.dumps(conversation, ensure_ascii=False))
-        except RowRejected as error:
-            rejected += 1
-            if rejected <= MAX_LISTED:
-                excerpt = line.data[: 4 * EXCERPT_CHARS].decode(errors="replace")[:EXCERPT_CHARS]
-                rejects.append(Reject(number, error.reason, excerpt))
-            continue
-        columns["file"].append(part.file_index)
-        columns["offset"].append(line.offset)
-        columns["line"].append(number)
-        columns["u"].append(place_of(spec, part.file, line.offset))
+                columns["file"].append(part.file_index)
+                columns["offset"].append(line.offset)
+                columns["line"].append(number)
+                columns["u"].append(place_of(spec, part.file, line.offset))
+                for name, value in row.items():
+                    columns[name].append(value)
     # Arrow would make an object of Python of each token.
     tokens = {name: token_lists(columns[name]) for name in TOKENS if name in columns}
     table = pa.table(columns | tokens, schema=schema)
@@ -143,6 +135,29 @@ def parse_block(
         sha256=digest.digest(),
         lost=max((line.lost for line in lines), default=0.0),
     )
+
+
+def _judged(lines: Sequence[Line], spec: JobSpec, chat: ChatTokenizer) -> Iterator[dict[str, Any] | RowRejected | None]:
+    """Of each line, what the shard says of the row besides its place, or why it is rejected; None where there is none."""
+    pre, dataset_format = spec.dataset_config.preprocessing, spec.dataset_details.dataset_format
+
+    def checked(conversation: Conversation) -> Conversation:
+        chat.check(conversation)
+        return conversation
+
+    there = [line.fault is not None or bool(line.data.strip()) for line in lines]
+    rows = list(compress(lines, there))
+    conversations = each(lambda line: to_conversation(decode_row(line), dataset_format), rows)
+    found: list[dict[str, Any] | RowRejected]
+    if pre.streaming:
+        judged = zip(rows, each(checked, conversations), strict=True)
+        found = [row if isinstance(row, RowRejected) else {"size": len(line.data)} for line, row in judged]
+    elif pre.lazy_tokenize:
+        found = each(lambda row: {"conversation": json.dumps(row, ensure_ascii=False)}, each(checked, conversations))
+    else:
+        found = each(lambda sample: {"input_ids": sample.input_ids, "labels": sample.labels}, chat.encode_each(conversations))
+    in_order = iter(found)
+    return (next(in_order) if is_there else None for is_there in there)
 
 
 def place_of(spec: JobSpec, file: SourceFile, offset: int) -> float:

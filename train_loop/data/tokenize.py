@@ -9,7 +9,7 @@ shows a turn otherwise once later ones follow (Qwen 3 takes the thinking out) gi
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from jinja2 import TemplateError
 
-from train_loop.data.formats import Conversation, Message, RowRejected
+from train_loop.data.formats import Conversation, Message, RowRejected, each
 from train_loop.data.pieces import Pieces, Tokens
 from train_loop.data.rendering import Flood, Rendered, render
 from train_loop.data.token_bounds import TokenBounds
@@ -28,6 +28,7 @@ IGNORE_INDEX = -100
 TEMPLATE_FIELD = "dataset_config.preprocessing.prompt.template"
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 MAX_REASON_CHARS = 200  # of a template's own words
+_NOWHERE = np.empty(0, np.int64)
 PROBE = {"system": "Be of help.", "user": "Ask.", "assistant": "Fine."}
 
 
@@ -42,6 +43,17 @@ class Sample:
     def is_supervised(self) -> bool:
         """Whether any token is predicted; the first one never is."""
         return bool((self.labels[1:] != IGNORE_INDEX).any())
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A conversation's text; `wanted` says of each assistant turn whether it carries loss. Plain text has no messages."""
+
+    rendered: Rendered
+    messages: Sequence[Message] = ()
+    tools: Sequence[Any] | None = None
+    wanted: Sequence[bool] = ()
+    is_marked: bool = False  # by the template, what the assistant says
 
 
 @dataclass(frozen=True)
@@ -64,15 +76,38 @@ class ChatTokenizer:
 
         Raises RowRejected for this row, DatasetError when the template itself is at fault.
         """
+        (made,) = self.encode_each([conversation])
+        if isinstance(made, RowRejected):
+            raise made
+        return made
+
+    def encode_each(self, conversations: Iterable[Conversation | RowRejected]) -> list[Sample | RowRejected]:
+        """The same of several, with what is wrong with a row in its place.
+
+        A step is done for all of them before the next one, so that what it needs stays in the processor's caches.
+        """
+        return each(self._labelled, each(self._tokenised, each(self._told, conversations)))
+
+    def _told(self, conversation: Conversation) -> _Told:
+        """What the template makes of a conversation; plain text as it is."""
         if "text" in conversation:
-            input_ids = self._document(conversation["text"])
-            return self._truncate(Sample(input_ids, input_ids))
+            return _Told(Rendered(conversation["text"], [], []))
         messages, tools, wanted = self._talk(conversation)
-        if self._is_marked(tools):
-            input_ids, spoken = self._by_marks(messages, tools, wanted)
-        else:
-            input_ids, spoken = self._by_prefixes(messages, tools, wanted)
-        return self._truncate(Sample(input_ids, np.where(spoken, input_ids, IGNORE_INDEX).astype(np.int32)))
+        return _Told(self._render(messages, tools), messages, tools, wanted, self._is_marked(tools))
+
+    def _tokenised(self, told: _Told) -> tuple[_Told, Tokens]:
+        text = told.rendered.text
+        if not told.messages:
+            return told, self._document(text)
+        return told, self._tokens(text, whole=told.is_marked and not all(told.wanted))
+
+    def _labelled(self, tokenised: tuple[_Told, Tokens]) -> Sample:
+        told, tokens = tokenised
+        input_ids = labels = tokens[0]
+        if told.messages:
+            spoken = self._by_marks(told, tokens) if told.is_marked else self._by_prefixes(told, tokens)
+            labels = np.where(spoken, input_ids, np.int32(IGNORE_INDEX))
+        return self._truncate(Sample(input_ids, labels))
 
     def check(self, conversation: Conversation) -> None:
         """Raise RowRejected exactly where `encode` would; tokens are made only where the text doesn't show the verdict.
@@ -157,15 +192,15 @@ class ChatTokenizer:
     def _is_marked(self, tools: Sequence[Any] | None) -> bool:
         return self.train_on != "all" and bool(GENERATION_MARK.search(self._template(tools)))
 
-    def _document(self, text: str) -> np.ndarray:
-        """Plain text as the model was pre-trained on: its own beginning, its end-of-sequence token."""
+    def _document(self, text: str) -> Tokens:
+        """Plain text as the model was pre-trained on: its own beginning, its end-of-sequence token. Where they are isn't told."""
         ids: list[int] = self.tokenizer(text)["input_ids"]
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             del ids[0]
         if eos is not None and ids[-1:] != [eos]:
             ids.append(eos)
-        return np.array(ids, dtype=np.int32)
+        return np.array(ids, dtype=np.int32), _NOWHERE, _NOWHERE
 
     # --- rendering ---
 
@@ -284,11 +319,9 @@ class ChatTokenizer:
     def _special(self) -> set[int]:
         return set(self.tokenizer.all_special_ids)
 
-    def _by_marks(
-        self, messages: list[Message], tools: Sequence[Any] | None, wanted: list[bool]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        rendered = self._render(messages, tools)
-        input_ids, starts, ends = self._tokens(rendered.text, whole=not all(wanted))
+    def _by_marks(self, told: _Told, tokens: Tokens) -> np.ndarray:
+        """Of each token, whether it is trained on."""
+        rendered, wanted, (input_ids, starts, ends) = told.rendered, told.wanted, tokens
         spoken = np.zeros(len(input_ids), dtype=bool)
         for start, end in rendered.generated:
             spoken[np.searchsorted(ends, start, side="right") : np.searchsorted(starts, end)] = True
@@ -301,32 +334,30 @@ class ChatTokenizer:
                 )
             for (start, end), keep in zip(edges, wanted, strict=True):
                 spoken[start:end] = keep
-        return input_ids, spoken
+        return spoken
 
-    def _by_prefixes(
-        self, messages: list[Message], tools: Sequence[Any] | None, wanted: list[bool]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        rendered = self._render(messages, tools)
+    def _by_prefixes(self, told: _Told, tokens: Tokens) -> np.ndarray:
+        """The same by comparing; raises RowRejected where truncation does."""
+        messages, rendered, (input_ids, starts, ends) = told.messages, told.rendered, tokens
         text = rendered.text
-        input_ids, starts, ends = self._tokens(text, whole=False)
         everything = self.train_on == "all"  # then turns of weight 0 are taken out
         spoken = np.full(len(input_ids), everything)
         kept = self._kept(len(input_ids))
         low, high = starts[kept].min(initial=len(text)), ends[kept].max(initial=0)
-        turns = [(i, w) for i, w in zip(_of_assistant(messages), wanted, strict=True) if w is not everything]
+        turns = [(i, w) for i, w in zip(_of_assistant(messages), told.wanted, strict=True) if w is not everything]
         in_order = turns if self.truncation == "right" else turns[::-1]
         # The last one first, whether it is cut off or not: there a template shows that it can't be used.
         for i, is_wanted in sorted(in_order, key=lambda turn: turn != turns[-1]):
-            if (span := self._span(rendered, messages, i, tools)) is not None:
-                first, behind = np.searchsorted(starts, span[0]), np.searchsorted(ends, span[1], side="right")
+            if (span := self._span(rendered, messages, i, told.tools)) is not None:
+                first, behind = starts.searchsorted(span[0]), ends.searchsorted(span[1], side="right")
                 # Where nothing ends a turn, the next one's beginning is what the model says to stop.
                 behind += not self._frame[1] and behind < len(input_ids) and input_ids[behind] in self._special
                 spoken[first:behind] = is_wanted
                 if i != turns[-1][0] and (span[1] >= high if self.truncation == "right" else span[0] <= low):
                     break  # the turns from here on are cut off
-        return input_ids, spoken
+        return spoken
 
-    def _span(self, whole: Rendered, messages: list[Message], i: int, tools: Sequence[Any] | None) -> tuple[int, int] | None:
+    def _span(self, whole: Rendered, messages: Sequence[Message], i: int, tools: Sequence[Any] | None) -> tuple[int, int] | None:
         """Where in the `whole` text the assistant's turn `i` is, from the end of its prompt to the end of its turn.
 
         None where the template shows it otherwise than it was said. Raises DatasetError if it does so with the last one.

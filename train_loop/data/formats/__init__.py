@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from train_loop.data.formats.chat import openai, sharegpt
-from train_loop.data.formats.conversation import Conversation, Message, RowRejected, kind, normalise, text
+from train_loop.data.formats.conversation import Conversation, Message, RowRejected, each, kind, normalise, text
 from train_loop.data.formats.pairs import alpaca, plain_text, prompt_completion
 from train_loop.data.formats.tools import parse_tools
 
-__all__ = ["Conversation", "Message", "RowRejected", "to_conversation"]
+__all__ = ["Conversation", "Message", "RowRejected", "each", "to_conversation"]
 
 PARSERS: dict[str, Callable[[dict[str, Any]], Iterable[Message]]] = {
     "sharegpt": sharegpt,
