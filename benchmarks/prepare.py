@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import groupby, islice
@@ -33,6 +33,9 @@ from pyarrow.fs import LocalFileSystem
 
 from benchmarks.setting import SMOLLM2, conversations, machine
 from train_loop.data.formats.chat import ROLES
+from train_loop.data.prepare import prepare_local
+from train_loop.data.shards import PreparedDataset
+from train_loop.data.sources import SourceFile, find_files
 from train_loop.data.tokenize import IGNORE_INDEX, ChatTokenizer
 from train_loop.model.tokenizer import TextTokenizer, load_tokenizer
 from train_loop.spec import JobSpec
@@ -61,6 +64,7 @@ class Task:
     model: str  # folder of the base
     num_proc: int | None = None  # of the peer's maps; None is in its own process
     rayon: bool = False  # whether its tokenizer uses several threads
+    ray: bool = True  # ours: or in its own process
 
 
 def write_rows(path: Path, num_bytes: float) -> None:
@@ -100,31 +104,39 @@ def timed(stages: Stages, name: str) -> Iterator[None]:
     stages[name] = time.monotonic() - started
 
 
-def ours(task: Task, rows: str, folder: str) -> tuple[Stages, dict[str, int]]:
-    """What a job does before its first step, and what its workers do with the result."""
+def on_ray_with(task: Task, chat: ChatTokenizer) -> Callable[[JobSpec, Sequence[SourceFile], str], PreparedDataset]:
+    """The job's own preparation on Ray, which is started if it isn't yet."""
     import ray
 
-    from train_loop.data.loader import Layout, step_batches
     from train_loop.data.pipeline import prepare_with_ray
-    from train_loop.data.sampler import BatchPlan
-    from train_loop.data.shards import ShardSet
-    from train_loop.data.sources import find_files
 
     if not ray.is_initialized():
         ray.init("local", num_cpus=task.cores, include_dashboard=False, log_to_driver=False, logging_level="error")
-    spec, stages = job_of(rows), Stages()
+    shared = ray.put(chat)
+    return lambda spec, files, folder: prepare_with_ray(
+        spec,
+        files,
+        open_source=LocalFileSystem,
+        open_storage=LocalFileSystem,
+        run_path=folder,
+        load_tokenizer=lambda: ray.get(shared),
+        num_cpus_per_task=1,
+    )
+
+
+def ours(task: Task, rows: str, folder: str) -> tuple[Stages, dict[str, int]]:
+    """What a job does before its first step, and what its workers do with the result."""
+    from train_loop.data.loader import Layout, step_batches
+    from train_loop.data.sampler import BatchPlan
+    from train_loop.data.shards import ShardSet
+
+    spec, stages, local = job_of(rows), Stages(), LocalFileSystem()
     tokenizer = load_tokenizer(Path(task.model))
-    chat = ray.put(ChatTokenizer.of(spec, TextTokenizer.of(tokenizer)))
+    chat = ChatTokenizer.of(spec, TextTokenizer.of(tokenizer))
+    on_ray = on_ray_with(task, chat) if task.ray else None
     with timed(stages, "tokens"):
-        prepared = prepare_with_ray(
-            spec,
-            find_files(spec, LocalFileSystem()),
-            open_source=LocalFileSystem,
-            open_storage=LocalFileSystem,
-            run_path=folder,
-            load_tokenizer=lambda: ray.get(chat),
-            num_cpus_per_task=1,
-        )
+        files = find_files(spec, local)
+        prepared = on_ray(spec, files, folder) if on_ray else prepare_local(spec, local, files, local, folder, chat)
     tokens = supervised = sequences = 0
     with timed(stages, "packing"):
         shards, hp = ShardSet(prepared, Path(folder, "data")), spec.train_config.hyperparameters
@@ -320,6 +332,7 @@ def main() -> None:
     parser.add_argument("--mb", type=float, default=float("inf"), help="of rows, at most; default all, 125 MB")
     parser.add_argument("--cores", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--without-ray", action="store_true", help="ours in one process, as runs without Ray prepare")
     parser.add_argument("--mirror", default=str(Path.home() / ".tuneyard/models"))
     parser.add_argument("--out", type=Path, default=Path(".bench/prepare.json"))
     parser.add_argument("--side", help=argparse.SUPPRESS)
@@ -339,7 +352,7 @@ def main() -> None:
         write_first(whole, probed, int(PROBED * sum(1 for _ in whole.open("rb"))))
         for cores in (n for n in options.cores if n <= len(CORES)):
             mine, its = (Task(name, cores, str(whole), str(warm_up), str(Path(options.mirror, SMOLLM2))) for name in SIDES)
-            sides = [mine, best_of_peer(its, str(probed))]
+            sides = [replace(mine, ray=not options.without_ray), best_of_peer(its, str(probed))]
             turns = [[told(run(side)) for side in sides] for _ in range(options.repetitions)]
             found[cores] = {side.side: list(its) for side, its in zip(sides, zip(*turns, strict=True), strict=True)}
             size = whole.stat().st_size

@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 from PIL import Image
 
-from train_loop.data.formats import RowRejected
+from train_loop.data.formats import RowRejected, each
 from train_loop.data.tokenize import Sample
 
 FIELDS = {"model_details.model_type": "vlm", "dataset_details.dataset_type": "zip", "model_details.quantization": None}
@@ -61,3 +61,6 @@ class Chat:
 
     def check(self, conversation, sizes=()):
         self.encode(conversation, sizes)
+
+    def encode_each(self, rows):
+        return each(lambda row: self.encode(*row), rows)

@@ -10,17 +10,17 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from heapq import heappop, heappush
 from importlib.metadata import version
-from itertools import islice
+from itertools import compress, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from train_loop.data.formats import Conversation, Preference, RowRejected, parse, preferred
+from train_loop.data.formats import Conversation, Preference, RowRejected, each, parse, preferred
 from train_loop.data.gallery import Gallery
 from train_loop.data.image_source import image_source, shortened
 from train_loop.data.lines import Line, blocks
@@ -49,10 +49,11 @@ from train_loop.storage import list_files, patiently, read_bytes, upload_file, w
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
-    from train_loop.data.tokenize import ChatTokenizer
+    from train_loop.data.tokenize import ChatTokenizer, Sizes
 
 INDEX = "index.json"  # written last
 EXCERPT_CHARS = 200
+BATCH_BYTES = 1 << 19  # of rows that are judged together
 MAX_EVAL_LINES = 10_000
 MAX_ROWS_WITH_IMAGES = 2_000  # of a block, whose images are one file
 MAX_VALUES = 4_000_000  # of a row; prose of MAX_LINE_BYTES has fewer commas
@@ -103,47 +104,32 @@ def parse_block(
     """
     pre = spec.dataset_config.preprocessing
     schema = STREAMED if pre.streaming else LAZY if pre.lazy_tokenize else EAGER
-    tokenized = schema is EAGER
     if gallery is not None:
         schema = schema.append(IMAGES)
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
     rejects: list[Reject] = []
     digest = hashlib.sha256()
-    blank = rejected = preferences = 0
-    for number, line in enumerate(lines, 1):
-        digest.update(line.data + b"\n")
-        if line.fault is None and not line.data.strip():
-            blank += 1
-            continue
-        try:
-            row = parse(decode_row(line), spec.dataset_details.dataset_format, vision=gallery is not None)
-            conversation = preferred(row)
-            images = conversation.get("images", [])
-            sizes = gallery.sizes(images) if gallery is not None else []
-            if tokenized:
-                sample = chat.encode(conversation, sizes)
-                columns["input_ids"].append(sample.input_ids)
-                columns["labels"].append(sample.labels)
-                images = [images[i] for i in sample.images]
+    number = blank = rejected = preferences = 0
+    # Of the images one row's are held at a time.
+    for some in blocks(lines, BATCH_BYTES) if gallery is None else blocks(lines, BATCH_BYTES, 1):
+        for line, row in zip(some, _judged(some, spec, chat, gallery), strict=True):
+            number += 1
+            digest.update(line.data + b"\n")
+            if row is None:
+                blank += 1
+            elif isinstance(row, RowRejected):
+                rejected += 1
+                if rejected <= MAX_LISTED:
+                    excerpt = line.data[: 4 * EXCERPT_CHARS].decode(errors="replace")[:EXCERPT_CHARS]
+                    rejects.append(Reject(number, row.reason, excerpt))
             else:
-                chat.check(conversation, sizes)
-                if pre.streaming:
-                    columns["size"].append(len(line.data))
-                else:
-                    columns["conversation"].append(_stored(conversation))
-        except RowRejected as error:
-            rejected += 1
-            if rejected <= MAX_LISTED:
-                excerpt = line.data[: 4 * EXCERPT_CHARS].decode(errors="replace")[:EXCERPT_CHARS]
-                rejects.append(Reject(number, error.reason, excerpt))
-            continue
-        preferences += isinstance(row, Preference)
-        columns["file"].append(part.file_index)
-        columns["offset"].append(line.offset)
-        columns["line"].append(number)
-        columns["u"].append(place_of(spec, part.file, line.offset))
-        if gallery is not None:
-            columns["images"].append(gallery.add(images))
+                preferences += row.is_preference
+                columns["file"].append(part.file_index)
+                columns["offset"].append(line.offset)
+                columns["line"].append(number)
+                columns["u"].append(place_of(spec, part.file, line.offset))
+                for name, value in row.columns.items():
+                    columns[name].append(value)
     if gallery is not None:
         digest.update(gallery.sha256)
     # Arrow would make an object of Python of each token.
@@ -170,6 +156,55 @@ def _stored(conversation: Conversation) -> str:
     if "images" in conversation:
         conversation = conversation | {"images": [shortened(reference) for reference in conversation["images"]]}
     return json.dumps(conversation, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class _Good:
+    """A row to train on: what the shard says of it besides its place."""
+
+    columns: dict[str, Any]
+    is_preference: bool
+
+
+def _judged(
+    lines: Sequence[Line], spec: JobSpec, chat: ChatTokenizer, gallery: Gallery | None
+) -> Iterator[_Good | RowRejected | None]:
+    """Of each line, the row or why it is rejected; None where there is none."""
+    pre, dataset_format = spec.dataset_config.preprocessing, spec.dataset_details.dataset_format
+    there = [line.fault is not None or bool(line.data.strip()) for line in lines]
+
+    def parsed_from(line: Line) -> Conversation | Preference:
+        return parse(decode_row(line), dataset_format, vision=gallery is not None)
+
+    def sized_from(row: Any) -> tuple[Conversation, Sizes]:
+        conversation = preferred(row)
+        return conversation, gallery.sizes(conversation.get("images", [])) if gallery is not None else []
+
+    parsed = each(parsed_from, compress(lines, there))
+    sized = each(sized_from, parsed)
+    verdicts: list[Any] = each(lambda row: chat.check(*row), sized) if pre.lazy_tokenize else chat.encode_each(sized)
+    rows = zip(parsed, sized, verdicts, strict=True)
+    for line, is_there in zip(lines, there, strict=True):
+        if not is_there:
+            yield None
+            continue
+        row, asked, verdict = next(rows)
+        if isinstance(verdict, RowRejected) or isinstance(asked, RowRejected):
+            yield verdict
+            continue
+        conversation, _ = asked
+        images = conversation.get("images", [])
+        columns: dict[str, Any]
+        if pre.streaming:
+            columns = {"size": len(line.data)}
+        elif pre.lazy_tokenize:
+            columns = {"conversation": _stored(conversation)}
+        else:
+            columns = {"input_ids": verdict.input_ids, "labels": verdict.labels}
+            images = [images[i] for i in verdict.images]
+        if gallery is not None:
+            columns["images"] = gallery.add(images)
+        yield _Good(columns, isinstance(row, Preference))
 
 
 def place_of(spec: JobSpec, file: SourceFile, offset: int) -> float:

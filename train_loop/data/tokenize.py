@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from jinja2 import TemplateError
 
-from train_loop.data.formats import Conversation, Message, RowRejected
+from train_loop.data.formats import Conversation, Message, RowRejected, each
 from train_loop.data.image_tokens import Expansion, ImageTokens, Span, whole_pictures
 from train_loop.data.pieces import Pieces, Tokens
 from train_loop.data.rendering import Flood, Rendered, render
@@ -30,6 +30,8 @@ IGNORE_INDEX = -100
 TEMPLATE_FIELD = "dataset_config.preprocessing.prompt.template"
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 MAX_REASON_CHARS = 200  # of a template's own words
+_NOWHERE = np.empty(0, np.int64)
+Sizes: TypeAlias = Sequence[tuple[int, int]]  # (width, height) of pictures
 PROBE = {"system": "Be of help.", "user": "Ask.", "assistant": "Fine."}
 
 
@@ -48,6 +50,26 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class _Told:
+    """A conversation's text; `wanted` says of each assistant turn whether it carries loss. Plain text has no messages."""
+
+    rendered: Rendered
+    messages: Sequence[Message] = ()
+    tools: Sequence[Any] | None = None
+    wanted: Sequence[bool] = ()
+    is_marked: bool = False  # by the template, what the assistant says
+
+
+@dataclass(frozen=True)
+class _Tokenised:
+    """Its tokens, and where in them each picture's are."""
+
+    told: _Told
+    tokens: Tokens
+    pictures: list[Span]
+
+
+@dataclass(frozen=True)
 class ChatTokenizer:
     """Encodes conversations of one job. Picklable."""
 
@@ -63,25 +85,51 @@ class ChatTokenizer:
         pre = spec.dataset_config.preprocessing
         return cls(tokenizer, pre.prompt, pre.truncation, pre.train_on, images)
 
-    def encode(self, conversation: Conversation, sizes: Sequence[tuple[int, int]] = ()) -> Sample:
+    def encode(self, conversation: Conversation, sizes: Sizes = ()) -> Sample:
         """Tokenise, label, truncate to prompt.max_length. `sizes` are its pictures' (width, height), in order.
 
         Raises RowRejected for this row, DatasetError when the template itself is at fault.
         """
-        if "text" in conversation:
-            input_ids = self._document(conversation["text"], sizes)
-            return self._truncate(input_ids, input_ids, [])
-        messages, tools, wanted = self._talk(conversation, sizes)
-        if self._is_marked(tools):
-            input_ids, spoken, pictures = self._by_marks(messages, tools, wanted)
-        else:
-            input_ids, spoken, pictures = self._by_prefixes(messages, tools, wanted)
-        labels = np.where(spoken, input_ids, IGNORE_INDEX).astype(np.int32)
-        for start, end in pictures:
-            labels[start:end] = IGNORE_INDEX
-        return self._truncate(input_ids, labels, pictures)
+        (made,) = self.encode_each([(conversation, sizes)])
+        if isinstance(made, RowRejected):
+            raise made
+        return made
 
-    def check(self, conversation: Conversation, sizes: Sequence[tuple[int, int]] = ()) -> None:
+    def encode_each(self, rows: Iterable[tuple[Conversation, Sizes] | RowRejected]) -> list[Sample | RowRejected]:
+        """The same of several, with what is wrong with a row in its place.
+
+        A step is done for all of them before the next one, so that what it needs stays in the processor's caches.
+        """
+        return each(self._labelled, each(self._tokenised, each(self._told, rows)))
+
+    def _told(self, row: tuple[Conversation, Sizes]) -> _Told:
+        """What the template makes of a conversation; plain text as it is."""
+        conversation, sizes = row
+        if "text" in conversation:
+            text = conversation["text"]
+            if sizes:
+                raise RowRejected("plain text has no place for an image")
+            self._check_written(text)
+            return _Told(Rendered(text, [], []))
+        messages, tools, wanted = self._talk(conversation, sizes)
+        return _Told(self._render(messages, tools), messages, tools, wanted, self._is_marked(tools))
+
+    def _tokenised(self, told: _Told) -> _Tokenised:
+        text = told.rendered.text
+        if not told.messages:
+            return _Tokenised(told, self._document(text), [])
+        return _Tokenised(told, *self._tokens(text, told.messages, whole=told.is_marked and not all(told.wanted)))
+
+    def _labelled(self, row: _Tokenised) -> Sample:
+        input_ids = labels = row.tokens[0]
+        if row.told.messages:
+            spoken = self._by_marks(row) if row.told.is_marked else self._by_prefixes(row)
+            labels = np.where(spoken, input_ids, np.int32(IGNORE_INDEX))
+            for start, end in row.pictures:
+                labels[start:end] = IGNORE_INDEX
+        return self._truncate(input_ids, labels, row.pictures)
+
+    def check(self, conversation: Conversation, sizes: Sizes = ()) -> None:
         """Raise RowRejected exactly where `encode` would; tokens are made only where the text doesn't show the verdict.
 
         Raises DatasetError, too; of a template that is at fault with some rows it may leave that to `encode`.
@@ -153,9 +201,7 @@ class ChatTokenizer:
         start, end = (end - 3 * bounds.longest, end) if left else (start, start + 3 * bounds.longest)
         return bounds.covers(text[start:end]) and is_kept(start, end)
 
-    def _talk(
-        self, conversation: Conversation, sizes: Sequence[tuple[int, int]]
-    ) -> tuple[list[Message], Sequence[Any] | None, list[bool]]:
+    def _talk(self, conversation: Conversation, sizes: Sizes) -> tuple[list[Message], Sequence[Any] | None, list[bool]]:
         """The messages as the template gets them, the tools, and of each assistant turn whether it carries loss."""
         messages, tools = self._sized(self.with_system(conversation["messages"]), sizes), conversation.get("tools")
         self._check_tools(messages, tools)
@@ -168,18 +214,15 @@ class ChatTokenizer:
     def _is_marked(self, tools: Sequence[Any] | None) -> bool:
         return self.train_on != "all" and bool(GENERATION_MARK.search(self._template(tools)))
 
-    def _document(self, text: str, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
-        """Plain text as the model was pre-trained on: its own beginning, its end-of-sequence token."""
-        if sizes:
-            raise RowRejected("plain text has no place for an image")
-        self._check_written(text)
+    def _document(self, text: str) -> Tokens:
+        """Plain text as the model was pre-trained on: its own beginning, its end-of-sequence token. Where they are isn't told."""
         ids: list[int] = self.tokenizer(text)["input_ids"]
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             del ids[0]
         if eos is not None and ids[-1:] != [eos]:
             ids.append(eos)
-        return np.array(ids, dtype=np.int32)
+        return np.array(ids, dtype=np.int32), _NOWHERE, _NOWHERE
 
     # --- rendering ---
 
@@ -290,7 +333,7 @@ class ChatTokenizer:
         system, user, *rest = messages
         return [user | {"content": _joined(system["content"], user["content"])}, *rest]
 
-    def _sized(self, messages: list[Message], sizes: Sequence[tuple[int, int]]) -> list[Message]:
+    def _sized(self, messages: list[Message], sizes: Sizes) -> list[Message]:
         """With its size in the part of each picture."""
         places = sum(len(_pictures(m)) for m in messages)
         if places != len(sizes):
@@ -372,11 +415,9 @@ class ChatTokenizer:
     def _special(self) -> set[int]:
         return set(self.tokenizer.all_special_ids)
 
-    def _by_marks(
-        self, messages: list[Message], tools: Sequence[Any] | None, wanted: list[bool]
-    ) -> tuple[np.ndarray, np.ndarray, list[Span]]:
-        rendered = self._render(messages, tools)
-        (input_ids, starts, ends), pictures = self._tokens(rendered.text, messages, whole=not all(wanted))
+    def _by_marks(self, row: _Tokenised) -> np.ndarray:
+        """Of each token, whether it is trained on."""
+        rendered, wanted, (input_ids, starts, ends) = row.told.rendered, row.told.wanted, row.tokens
         spoken = np.zeros(len(input_ids), dtype=bool)
         for start, end in rendered.generated:
             spoken[np.searchsorted(ends, start, side="right") : np.searchsorted(starts, end)] = True
@@ -389,32 +430,31 @@ class ChatTokenizer:
                 )
             for (start, end), keep in zip(edges, wanted, strict=True):
                 spoken[start:end] = keep
-        return input_ids, spoken, pictures
+        return spoken
 
-    def _by_prefixes(
-        self, messages: list[Message], tools: Sequence[Any] | None, wanted: list[bool]
-    ) -> tuple[np.ndarray, np.ndarray, list[Span]]:
-        rendered = self._render(messages, tools)
+    def _by_prefixes(self, row: _Tokenised) -> np.ndarray:
+        """The same by comparing; raises RowRejected where truncation does."""
+        told, (input_ids, starts, ends) = row.told, row.tokens
+        messages, rendered = told.messages, told.rendered
         text = rendered.text
-        (input_ids, starts, ends), pictures = self._tokens(text, messages, whole=False)
         everything = self.train_on == "all"  # then turns of weight 0 are taken out
         spoken = np.full(len(input_ids), everything)
-        kept = self._kept(len(input_ids), pictures)
+        kept = self._kept(len(input_ids), row.pictures)
         low, high = starts[kept].min(initial=len(text)), ends[kept].max(initial=0)
-        turns = [(i, w) for i, w in zip(_of_assistant(messages), wanted, strict=True) if w is not everything]
+        turns = [(i, w) for i, w in zip(_of_assistant(messages), told.wanted, strict=True) if w is not everything]
         in_order = turns if self.truncation == "right" else turns[::-1]
         # The last one first, whether it is cut off or not: there a template shows that it can't be used.
         for i, is_wanted in sorted(in_order, key=lambda turn: turn != turns[-1]):
-            if (span := self._span(rendered, messages, i, tools)) is not None:
-                first, behind = np.searchsorted(starts, span[0]), np.searchsorted(ends, span[1], side="right")
+            if (span := self._span(rendered, messages, i, told.tools)) is not None:
+                first, behind = starts.searchsorted(span[0]), ends.searchsorted(span[1], side="right")
                 # Where nothing ends a turn, the next one's beginning is what the model says to stop.
                 behind += not self._frame[1] and behind < len(input_ids) and input_ids[behind] in self._special
                 spoken[first:behind] = is_wanted
                 if i != turns[-1][0] and (span[1] >= high if self.truncation == "right" else span[0] <= low):
                     break  # the turns from here on are cut off
-        return input_ids, spoken, pictures
+        return spoken
 
-    def _span(self, whole: Rendered, messages: list[Message], i: int, tools: Sequence[Any] | None) -> tuple[int, int] | None:
+    def _span(self, whole: Rendered, messages: Sequence[Message], i: int, tools: Sequence[Any] | None) -> tuple[int, int] | None:
         """Where in the `whole` text the assistant's turn `i` is, from the end of its prompt to the end of its turn.
 
         None where the template shows it otherwise than it was said. Raises DatasetError if it does so with the last one.

@@ -132,7 +132,7 @@ def load_text_tokenizer(folder: Path) -> TextTokenizer:
             stderr=subprocess.DEVNULL,
             check=False,
         )
-        if made.returncode == 0:
+        if made.returncode == 0 and made.stdout:  # where signals of children are ignored, any end looks like a good one
             found: TextTokenizer = pickle.loads(made.stdout)
             return found
     return TextTokenizer.of(load_tokenizer(folder))

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from train_loop.data.formats.chat import openai, sharegpt
-from train_loop.data.formats.conversation import Conversation, Message, Preference, RowRejected, kind, normalise, text
+from train_loop.data.formats.conversation import Conversation, Message, Preference, RowRejected, each, kind, normalise, text
 from train_loop.data.formats.images import OPEN, images_of_row, placed, take_images
 from train_loop.data.formats.pairs import alpaca, plain_text, prompt_completion
 from train_loop.data.formats.preference import KEYS as PREFERENCE_KEYS
 from train_loop.data.formats.preference import preference
 from train_loop.data.formats.tools import parse_tools
 
-__all__ = ["Conversation", "Message", "Preference", "RowRejected", "parse", "preferred", "to_conversation"]
+__all__ = ["Conversation", "Message", "Preference", "RowRejected", "each", "parse", "preferred", "to_conversation"]
 
 PARSERS: dict[str, Callable[[dict[str, Any]], Iterable[Message]]] = {
     "sharegpt": sharegpt,

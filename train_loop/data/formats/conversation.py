@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
+
+T = TypeVar("T")
+S = TypeVar("S")
 
 # `role` (system, user, assistant, tool) and `content`, a string, or with images a list of parts: {"type": "text", "text"} and
 # {"type": "image"}; of an assistant also `tool_calls`, `reasoning_content`, and `loss` False if it is not trained on; of a tool
@@ -38,6 +41,20 @@ class RowRejected(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+def each(step: Callable[[T], S], items: Iterable[T | RowRejected]) -> list[S | RowRejected]:
+    """The step's result for each item, or why the row is rejected, by this step or before it."""
+    done = list[S | RowRejected]()
+    for item in items:
+        if not isinstance(item, RowRejected):
+            try:
+                done.append(step(item))
+                continue
+            except RowRejected as error:
+                item = error
+        done.append(item)
+    return done
 
 
 def normalise(turns: Iterable[Message]) -> list[Message]:
