@@ -327,7 +327,7 @@ def memory_of_a_worker(
     learning = 4 * trained_params(spec, shape)  # in float32
     # What a block keeps of a token: two norms' float32 input; what goes into its linear layers and its attention, and what comes
     # out; the MLP's four widths; and what its adapters add.
-    block = 8 * shape.hidden + _kept_by_adapters(spec, shape, width)
+    block = 8 * shape.hidden + _kept_by_adapters(spec, shape, width, hardware.device)
     block += width * (2 * shape.hidden + 3 * shape.attention + 2 * shape.key_value + 4 * shape.intermediate)
     if hp.gradient_checkpointing:
         # bitsandbytes keeps what goes into an 8-bit layer where checkpointing doesn't find it.
@@ -363,15 +363,24 @@ def memory_of_a_worker(
     }
 
 
-def _kept_by_adapters(spec: JobSpec, shape: ModelShape, width: int) -> float:
+def _kept_by_adapters(spec: JobSpec, shape: ModelShape, width: int, device: str) -> float:
     """Bytes of activations that the adapters of a block add, of a token."""
     if spec.train_config.train_type == "full":
         return 0.0
     adapter, quantization = spec.train_config.adapter_config, spec.model_details.quantization
     inputs = sum(i for i, _ in shape.adapted) / shape.num_layers
-    if adapter.use_dora or (quantization is not None and quantization.quant_bits == 8):
+    low_rank = width * rank(adapter) * len(shape.adapted) / shape.num_layers
+    if quantization is not None and quantization.quant_bits == 8:
         return inputs * (4 + width)  # as PEFT computes them: each keeps its input in float32, and what dropout left
-    return (inputs if adapter.dropout else 0.0) + width * rank(adapter) * len(shape.adapted) / shape.num_layers
+    if adapter.use_dora:
+        # Each keeps what comes out before it is made as long as its magnitude says.
+        outputs = width * sum(o for _, o in shape.adapted) / shape.num_layers
+        if not adapter.dropout:
+            return outputs + low_rank
+        # And in place of the input that layers share what dropout drew (on CPUs as wide as a value), left and took.
+        drawn = width if device == "cpu" else 1
+        return outputs + inputs * (drawn + 2 * width) + 2 * low_rank - width * (2 * shape.hidden + shape.intermediate)
+    return (inputs if adapter.dropout else 0.0) + low_rank
 
 
 def bytes_per_weight(quantization: Quantization) -> float:

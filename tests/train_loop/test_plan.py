@@ -273,6 +273,43 @@ def test_what_checkpointing_leaves_of_8_bit_layers_is_counted(local_job, mirror,
     assert recomputing - blocks == pytest.approx(sum(kept.values()), rel=0.01)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_what_dora_keeps_of_each_token_is_counted(local_job, mirror, tmp_path, dropout):
+    tokens = 64
+    changes = {
+        "model_details.quantization": None,
+        "train_config.torch_dtype": "float32",
+        f"{HP}.gradient_checkpointing": False,
+        "train_config.adapter_config.dropout": dropout,
+    }
+    planned, kept = [], []
+    for use_dora in (True, False):
+        spec = JobSpec.model_validate(local_job(changes | {"train_config.adapter_config.use_dora": use_dora}))
+        ctx = LocalContext(mirror / TINY, LocalFileSystem(), str(tmp_path), tmp_path, Console())
+        model = load_trainee(spec, ctx).model.train()
+        model.enable_input_require_grads()
+        kept.append(kept_bytes(model, 2 * tokens) - kept_bytes(model, tokens))
+        shape = model_shape(spec, mirror / TINY)
+        planned.append(memory_of_a_worker(spec, shape, tokens, this_machine(), evaluates=False)["activations_bytes"])
+    assert planned[0] - planned[1] == pytest.approx(kept[0] - kept[1], rel=0.01)
+
+
+def kept_bytes(model, tokens):
+    """What the model keeps for its backward pass of so many tokens, but for its own parameters."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=torch.zeros((1, tokens), dtype=torch.long))
+    return sum(storage.nbytes() for storage in kept.values())
+
+
 def test_full_training_takes_more_memory_and_sharding_less(local_job, mirror):
     gpu = Hardware("cuda", 1 << 40, 1e14)
     quiet = {"model_details.quantization": None, "infra_config.gpu_count": 2}
