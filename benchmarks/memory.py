@@ -31,9 +31,10 @@ def job(
     max_length: int,
     batch: int,
     evaluate: bool,
-    train_type: str = "lora",
+    trains: str = "lora",
     workers: int = 1,
 ) -> dict[str, Any]:
+    """A case's job; `trains` is lora, dora or full."""
     return {
         "org": ORG,
         "experiment_name": "memory",
@@ -43,7 +44,8 @@ def job(
         },
         "model_details": {"base_model": SMOLLM2, "quantization": {"quant_bits": bits} if bits else None},
         "train_config": {
-            "train_type": train_type,
+            "train_type": "full" if trains == "full" else "lora",
+            "adapter_config": {"use_dora": trains == "dora"},
             "hyperparameters": {
                 "max_steps": 2,
                 "per_device_train_batch_size": batch,
@@ -133,7 +135,8 @@ def main() -> None:
         adapters = itertools.product((4, None), (True, False), ((512, 1), (512, 4), (1024, 2)), (False, True), [("lora", 1)])
         more = itertools.product((None,), (True, False), [(512, 2)], (False, True), [("full", 1), ("full", 2), ("lora", 2)])
         eight = itertools.product((8,), (True, False), [(512, 2)], (False,), [("lora", 1)])
-        for bits, checkpointing, (length, batch), evaluate, (trains, workers) in itertools.chain(adapters, more, eight):
+        dora = itertools.product((4, None), (True, False), [(512, 2)], (False,), [("dora", 1)])
+        for bits, checkpointing, (length, batch), evaluate, (trains, workers) in itertools.chain(adapters, more, eight, dora):
             spec = job(data, bits, checkpointing, length, batch, evaluate, trains, workers)
             planned = make_plan(JobSpec.model_validate(spec), ModelPlaces(options.mirror), this_machine())["memory"][
                 "total_bytes"
