@@ -337,10 +337,10 @@ def compare(ctx, job):
     batches = [micro_batch(base, processor, rows) for rows in (ROWS[:2], ROWS[2:3])]
     for batch in batches:
         supervised_loss(base.model, batch).backward()
-    supervised_loss(trainee.model, batches[ctx.rank]).backward()
+    supervised_loss(trainee.model, batches[ctx.rank].to(ctx.device)).backward()
     expected = {n: p.grad for n, p in base.model.named_parameters()}
     for name, parameter in trainee.model.named_parameters():
-        gradient = None if parameter.grad is None else whole(parameter.grad)
+        gradient = None if parameter.grad is None else whole(parameter.grad).cpu()
         wanted = expected[name]
         if wanted is not None:
             torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()), msg=name)
