@@ -551,6 +551,6 @@ def test_rows_with_pictures_are_dealt_out_as_longer_ones(tmp_path):
     line = {"file": 0, "offset": 0, "u": 0.0, "conversation": "{}"}
     rows = [line | {"line": 1, "images": []}, line | {"line": 2, "images": [0, 1]}]
     write_shard(LocalFileSystem(), str(tmp_path / "shard.arrow"), pa.Table.from_pylist(rows, LAZY.append(IMAGES)))
-    prepared = PreparedDataset("", [ShardInfo("shard.arrow", 2)], [1.0], {"train": 2}, 2, 2, 0, "", [], False, [])
+    prepared = PreparedDataset("", [ShardInfo("shard.arrow", 2)], [1.0], {"train": 2}, 2, 2, 0, "", [], False, [], 0)
     plain, shown = ShardSet(prepared, tmp_path).sizes(np.arange(2))
     assert shown - plain == 2 * BYTES_PER_IMAGE
