@@ -31,35 +31,33 @@ def processes(service, title):
     return [p for p in members(service.state()["instance"]) if p.info["cmdline"] and p.info["cmdline"][0].startswith(title)]
 
 
-def waiting(service):
-    """The processes that wait: of workers with all of it loaded, and of helpers."""
-    idle = {p for p in processes(service, "ray::IDLE") if p.environ()["RAY_JOB_ID"] == "ffffffff"}
-    workers = {p for p in idle if TRAINS in p.environ()}
-    return {p for p in workers if "bitsandbytes" in Path(f"/proc/{p.pid}/maps").read_text()}, idle - workers
-
-
 def ready(service):
+    """Until enough processes wait, those of workers with all of it loaded."""
     deadline = time.monotonic() + FINISH_S
     while time.monotonic() < deadline:
-        workers, helpers = waiting(service)
-        if len(workers) >= WORKERS and helpers:
-            return workers | helpers
+        idle = {p for p in processes(service, "ray::IDLE") if p.environ()["RAY_JOB_ID"] == "ffffffff"}
+        workers = {p for p in idle if TRAINS in p.environ()}
+        loaded = {p for p in workers if "bitsandbytes" in Path(f"/proc/{p.pid}/maps").read_text()}
+        if len(loaded) >= WORKERS and idle - workers:
+            return
         time.sleep(0.5)
-    raise AssertionError(f"only {waiting(service)} wait")
+    raise AssertionError(f"only {idle} wait")
 
 
 def test_each_job_is_given_processes_that_waited_and_that_no_job_had_before(service):
     had = set()
     for name in ("first", "second"):
-        before = ready(service)
-        assert not had & before
+        ready(service)
         job = service.job(name, {"infra_config": {"gpu_type": "cpu", "gpu_count": WORKERS}} | LONG)
+        submitted_at = time.time()
         request_id = service.client.submit(job)["request_id"]
         service.wait(request_id, lambda job: job["step"] > 0)
-        found = {title: set(processes(service, f"ray::{title}")) for title in ("JobActor", "TrainController", "RayTrainWorker")}
-        assert len(found["RayTrainWorker"]) == WORKERS
-        assert all(those <= before for those in found.values()), (found, before)
-        had |= set.union(*found.values())
+        own = set(processes(service, "ray::JobActor")) | set(processes(service, "ray::RayTrainWorker"))
+        assert len(own) == 1 + WORKERS
+        assert [p for p in own if p.create_time() > submitted_at] == []
+        assert not had & own
+        had |= own
         service.client.cancel(request_id, ORG)
         service.wait(request_id)
-    assert not [p for p in had if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    _, alive = psutil.wait_procs(had, timeout=FINISH_S)
+    assert not alive
