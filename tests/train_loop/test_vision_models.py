@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import shutil
@@ -15,6 +16,8 @@ from tests.conftest import TINY
 from tests.train_loop.group import on_workers
 from tests.train_loop.vision_models import FAMILIES, NOT_PACKED, make
 from train_loop import export, weights
+from train_loop.chat import Comparison
+from train_loop.data.images import admit
 from train_loop.data.packing import collate
 from train_loop.data.tokenize import IGNORE_INDEX, Sample
 from train_loop.errors import ModelError
@@ -28,7 +31,7 @@ from train_loop.model.processor import load_processor
 from train_loop.model.tokenizer import load_tokenizer
 from train_loop.optim import build_optimizer
 from train_loop.sharding import whole
-from train_loop.spec import JobSpec
+from train_loop.spec import JobSpec, ModelDetails, Prompt
 from train_loop.trainee import load_trainee, make_trainable
 
 CPU = torch.device("cpu")
@@ -319,6 +322,23 @@ def test_the_chat_template_of_an_old_processor_is_the_tokenizers(folders, tmp_pa
     (folder / "chat_template.jinja").unlink()
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     assert load_tokenizer(folder).chat_template == template == load_processor(folder).chat_template
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_question_about_a_picture_is_answered_by_what_is_in_it(name, folders):
+    folder = folders(name)
+    details = ModelDetails(base_model="made/here", model_type="vlm")
+    models = Comparison.load(folder, folder, details, Prompt(max_length=512))
+    asked = []
+    for colour in ("red", "blue"):
+        file = io.BytesIO()
+        Image.new("RGB", (40, 30), colour).save(file, "PNG")
+        asked.append(models.asked("What is this?", [admit(file.getvalue())]))
+        base, tuned = models.answer("What is this?", 2, [admit(file.getvalue())])
+        assert base == tuned  # the same model here
+    assert asked[0]["input_ids"].tolist() == asked[1]["input_ids"].tolist()
+    first, second = (models.base(**inputs).logits for inputs in asked)
+    assert not torch.equal(first, second)
 
 
 def test_workers_that_share_a_model_sum_the_gradients_of_those_that_see(folders, spec_of, tmp_path):

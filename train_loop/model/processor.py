@@ -63,9 +63,15 @@ def _class(folder: Path) -> Any:
 
 def _for_images(kind: Any) -> Any:
     """A processor's class without its part for videos."""
+    from transformers import ProcessorMixin
     from transformers.models.smolvlm import processing_smolvlm
 
     if processing_smolvlm.num2words is None:  # it spells out how many frames a video has, and nothing else
         processing_smolvlm.num2words = str
     parts = [part for part in kind.get_attributes() if "video" not in part]
-    return type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: parts), "__module__": kind.__module__})
+    without = {
+        "get_attributes": classmethod(lambda cls: parts),
+        "apply_chat_template": ProcessorMixin.apply_chat_template,  # SmolVLM2's own looks at that part first
+        "__module__": kind.__module__,
+    }
+    return type(kind.__name__, (kind,), without)
