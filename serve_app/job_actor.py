@@ -27,7 +27,7 @@ from serve_app.settings import Settings
 from serve_app.storage import run_uri
 from serve_app.store.jobs import STORE_AWAY, Job, JobStore, StaleAttempt
 from serve_app.store.journal import Notes
-from train_loop.errors import Cause, RunFault, Stopped, UserError
+from train_loop.errors import Cause, RunFault, Stopped, UserError, first_line
 from train_loop.hang import StepClock
 from train_loop.launch import ActorMonitor, Placement, launch
 from train_loop.memory_kills import Place
@@ -179,7 +179,7 @@ class JobActor:
             return lambda: self.store.record_fault(request_id, attempt, cause, text)
         except Exception as error:
             self.log.exception("the run failed")
-            text = self._told(f"an unexpected error ({type(error).__name__}): {_first_line(error)}")
+            text = self._told(f"an unexpected error ({type(error).__name__}): {first_line(error)}")
             return lambda: self.store.record_fault(request_id, attempt, Cause.INTERNAL, text)
         self.live |= {"step": manifest["steps"], "progress": 1.0, "eta_s": 0.0, "metrics": manifest["metrics"]}
         self.live["phase"] = str(Phase.DONE)
@@ -380,7 +380,3 @@ class _Outbox:
     def wait(self, seconds: float) -> None:
         self._wake.wait(seconds)
         self._wake.clear()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:300]

@@ -5,6 +5,13 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+MAX_SAID_CHARS = 300
+
+
+def first_line(error: BaseException | None, otherwise: str = "no message") -> str:
+    """What a library says, as far as it fits into a sentence of ours; `otherwise` where it says nothing."""
+    return (str(error).strip().splitlines() or [otherwise])[0][:MAX_SAID_CHARS]
+
 
 class UserError(Exception):
     """The user's input, or something they own (bucket, keys, rows), stops the job.

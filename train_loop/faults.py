@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from train_loop.errors import Cause, RunFault, Stopped, TrainingError, UserError
+from train_loop.errors import Cause, RunFault, Stopped, TrainingError, UserError, first_line
 from train_loop.spec import JobSpec
 
 # When workers failed for several reasons, the first of these is the one that explains the others.
@@ -60,11 +60,11 @@ def classify(error: BaseException, spec: JobSpec) -> End:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _says(error, NO_MEMORY):
         return out_of_memory(spec)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-        return RunFault(Cause.STORAGE_AWAY, f"The disk can't be written: {_first_line(error)}")
+        return RunFault(Cause.STORAGE_AWAY, f"The disk can't be written: {first_line(error)}")
     if _says(error, PEER_GONE):
-        return RunFault(Cause.WORKER_DIED, f"A worker lost its connection to another: {_first_line(error)}")
+        return RunFault(Cause.WORKER_DIED, f"A worker lost its connection to another: {first_line(error)}")
     if _says(error, CHILD_GONE):
-        return RunFault(Cause.WORKER_DIED, f"A process of the run died: {_first_line(error)}")
+        return RunFault(Cause.WORKER_DIED, f"A process of the run died: {first_line(error)}")
     return _internal(error)
 
 
@@ -116,11 +116,11 @@ def _of_ray(error: BaseException, spec: JobSpec) -> End | None:
     if isinstance(error, ray_errors.RayActorError):
         return _of_actor(error, spec)
     if isinstance(error, ray_errors.NodeDiedError | ray_errors.LocalRayletDiedError | ray_errors.ObjectLostError):
-        return RunFault(Cause.NODE_LOST, f"A machine of the run is gone: {_first_line(error)}")
+        return RunFault(Cause.NODE_LOST, f"A machine of the run is gone: {first_line(error)}")
     if isinstance(error, ray_errors.WorkerCrashedError):
-        return RunFault(Cause.WORKER_DIED, f"A process of the run died: {_first_line(error)}")
+        return RunFault(Cause.WORKER_DIED, f"A process of the run died: {first_line(error)}")
     if isinstance(error, ray_errors.RaySystemError | ray_errors.RpcError | ray_errors.GetTimeoutError):
-        return RunFault(Cause.CLUSTER_AWAY, f"Ray doesn't answer: {_first_line(error)}")
+        return RunFault(Cause.CLUSTER_AWAY, f"Ray doesn't answer: {first_line(error)}")
     return None
 
 
@@ -149,7 +149,7 @@ def _of_system(error: BaseException, spec: JobSpec) -> End:
     if isinstance(error, train_errors.WorkerHealthCheckFailedError):
         return classify(error.health_check_failure, spec)
     if isinstance(error, train_errors.WorkerHealthCheckTimeoutError | train_errors.CollectiveTimeoutError):
-        return RunFault(Cause.HANG, f"A worker doesn't answer: {_first_line(error)}")
+        return RunFault(Cause.HANG, f"A worker doesn't answer: {first_line(error)}")
     if isinstance(error, train_errors.WorkerGroupStartupTimeoutError):
         return RunFault(Cause.NO_ROOM, f"The cluster had no room for {error.num_workers} workers.")
     if isinstance(error, train_errors.WorkerGroupStartupFailedError):
@@ -214,8 +214,4 @@ def _what_lowers_memory(spec: JobSpec) -> tuple[str, str]:
 
 
 def _internal(error: BaseException) -> RunFault:
-    return RunFault(Cause.INTERNAL, f"The run failed ({type(error).__name__}): {_first_line(error)}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:300]
+    return RunFault(Cause.INTERNAL, f"The run failed ({type(error).__name__}): {first_line(error)}")

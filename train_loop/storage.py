@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from train_loop.errors import Cause, RunFault
+from train_loop.errors import Cause, RunFault, first_line
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -88,7 +88,7 @@ def patiently(action: Callable[[], T], what: str, patience_s: float | None = Non
 
     def say(state: RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome is not None:
-            _tell(f"the storage is away ({what}: {_first_line(state.outcome.exception())}); waiting for up to {limit:.0f} s")
+            _tell(f"the storage is away ({what}: {first_line(state.outcome.exception())}); waiting for up to {limit:.0f} s")
 
     retrying = Retrying(
         retry=retry_if_exception(is_away),
@@ -101,9 +101,7 @@ def patiently(action: Callable[[], T], what: str, patience_s: float | None = Non
         result = retrying(action)
     except OSError as error:
         if is_away(error):
-            raise RunFault(
-                Cause.STORAGE_AWAY, f"The storage was away for {limit:.0f} s ({what}): {_first_line(error)}"
-            ) from error
+            raise RunFault(Cause.STORAGE_AWAY, f"The storage was away for {limit:.0f} s ({what}): {first_line(error)}") from error
         raise
     if retrying.statistics["attempt_number"] > 1:
         _tell(f"the storage is back after {retrying.statistics['delay_since_first_attempt']:.0f} s")
@@ -278,7 +276,3 @@ def _whole(storage: FileSystem, path: str, write: Callable[[str], None]) -> None
         storage.move(part, path)
     finally:
         Path(part).unlink(missing_ok=True)
-
-
-def _first_line(error: BaseException | None) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:300]

@@ -23,6 +23,7 @@ from train_loop.data.formats import RowRejected
 from train_loop.data.images import MAX_BYTES
 from train_loop.data.lines import WrongType
 from train_loop.data.stored_file import StoredFile
+from train_loop.errors import first_line
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -177,9 +178,7 @@ class _Unsound(Exception):
     """What zipfile found to be wrong."""
 
     def __init__(self, error: Exception) -> None:
-        super().__init__(
-            re.sub(r" for file .*", "", str(error).strip().splitlines()[0] if str(error).strip() else "it is cut off")
-        )
+        super().__init__(re.sub(r" for file .*", "", first_line(error, "it is cut off")))
         self.is_no_zip = str(error) == "File is not a zip file"
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from train_loop.data.formats import RowRejected
+from train_loop.errors import first_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_BYTES = 64 << 20
@@ -61,7 +62,7 @@ def admit(raw: bytes, max_pixels: int | None = None) -> Picture:
     except Image.DecompressionBombError:
         raise RowRejected(f"has more than {MAX_PIXELS // 1_000_000} million pixels") from None
     except Exception as error:  # decoders raise what they like
-        raise RowRejected(f"can't be decoded: {_words(error)}") from error
+        raise RowRejected(f"can't be decoded: {first_line(error, type(error).__name__)[:MAX_REASON_CHARS]}") from error
 
 
 def _admit(raw: bytes, max_pixels: int | None) -> Picture:
@@ -127,7 +128,3 @@ def _as_png(image: Image.Image) -> bytes:
     out = io.BytesIO()
     _as_rgb(image).save(out, "PNG", compress_level=1)
     return out.getvalue()
-
-
-def _words(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:MAX_REASON_CHARS]

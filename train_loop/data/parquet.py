@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from train_loop.data import lines
 from train_loop.data.lines import Line, WrongType
 from train_loop.data.stored_file import StoredFile
+from train_loop.errors import first_line
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -73,5 +74,4 @@ def _opened(filesystem: FileSystem, path: str) -> Iterator[StoredFile]:
         except (OSError, pa.ArrowException) as error:
             if source.error is not None:
                 raise source.error from None
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise WrongType(f"it isn't sound Parquet: {reason}") from None
+            raise WrongType(f"it isn't sound Parquet: {first_line(error, type(error).__name__)}") from None

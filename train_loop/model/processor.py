@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from train_loop.errors import ModelError
-from train_loop.model.tokenizer import BASE_MODEL, first_line, load_tokenizer
+from train_loop.errors import ModelError, first_line
+from train_loop.model.tokenizer import BASE_MODEL, load_tokenizer
 
 # What a processor is described by, besides the tokenizer; each base has some of them.
 FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -34,7 +34,7 @@ def load_processor(folder: Path) -> Any:
     except ModelError:
         raise
     except Exception as error:  # files that anyone may have written, read by code that expects its own
-        message = f"the base model's image processor can't be loaded: {first_line(error)}"
+        message = f"the base model's image processor can't be loaded: {first_line(error, type(error).__name__)}"
         raise ModelError(message, field=BASE_MODEL) from error
 
 
