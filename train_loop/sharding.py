@@ -61,9 +61,7 @@ def _nothing(causal_lm: Any, family: Family | None) -> torch.Tensor | float:
     """Zero, with a gradient of zero for all that learns of what sees: those of the other ranks are summed with it."""
     if family is None or not torch.is_grad_enabled():
         return 0.0
-    seeing = [
-        p for n, p in causal_lm.named_parameters() if p.requires_grad and any(f".{part}." in f".{n}" for part in family.parts)
-    ]
+    seeing = [p for n, p in causal_lm.named_parameters() if p.requires_grad and family.is_of_sight(n)]
     return sum((p.sum() * 0.0 for p in seeing), 0.0)
 
 

@@ -42,7 +42,7 @@ class Sight:
         config = model.config.vision_config
         # Qwen2-VL's hidden_size is that of what comes out.
         hidden = getattr(config, "embed_dim", None) or config.hidden_size
-        seeing = {n: m for n, m in learning_part(model, freeze).items() if family.is_of_tower(n) or family.is_of_aligner(n)}
+        seeing = {n: m for n, m in learning_part(model, freeze).items() if family.is_of_sight(n)}
         saved = {n: m for n, m in named(model, adapter.modules_to_save or [], freeze).items() if n in seeing}
         whole = list(seeing.values()) if spec.train_config.train_type == "full" else list(saved.values())
         whole_params = sum(p.numel() for p in {p for module in whole for p in module.parameters()})

@@ -47,8 +47,9 @@ def from_quantisation_error(model: Any, r: int) -> None:
     tower, start as ever. Raises ModelError where a weight isn't in the files.
     Source: Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", 2023.
     """
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from peft.tuners.lora.dora import DoraLinearLayer
+
+    from train_loop.model.bits import Linear4bit, Linear8bitLt
 
     files = _files_by_tensor(Path(model.get_base_model().name_or_path))
     for name, layer, a, b, scale in _adapted(model):

@@ -55,6 +55,10 @@ class Family:
         """Whether one of that name is the vision tower's, and not the aligner's."""
         return _is_inside(name, self.tower) and not self.is_of_aligner(name)
 
+    def is_of_sight(self, name: str) -> bool:
+        """Whether one of that name is of either, and not the language model's."""
+        return any(_is_inside(name, part) for part in self.parts)
+
     @property
     def parts(self) -> tuple[str, ...]:
         """The modules that aren't the language model's."""
