@@ -33,6 +33,7 @@ class Gallery:
         self._written: dict[bytes, tuple[int, int, int]] = {}  # by reference: number, width, height
         self._numbers: dict[bytes, int] = {}  # by content
         self._batch: list[tuple[bytes, Picture]] = []
+        self._batch_bytes = 0
         self._writer: pa.RecordBatchFileWriter | None = None
 
     def __len__(self) -> int:
@@ -80,7 +81,8 @@ class Gallery:
         if sha256 not in self._numbers:
             self._numbers[sha256] = len(self._numbers)
             self._batch.append((sha256, picture))
-            if sum(len(held.data) for _, held in self._batch) >= BATCH_BYTES:
+            self._batch_bytes += len(picture.data)
+            if self._batch_bytes >= BATCH_BYTES:
                 self._flush()
         return self._numbers[sha256]
 
@@ -92,7 +94,7 @@ class Gallery:
         columns = zip(*((sha256, p.width, p.height, p.data) for sha256, p in self._batch), strict=True)
         arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
         self._writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
-        self._batch = []
+        self._batch, self._batch_bytes = [], 0
 
 
 def _key(reference: str) -> bytes:
