@@ -10,6 +10,7 @@ import contextlib
 import os
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
@@ -34,7 +35,8 @@ class ReadyProcesses:
     """
 
     def __init__(self, num_workers: int) -> None:
-        self._wanted = {NO_ENVIRONMENT: HELPERS, _of_workers(): num_workers} if PRELOADS in os.environ else {}
+        self._of_workers = _of_workers()
+        self._wanted = {NO_ENVIRONMENT: HELPERS, self._of_workers: num_workers} if PRELOADS in os.environ else {}
         self._asked_at = float("-inf")
 
     def top_up(self) -> None:
@@ -48,7 +50,7 @@ class ReadyProcesses:
         node = next(node for node in ray.nodes() if node["NodeID"] == here)
         with init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:
             raylet = NodeManagerServiceStub(channel)
-            there = _waiting(raylet)
+            there = Counter(self._of_workers if trains else NO_ENVIRONMENT for trains in _waiting(raylet))
             for environment, wanted in self._wanted.items():
                 if there[environment] < wanted:
                     _start(raylet, environment, wanted - there[environment])
@@ -63,17 +65,15 @@ def _of_workers() -> str:
     return str(RuntimeEnv(env_vars=get_env_vars_to_propagate() | worker_environment()).serialize())
 
 
-def _waiting(raylet: Any) -> Counter[str]:
-    """How many processes wait for their first job, by environment."""
+def _waiting(raylet: Any) -> Iterator[bool]:
+    """Of each process that waits for its first job, whether it is a worker's."""
     from ray.core.generated.common_pb2 import WorkerType
     from ray.core.generated.node_manager_pb2 import GetNodeStatsRequest
 
-    workers, there = _of_workers(), Counter[str]()
     for process in raylet.GetNodeStats(GetNodeStatsRequest(), timeout=ASK_S).core_workers_stats:
         if process.worker_type == WorkerType.WORKER and process.job_id == JobID.nil().binary():
             with contextlib.suppress(psutil.Error):  # it has just ended
-                there[workers if TRAINS in psutil.Process(process.pid).environ() else NO_ENVIRONMENT] += 1
-    return there
+                yield TRAINS in psutil.Process(process.pid).environ()
 
 
 def _start(raylet: Any, environment: str, number: int) -> None:

@@ -66,9 +66,8 @@ def _start_ray(settings: Settings, ray_dir: str, num_cpus: int) -> tuple[str, st
     os.environ |= CALLBACK
     # One machine is there or isn't: nobody takes it back, so no process of each run need watch for that.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    os.environ.setdefault(
-        "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0"
-    )  # what Ray Train gives its controller: see train_loop.trainer
+    # What Ray Train gives its controller: see train_loop.trainer.
+    os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")
     # What serve_app.ready has Ray start is of use; what Ray would start by itself now would load all that for the ingress.
     os.environ |= {PRELOADS: "serve_app.preload", "RAY_prestart_worker_first_driver": "0"}
     http_port, dashboard_port = remembered_ports(settings.home / "ports.json", 2)
