@@ -25,7 +25,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from serve_app.auth import Verifier
 from serve_app.cli import app
-from serve_app.cluster import ON_HEAD, bundle_of
+from serve_app.cluster import bundle_of
 from serve_app.deployment import APPLICATION
 from serve_app.proxy import CALLBACK
 from serve_app.scheduler import Room
@@ -36,6 +36,8 @@ from train_loop.__main__ import main as train_loop_main
 from train_loop.spec import JobSpec
 
 ROOT = Path(__file__).parents[2]
+SERVE_YAML = ROOT / "deploy/serve.yaml"
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 KUBECTL = Path(sys.executable).parent / "kubectl"
 KUBERAY = yaml.safe_load((Path(__file__).parent / "kuberay.yaml").read_text())
 PLACES = ("overlays/gpu", "overlays/cpu", "rayjob")
@@ -163,15 +165,18 @@ def test_serve_accepts_its_configuration(rendered):
     assert not texts
     (application,), head = config.applications, cluster_of(rendered["overlays/gpu"])["headGroupSpec"]["template"]
     assert (application.name, application.route_prefix) == (APPLICATION, "/")
-    assert config.http_options.port == SERVE
-    assert config.http_options.host == "0.0.0.0"
-    (ingress,) = application.deployments
-    assert ingress.name == "ingress"
-    assert ingress.ray_actor_options.resources == ON_HEAD
+    assert (config.http_options.host, config.http_options.port) == ("0.0.0.0", SERVE)
+    assert application.args["release"] == VERSION
     # What stands before the proxy, in the process that has the proxy: on the head alone.
     assert config.proxy_location.value == "HeadOnly"
     variables = {v["name"]: v.get("value") for v in head["spec"]["containers"][0]["env"]}
     assert variables.items() >= CALLBACK.items()
+
+
+@pytest.mark.skipif(not SERVE_YAML.exists(), reason="there is no deploy/serve.yaml")
+def test_serve_s_configuration_is_the_one_of_serve_deploy(rendered):
+    text = service_of(rendered["overlays/gpu"])["spec"]["serveConfigV2"]
+    assert yaml.safe_load(text) == yaml.safe_load(SERVE_YAML.read_text())
 
 
 def loaded(objects, home, monkeypatch):
@@ -537,6 +542,5 @@ def test_the_schema_is_brought_up_to_date_before_the_head_starts(rendered):
 
 
 def test_images_are_of_one_version(objects):
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     images = {c["image"] for _, group in ray_groups(objects) for c in containers(group["template"])}
-    assert images in ({f"registry.example.com/tuneyard:{version}-cuda"}, {"tuneyard:cpu"})
+    assert images in ({f"registry.example.com/tuneyard:{VERSION}-cuda"}, {"tuneyard:cpu"})
