@@ -18,6 +18,7 @@ import pytest
 import typer.main
 import yaml
 from cryptography.fernet import Fernet
+from ray._private.services import get_address
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 from ray.scripts.scripts import cli as ray_cli
@@ -461,7 +462,7 @@ def test_ray_s_pods_reach_what_they_need_and_no_more(rendered):
 def test_a_try_out_s_pods_reach_what_stands_beside_them(rendered):
     objects = rendered["overlays/cpu"]
     ray = [(labels, template) for labels, template in pods(objects) if "ray.io/node-type" in labels]
-    named_hosts = json.dumps([named(objects, "ConfigMap", "tuneyard-settings"), cluster_of(objects)])
+    settings = named(objects, "ConfigMap", "tuneyard-settings")["data"]
     for service in of_kind(objects, "Service"):
         (port,) = service["spec"]["ports"]
         ((_, template),) = [p for p in pods(objects) if service["spec"]["selector"].items() <= p[0].items()]
@@ -471,8 +472,9 @@ def test_a_try_out_s_pods_reach_what_stands_beside_them(rendered):
         if service["metadata"]["name"] == "s3":
             beside = template["metadata"]["labels"]
             assert all(allowed(objects, labels, port["port"], pod=beside, way="to") for labels, _ in ray)
-    assert "http://s3:8333" in named_hosts
-    assert "redis://redis:6379" in named_hosts
+    assert settings["TUNEYARD_STORAGE_ENDPOINT_URL"] == "http://s3:8333"
+    fault_tolerance = cluster_of(objects)["gcsFaultToleranceOptions"]
+    assert get_address(fault_tolerance["redisAddress"]) == ("redis", "6379", False)
 
 
 def test_only_the_head_is_behind_the_service(rendered):
