@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo demo-vlm test service faults faults-full check format bench docs clean
+.PHONY: setup demo demo-vlm test service faults faults-full check format bench docs image clean
 
 # The lock holds every package with its version, so nothing is left for pip to resolve; the second line adds what torch's CUDA
 # build needs besides, where that is the one pip found.
@@ -47,6 +47,7 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint deploy/image/Dockerfile
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .
@@ -58,6 +59,12 @@ bench: setup
 
 docs: $(VENV)/installed
 	$(BIN)/python -m serve_app.reference
+
+# Where docker or buildah is. TARGET=cuda is the one for GPUs; BUILD_FLAGS are docker's, such as --build-arg and --push.
+TARGET ?= cpu
+image:
+	DOCKER_BUILDKIT=1 $$(command -v docker || command -v buildah) build --file deploy/image/Dockerfile --target $(TARGET) \
+		--build-arg REVISION=$$(git rev-parse HEAD) --tag tuneyard:$(TARGET) $(BUILD_FLAGS) .
 
 clean:
 	rm -rf $(VENV) .demo .bench
