@@ -47,6 +47,7 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .
@@ -56,8 +57,10 @@ format: $(VENV)/installed
 bench: setup
 	$(BIN)/python -m benchmarks.train
 
+# The pages that are made from the code, and the site in build/site.
 docs: $(VENV)/installed
 	$(BIN)/python -m serve_app.reference
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) .demo .bench
