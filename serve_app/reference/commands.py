@@ -14,7 +14,7 @@ from serve_app.reference.tables import cell
 
 INTRO = """# Command line
 
-Made from the commands themselves by `make docs`; `tuneyard --help` and `tuneyard COMMAND --help` say the same.
+Made from the commands themselves by `make docs`; `tuneyard --help`, and `--help` after a command, say the same.
 
 They talk to the service of `TUNEYARD_HOME` (default `~/.tuneyard`), or to any other by `--url` and `--token`. `--json` prints
 JSON alone. Ctrl-C in `watch`, `logs -f` and `events -f` ends the looking, not the job. `tuneyard --install-completion` sets up
