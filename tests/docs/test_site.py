@@ -57,6 +57,10 @@ def test_every_link_of_the_site_leads_somewhere(site):
             assert inside
 
 
+def test_every_file_that_a_page_includes_is_in_it(site):
+    assert not [path.name for path in site if "--8" in path.read_text()]
+
+
 def test_nothing_is_loaded_from_elsewhere(site):
     for path, page in site.items():
         assert [url for url in page.loads if urlsplit(url).netloc] == [], path.name
