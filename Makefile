@@ -42,12 +42,13 @@ faults-full: setup
 	TUNEYARD_MODEL_RUNS=2000 $(BIN)/python -m pytest tests/serve_app/test_dispatcher_model.py
 	$(BIN)/python -m pytest -m faults tests/faults
 
+# The site isn't built --quiet, which would keep warnings from --strict too.
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .
@@ -60,7 +61,7 @@ bench: setup
 # The pages that are made from the code, and the site in build/site.
 docs: $(VENV)/installed
 	$(BIN)/python -m serve_app.reference
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) .demo .bench
