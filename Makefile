@@ -42,12 +42,14 @@ faults-full: setup
 	TUNEYARD_MODEL_RUNS=2000 $(BIN)/python -m pytest tests/serve_app/test_dispatcher_model.py
 	$(BIN)/python -m pytest -m faults tests/faults
 
+# The site isn't built --quiet, which would keep warnings from --strict too.
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint deploy/image/Dockerfile
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .
@@ -57,8 +59,10 @@ format: $(VENV)/installed
 bench: setup
 	$(BIN)/python -m benchmarks.train
 
+# The pages that are made from the code, and the site in build/site.
 docs: $(VENV)/installed
 	$(BIN)/python -m serve_app.reference
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Where docker or buildah is. TARGET=cuda is the one for GPUs; BUILD_FLAGS are docker's, such as --build-arg and --push.
 TARGET ?= cpu

@@ -272,21 +272,16 @@ def test_ctrl_c_ends_the_looking_and_not_the_job(here: Here, arguments: tuple[st
     assert here.client.get(request_id, ORG)["status"] == "RUNNING"
 
 
-def test_the_guide_and_the_help_name_every_command_and_exit_code(tmp_path: Path) -> None:
+def test_the_help_names_every_command_and_exit_code(tmp_path: Path) -> None:
     from serve_app.cli import app
 
-    guide = " ".join((ROOT / "docs" / "guide.md").read_text().partition("## Commands")[2].partition("\n## ")[0].split())
-    for command in app.registered_commands:
-        name = command.name or str(command.callback and command.callback.__name__)
-        assert re.search(rf"`{name}[` ]", guide), name
-    for group in app.registered_groups:
-        for command in group.typer_instance.registered_commands if group.typer_instance else []:
-            assert re.search(rf"`{group.name} [^`]*{command.name}", guide), command.name
     shown = " ".join(tuneyard(tmp_path, "--help").stdout.split())
+    for command in [*app.registered_commands, *app.registered_groups]:
+        callback = getattr(command, "callback", None)
+        name = command.name or str(callback and callback.__name__)
+        assert re.search(rf"\b{name}\b", shown), name
     for code, meaning in EXIT_CODES.items():
-        assert f"{code} {meaning}" in guide
         assert f"{code} {meaning}" in shown
-    assert "--install-completion" in guide
 
 
 def test_help_imports_nothing_that_only_a_command_needs() -> None:

@@ -13,7 +13,7 @@ from serve_app.app import build_app
 from serve_app.auth import mint_token
 from serve_app.embedded.s3 import BUCKET
 from serve_app.planner import plan_job
-from serve_app.reference import markdown
+from serve_app.reference.http import markdown
 from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
 from serve_app.validation import SECTIONS

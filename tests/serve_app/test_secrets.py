@@ -210,14 +210,14 @@ def test_all_wrong_fields_of_a_secret_come_at_once(http):
     assert set(fields(answer)) == {"data.access_key_id", "data.secret_access_key", "data.region", "data.acess_key_id"}
 
 
-def test_openapi_and_the_guide_name_the_fields_that_are_checked(http):
+def test_openapi_and_the_docs_name_the_fields_that_are_checked(http):
     body = http.get("/openapi.json").json()["paths"]["/secret/"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert body["properties"]["type"]["enum"] == sorted(TYPES)
     models = [model for models in TYPES.values() for model in models]
     described = {s["title"]: set(s["properties"]) for s in body["properties"]["data"]["anyOf"]}
     assert described == {m.__name__: set(m.model_fields) for m in models}
-    guide = (pathlib.Path(__file__).parents[2] / "docs/guide.md").read_text()
-    assert [name for m in models for name in m.model_fields if f"`{name}`" not in guide] == []
+    page = (pathlib.Path(__file__).parents[2] / "docs/secrets.md").read_text()
+    assert [name for m in models for name in m.model_fields if f"`{name}`" not in page] == []
 
 
 def test_secrets_are_sealed_at_rest_and_can_be_deleted(http, settings, secret_id, tmp_path):

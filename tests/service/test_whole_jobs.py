@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from serve_app.client import ApiError
-from tests.conftest import DOCUMENTED, ORG, rows
+from tests.conftest import DOCUMENTED, ORG, TINY, rows
 from tests.running import DATASETS, FINISH_S, Running, members
 
 pytestmark = pytest.mark.service
@@ -205,6 +205,37 @@ def test_ray_job_submit_runs_the_example_without_the_service(service):
     done = subprocess.run(command, env=service.env, capture_output=True, text=True, timeout=FINISH_S, check=False)
     assert done.returncode == 0, done.stderr[-1000:] + done.stdout[-3000:]
     assert '"status": "COMPLETED"' in done.stdout
+
+
+def test_the_cookbooks_ways_to_a_service(service, tmp_path):
+    """A recipe by `tuneyard submit` as the page has it, and examples/client.py, both on the tiny model."""
+    rows_of_recipe = (REPO / "examples/cookbook/chat.jsonl").read_bytes()
+    service.s3().put_object(Bucket=DATASETS, Key="chat.jsonl", Body=rows_of_recipe)
+    dataset = f"s3://{DATASETS}/chat.jsonl"
+    page = (REPO / "docs/cookbook.md").read_text()
+    moved = ("--set", "dataset_details.source_type=s3", "--set", "dataset_details.ownership=private")
+    assert " ".join(moved) in page
+    where = ("--gpu-type", "h100", "--dataset", dataset, "--secret-id", service.secret_id, *moved)
+    tiny = ("--base-model", TINY, "--max-steps", "2")
+    submitted = service.run("submit", str(REPO / "examples/cookbook/lora.json"), *where, *tiny, "--json")
+    job = service.wait(json.loads(submitted.stdout)["request_id"])
+    assert (job["status"], job["step"]) == ("COMPLETED", 2), job["error_message"]
+
+    example = (REPO / "examples/submit.yaml").read_text()
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in example
+    (tmp_path / "submit.yaml").write_text(example.replace("HuggingFaceTB/SmolLM2-135M-Instruct", TINY))
+    (tmp_path / "client.py").write_text((REPO / "examples/client.py").read_text())
+    given = {"URL": service.up["url"], "TOKEN": service.token, "SECRET_ID": service.secret_id, "DATASET": dataset}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "client.py"],
+        env=service.env | given | {"PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        timeout=FINISH_S,
+        check=True,
+    )
+    assert "COMPLETED done" in done.stdout
+    assert "/adapter" in done.stdout.splitlines()[-1]
 
 
 def test_a_second_service_runs_beside_the_first_and_a_killed_one_comes_back(service, mirror, tmp_path):

@@ -1,12 +1,12 @@
-"""docs/api.md, made from the OpenAPI document: `make docs` writes it, a test compares it."""
+"""docs/api.md, made from the OpenAPI document."""
 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
+
+from serve_app.reference.tables import cell, type_of
 
 INTRO = """# HTTP reference
 
@@ -33,7 +33,7 @@ def markdown(schema: dict[str, Any]) -> str:
             lines += [*_body(operation, shown), *_answer(operation, shown)]
     of_job = list(_reachable(["JobSpec"], components))
     lines += ["## Fields of a job", "", *_tables(of_job, components, given=True)]
-    answers = [_type(_answer_schema(o)) for path in schema["paths"].values() for o in path.values()]
+    answers = [type_of(_answer_schema(o)) for path in schema["paths"].values() for o in path.values()]
     of_answers = [name for name in _reachable(answers, components) if name not in of_job]
     return "\n".join([*lines, "## Fields of the answers", "", *_tables(of_answers, components, given=False)]).rstrip() + "\n"
 
@@ -50,7 +50,7 @@ def _tables(names: Iterable[str], components: dict[str, Any], *, given: bool) ->
     for name in names:
         section = components[name]
         if "enum" in section:
-            lines += [f"### {name}", "", f"{section['description']} One of {_type(section)}.", ""]
+            lines += [f"### {name}", "", f"{section['description']} One of {type_of(section)}.", ""]
         if "properties" in section:
             lines += [f"### {name}", "", *([section["description"], ""] if section.get("description") else [])]
             required = section.get("required", ())
@@ -83,37 +83,15 @@ def _references(value: Any) -> Iterator[str]:
             yield from _references(item)
 
 
-def _type(schema: dict[str, Any]) -> str:
-    if "$ref" in schema:
-        return str(schema["$ref"].rpartition("/")[2])
-    for key in ("anyOf", "oneOf"):
-        if key in schema:
-            return " or ".join(_type(s) for s in schema[key])
-    if "enum" in schema:
-        return ", ".join(f"`{v}`" for v in schema["enum"])
-    if "const" in schema:
-        return f"`{schema['const']}`"
-    kind = str(schema.get("format") or schema.get("type", "any"))
-    if kind == "array":
-        return f"list of {_type(schema['items'])}"
-    names = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<", "maxLength": "length ≤"}
-    bounds = [f"{sign} {schema[k]}" for k, sign in names.items() if k in schema]
-    return " ".join([kind, *([", ".join(bounds)] if bounds else [])])
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
-
-
 def _field(name: str, schema: dict[str, Any], needed: str | None) -> str:
     default = f"`{json.dumps(schema['default'])}`" if needed is None and "default" in schema else needed or ""
-    return f"| {name} | {_cell(_type(schema))} | {default} | {_cell(schema.get('description', ''))} |"
+    return f"| {name} | {cell(type_of(schema))} | {default} | {cell(schema.get('description', ''))} |"
 
 
 def _parameter(parameter: dict[str, Any]) -> str:
     needed = "" if parameter.get("required") else ", optional"
-    said = _cell(parameter.get("description", ""))
-    return f"| {parameter['name']} | {parameter['in']}{needed} | {_cell(_type(parameter['schema']))} | {said} |"
+    said = cell(parameter.get("description", ""))
+    return f"| {parameter['name']} | {parameter['in']}{needed} | {cell(type_of(parameter['schema']))} | {said} |"
 
 
 def _body(operation: dict[str, Any], shown: set[str]) -> list[str]:
@@ -121,7 +99,9 @@ def _body(operation: dict[str, Any], shown: set[str]) -> list[str]:
     if not content:
         return []
     schema = content["application/json"]["schema"]
-    what = _type(schema) if "$ref" in schema else ", ".join(f"`{name}` ({_type(p)})" for name, p in schema["properties"].items())
+    what = (
+        type_of(schema) if "$ref" in schema else ", ".join(f"`{name}` ({type_of(p)})" for name, p in schema["properties"].items())
+    )
     return [f"Body ({', '.join(content)}): {what}.", "", *_example(content["application/json"]), *_form(content, shown)]
 
 
@@ -140,7 +120,7 @@ def _answer_schema(operation: dict[str, Any]) -> dict[str, Any]:
 
 def _answer(operation: dict[str, Any], shown: set[str]) -> list[str]:
     """What it answers, with an example where the answer is a new one."""
-    name = _type(_answer_schema(operation))
+    name = type_of(_answer_schema(operation))
     example = [] if name in shown else _example(operation["responses"]["200"]["content"]["application/json"])
     shown.add(name)
     refused = [status for status in operation["responses"] if status >= "400"]
@@ -150,22 +130,3 @@ def _answer(operation: dict[str, Any], shown: set[str]) -> list[str]:
 
 def _example(content: dict[str, Any]) -> list[str]:
     return ["```json", json.dumps(content["example"], ensure_ascii=False), "```", ""] if "example" in content else []
-
-
-def main() -> None:
-    """Write docs/api.md."""
-    from serve_app.app import build_app
-    from serve_app.settings import Settings
-    from serve_app.store.jobs import JobStore
-
-    with tempfile.TemporaryDirectory() as home:
-        settings = Settings(home=Path(home), embedded=True)
-        settings.prepare_embedded_keys()
-        settings = Settings(home=Path(home), embedded=True)
-        runtime: Any = None
-        schema = build_app(settings, JobStore.open(settings.database_url), runtime).openapi()
-    Path(__file__).parent.parent.joinpath("docs", "api.md").write_text(markdown(schema))
-
-
-if __name__ == "__main__":
-    main()
