@@ -149,7 +149,7 @@ class _Undone(Exception):
 def _secret_key(settings: Settings) -> Iterator[Finding]:
     name = "secret key"
     try:
-        vault = SecretVault.from_settings(JobStore.open(settings.database_url), settings)
+        SecretVault.from_settings(JobStore.open(settings.database_url), settings)
     except RuntimeError as error:
         yield Finding(name, Level.FAIL, str(error), "give the key that the stored secrets were sealed with, if there are any")
         return
