@@ -119,18 +119,8 @@ ACTIONS = [
     *["dispatch"] * 8,
     *["actor_works"] * 5,
     *["time_goes_by"] * 3,
-    *(
-        "cancel",
-        "resume",
-        "requeue",
-        "operator_pauses",
-        "operator_goes_on",
-        "dispatcher_dies",
-        "actor_dies",
-        "actor_completes",
-        "actor_fails",
-        "actor_is_preempted",
-    ),
+    *("cancel", "resume", "requeue", "operator_pauses", "operator_goes_on"),
+    *("dispatcher_dies", "actor_dies", "actor_completes", "actor_fails", "actor_is_preempted"),
     *("node_is_cut_off", "node_comes_back", "processes_linger", "others_take_room"),
 ]
 
