@@ -6,11 +6,13 @@ import uuid
 import pytest
 import sqlalchemy as sa
 from alembic.script import ScriptDirectory
+from pydantic import ValidationError
 
+from serve_app.job_actor import JobActor
 from serve_app.lifecycle import Status
 from serve_app.store import schema
 from serve_app.store.jobs import JobStore
-from serve_app.store.tables import UtcTime, oldest_code
+from serve_app.store.tables import UtcTime, jobs, oldest_code
 from tests.conftest import DOCUMENTED, with_fields
 from train_loop.spec import JobSpec
 
@@ -123,6 +125,38 @@ def test_a_later_schema_is_worked_on_where_it_says_that_this_version_may(store):
         with pytest.raises(RuntimeError, match="of a later version"):
             refused()
     as_if_at(schema.head(), "0004")
+
+
+def test_a_job_that_a_later_version_took_runs_without_what_this_one_does_not_know(store, settings):
+    job = store.insert(JobSpec.model_validate(DOCUMENTED), "queued")[0]
+    later = with_fields(
+        job.spec,
+        {
+            "new_section": {"a": 1},
+            "train_config.hyperparameters.new": None,
+            "dataset_config.split.new": 1,
+            "train_config.adapter_config.new.deep": [2],
+        },
+    )
+    with store.write() as tx:
+        tx.execute(sa.update(jobs).values(spec=later))
+    store.start_attempt(job.request_id, 0, 1)
+    actor = JobActor.__new__(JobActor)  # without Ray and its threads
+    actor.open(settings, store, job.request_id, 1, "node")
+    assert actor.spec == JobSpec.model_validate(DOCUMENTED)
+    actor.report()
+    (told,) = [e.message for e in store.journal.events(job.request_id) if e.kind == "unknown_fields"]
+    for name in (
+        "new_section",
+        "train_config.hyperparameters.new",
+        "dataset_config.split.new",
+        "train_config.adapter_config.new",
+    ):
+        assert name in told
+    with store.write() as tx:
+        tx.execute(sa.update(jobs).values(spec=with_fields(later, {"infra_config.node_count": "many"})))
+    with pytest.raises(ValidationError):
+        actor.open(settings, store, job.request_id, 1, "node")
 
 
 def test_work_done_before_it_was_counted_is_counted(store):

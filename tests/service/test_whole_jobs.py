@@ -241,3 +241,31 @@ def test_the_command_line(service, tmp_path):
     assert bad.returncode == 1
     assert "learning_rate" in bad.stderr
     assert "Traceback" not in bad.stderr
+
+
+def test_a_drained_job_waits_and_goes_on_where_it_was(service):
+    def running(*arguments):
+        return json.loads(service.run("admin", *arguments, "--json").stdout)["running"]
+
+    job = service.job("drained", {REJECTS: 0.1, "train_config.hyperparameters.max_steps": 200})
+    request_id = service.client.submit(job)["request_id"]
+    service.wait(request_id, lambda job: job["step"] >= 3, every_s=0.1)
+    assert running("drain", "--wait-s", "240") == 0
+    waits = service.client.get(request_id, ORG)
+    points = service.client.metrics(request_id, ORG)["points"]
+    assert (waits["status"], waits["phase"], waits["attempt"], waits["step"] < 200) == ("QUEUED", "queued", 1, True)
+    assert "paused" in waits["message"]
+    assert httpx.get(f"{service.up['url']}/readyz").json()["status"] == "paused"
+    told = json.loads(service.run("admin", "doctor", "--json").stdout)
+    assert [f for f in told["findings"] if f["level"] == "FAIL"] == []
+    assert {"ray", "profiles", "dispatcher"} <= {f["check"] for f in told["findings"] if f["level"] == "ok"}
+    service.run("admin", "unpause")
+    done = service.wait(request_id)
+    assert (done["status"], done["attempt"], done["step"]) == ("COMPLETED", 2, 200), service.describe(request_id, done)
+    after = service.client.metrics(request_id, ORG)["points"]
+    assert [p["step"] for p in after if "loss" in p] == list(range(1, 201))
+    assert after[: waits["step"]] == points[: waits["step"]]  # no step was taken twice
+    kinds = [e["kind"] for e in service.client.events(request_id, ORG)["events"]]
+    assert [k for k in kinds if k in ("yield_requested", "requeued", "started")] == [
+        *("started", "yield_requested", "requeued", "started")
+    ]
