@@ -77,15 +77,17 @@ def test_code_of_an_earlier_version_writes_and_reads_its_tables_on_this_schema(s
         for name, table in tables.items():
             if name in ("alembic_version", "oldest_code"):
                 continue
-            keys = [c for c in table.primary_key if not (c.autoincrement is True or isinstance(c.type, sa.Integer))]
-            given = {c.name: some(c) for c in table.columns if c in keys or c not in list(table.primary_key)}
+            keys = list(table.primary_key)
+            if [isinstance(key.type, sa.Integer) for key in keys] == [True]:
+                keys = []  # the database counts it up
+            given = {c.name: some(c) for c in table.columns if c in keys or not c.primary_key}
             with store.write() as tx:
                 tx.execute(sa.insert(table).values(**given))
             with store.read() as tx:
                 row = tx.execute(sa.select(table)).one()._mapping
             assert {k: row[k] for k in given} == given, f"{name} of {revision}"
             if name not in NEVER_CHANGED:
-                changed = {c.name: some(c) for c in table.columns if c.name in given and c not in keys}
+                changed = {c.name: some(c) for c in table.columns if not c.primary_key}
                 with store.write() as tx:
                     tx.execute(sa.update(table).values(**changed))
                     assert tx.execute(sa.delete(table)).rowcount == 1
