@@ -142,7 +142,8 @@ def _make_room(tx: Connection, force: bool) -> None:
         held = sa.select(leases.c.owner).where(leases.c.expires_at > dt.datetime.now(dt.UTC))
         if tx.execute(held).first() is not None:
             raise BackupError(
-                "a dispatcher is at work on this database: stop the service first (tuneyard serve --stop, or down), and wait for 15 s"
+                "a dispatcher is at work on this database, or was 15 seconds ago: stop the service first "
+                "(tuneyard serve --stop, or tuneyard down)"
             )
     full = [t.name for t in mine if t.name not in (*LIVE, "alembic_version") and tx.execute(sa.select(t).limit(1)).first()]
     if full and not force:

@@ -102,11 +102,11 @@ class SecretVault:
             allowed = ", ".join(self._allowed_endpoints) or "none"
             message = f"this endpoint isn't on the operator's list (TUNEYARD_ALLOWED_S3_ENDPOINTS: {allowed})"
             raise invalid([field_error("data.endpoint_url", message)])
-        for name in TRACKER_URLS & values.keys():
-            if not endpoints.is_allowed(values[name], self._allowed_trackers, with_path=True):
+        for url in TRACKER_URLS & values.keys():
+            if not endpoints.is_allowed(values[url], self._allowed_trackers, with_path=True):
                 allowed = ", ".join(self._allowed_trackers) or "none"
                 message = f"this server isn't on the operator's list (TUNEYARD_ALLOWED_TRACKER_ENDPOINTS: {allowed})"
-                raise invalid([field_error(f"data.{name}", message)])
+                raise invalid([field_error(f"data.{url}", message)])
         now = dt.datetime.now(dt.UTC)
         secret = Secret(str(uuid.uuid4()), org_id, name, type_, now, "endpoint_url" in values)
         sealed = self._fernet.encrypt(json.dumps(values).encode())
