@@ -99,8 +99,8 @@ class Dispatcher:
         while True:
             time.sleep(CLEAN_S)
             try:
-                if self.leads:
-                    clean(self.settings, self.store)
+                if self.leads and any((done := clean(self.settings, self.store)).values()):
+                    log.info("cleaned up", **done)
             except Exception:
                 log.exception("cleaning up failed; trying again later")
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import datetime as dt
 
-import structlog
-
 from serve_app.retention import remove_checkpoints, remove_journals
 from serve_app.settings import Settings
 from serve_app.storage import abandoned_uploads, abort_upload, storage_credentials
@@ -17,7 +15,6 @@ from serve_app.store.jobs import JobStore
 from train_loop.data.cache import trim
 from train_loop.data.sources import filesystem_for
 
-log = structlog.get_logger()
 UPLOAD_AGE = dt.timedelta(days=1)  # the longest upload takes minutes
 
 
@@ -35,6 +32,4 @@ def clean(settings: Settings, store: JobStore, *, dry_run: bool = False) -> dict
         if not dry_run:
             abort_upload(settings, upload)
         done["uploads"] += 1
-    if any(done.values()) and not dry_run:
-        log.info("cleaned up", **done)
     return done

@@ -107,7 +107,8 @@ def test_a_pause_is_told_to_everybody_and_ends(admin, http, job):
     assert http.get("/readyz").json() == {"status": "ready"}
     assert status(before["request_id"])["message"] == before["message"]
     admin("unpause")
-    assert [e["action"] for e in admin("audit")][-3:] == ["admin.pause", "admin.pause", "admin.unpause"]
+    done = [e["action"] for e in admin("audit") if e["action"].startswith("admin.")]
+    assert done == ["admin.pause", "admin.pause", "admin.unpause"]  # nothing was done by the second one
 
 
 def test_a_running_job_says_nothing_of_a_pause(admin, http, store):

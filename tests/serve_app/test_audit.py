@@ -5,7 +5,8 @@ import sqlalchemy as sa
 
 from serve_app.auth import mint_token
 from serve_app.store.audit import By, add_entry, read_entries
-from tests.conftest import CANARY, ORG, OTHER_ORG
+from tests.conftest import CANARY, DOCUMENTED, ORG, OTHER_ORG, with_fields
+from train_loop.spec import JobSpec
 
 
 def pytest_generate_tests(metafunc):
@@ -69,15 +70,20 @@ def test_what_was_refused_to_somebody_is_in_the_log_and_mistakes_are_not(http, j
     ]
 
 
-def test_nothing_is_in_the_log_that_was_not_done_and_nothing_done_that_is_not_in_it(http, job, store, monkeypatch):
-    """One transaction: where the entry can't be written, the job isn't there either."""
+def test_where_the_entry_can_not_be_written_nothing_is_done(store, monkeypatch):
+    spec = JobSpec.model_validate(DOCUMENTED)
+    made = store.insert(spec, "queued", by=By("me"))[0]
 
     def fails(*arguments, **more):
         raise RuntimeError("no")
 
     monkeypatch.setattr("serve_app.store.jobs.add_entry", fails)
-    assert http.post("/job/", json=job).status_code == 500
-    assert (store.list_jobs(ORG)[0], short(entries(store))[1:]) == ([], [])  # the first is the secret's
+    other = JobSpec.model_validate(with_fields(DOCUMENTED, {"experiment_name": "other"}))
+    for call in (lambda: store.insert(other, "queued", by=By("me")), lambda: store.request_cancel(made.request_id, By("me"))):
+        with pytest.raises(RuntimeError, match="no"):
+            call()
+    assert store.list_jobs(ORG)[0] == [made]
+    assert short(entries(store)) == [("me", "job.submit", made.request_id, "done")]
 
 
 def test_an_entry_is_never_changed_or_removed(store):
