@@ -9,6 +9,7 @@ import contextlib
 import datetime as dt
 import email.utils
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -301,8 +302,10 @@ def _storage_time(settings: Settings) -> dt.datetime | None:
 
 def _ray(settings: Settings, address: str, limit_s: float) -> Iterator[Finding]:
     command = [sys.executable, "-m", "serve_app.ray_probe", address, settings.ray_namespace]
+    # Read when Ray is imported: the embedded one is a Ray of one machine, which is on 127.0.0.1 only (serve_app.embedded.head).
+    alone = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} if settings.embedded else {}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
+        done = subprocess.run(command, env=os.environ | alone, capture_output=True, text=True, timeout=limit_s, check=False)
     except subprocess.TimeoutExpired:
         yield Finding(
             "ray", Level.FAIL, f"no answer within {limit_s:g} s", "it hangs: see Ray's logs on the head, or start it again"

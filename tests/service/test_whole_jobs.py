@@ -269,3 +269,7 @@ def test_a_drained_job_waits_and_goes_on_where_it_was(service):
     assert [k for k in kinds if k in ("yield_requested", "requeued", "started")] == [
         *("started", "yield_requested", "requeued", "started")
     ]
+    logged = [json.loads(line) for line in service.run("admin", "audit", "--json").stdout.splitlines()]
+    (submitted,) = [entry for entry in logged if entry["object"] == request_id]
+    assert (submitted["action"], submitted["org_id"], submitted["address"]) == ("job.submit", ORG, "127.0.0.1")
+    assert [entry["action"] for entry in logged][-2:] == ["admin.drain", "admin.unpause"]
