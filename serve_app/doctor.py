@@ -39,7 +39,7 @@ from train_loop.errors import DatasetError
 from train_loop.model.mirror import COMPLETE
 
 LIMIT_S = 20.0
-RAY_S = 60.0  # a driver takes seconds to start, on a busy machine many
+RAY_S = 120.0  # a driver takes seconds to start, on a busy machine many
 MAX_SECRETS = 200  # opened to see whether the key fits
 WARN_CLOCK_S, MAX_CLOCK_S = 2.0, 10.0  # the dispatcher's lease is 15 s
 LOW_BYTES, FULL_BYTES = 10 << 30, 1 << 30

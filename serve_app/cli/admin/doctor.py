@@ -26,7 +26,7 @@ def doctor(
 ) -> None:
     """Look at settings, database, keys, storage, models, disk, clock and Ray, and say how to mend what isn't well.
 
-    Takes a minute at most, whatever hangs. Status 1 when something is broken.
+    Takes two minutes at most, whatever hangs. Status 1 when something is broken.
     """
     from serve_app.doctor import Finding, Level, examine
     from serve_app.settings import Settings
