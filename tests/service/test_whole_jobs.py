@@ -10,7 +10,7 @@ import httpx
 import psutil
 import pytest
 
-from serve_app.client import ApiError
+from serve_app.client import FINAL, ApiError
 from tests.conftest import DOCUMENTED, ORG, rows
 from tests.running import DATASETS, FINISH_S, Running, members
 
@@ -260,16 +260,17 @@ def test_a_drained_job_waits_and_goes_on_where_it_was(service):
     assert [f for f in told["findings"] if f["level"] == "FAIL"] == []
     assert {"ray", "profiles", "dispatcher"} <= {f["check"] for f in told["findings"] if f["level"] == "ok"}
     service.run("admin", "unpause")
-    done = service.wait(request_id)
-    assert (done["status"], done["attempt"], done["step"]) == ("COMPLETED", 2, 200), service.describe(request_id, done)
+    on = service.wait(request_id, lambda job: job["step"] > waits["step"] or job["status"] in FINAL)
+    assert on["attempt"] == 2, service.describe(request_id, on)
     after = service.client.metrics(request_id, ORG)["points"]
-    assert [p["step"] for p in after if "loss" in p] == list(range(1, 201))
-    assert after[: waits["step"]] == points[: waits["step"]]  # no step was taken twice
+    assert after[: len(points)] == points  # no step was taken twice
+    service.client.cancel(request_id, ORG)
+    assert service.wait(request_id)["status"] == "CANCELED"
     kinds = [e["kind"] for e in service.client.events(request_id, ORG)["events"]]
     assert [k for k in kinds if k in ("yield_requested", "requeued", "started")] == [
         *("started", "yield_requested", "requeued", "started")
     ]
     logged = [json.loads(line) for line in service.run("admin", "audit", "--json").stdout.splitlines()]
-    (submitted,) = [entry for entry in logged if entry["object"] == request_id]
+    submitted, _ = [entry for entry in logged if entry["object"] == request_id]
     assert (submitted["action"], submitted["org_id"], submitted["address"]) == ("job.submit", ORG, "127.0.0.1")
-    assert [entry["action"] for entry in logged][-2:] == ["admin.drain", "admin.unpause"]
+    assert [a for entry in logged if (a := entry["action"]).startswith("admin.")] == ["admin.drain", "admin.unpause"]
