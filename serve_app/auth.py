@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from serve_app.errors import ApiError
 from serve_app.settings import Settings
+from serve_app.store.audit import By
 
 MIN_KEY_BYTES = 32
 MIN_RSA_BITS = 2048
@@ -41,6 +42,12 @@ class Principal:
     subject: str
     orgs: frozenset[str]
     scopes: frozenset[str]
+    address: str | None = None  # where the request comes from, as far as the connection tells
+
+    @property
+    def by(self) -> By:
+        """For the audit log."""
+        return By(self.subject, self.address)
 
     def require_org(self, org: str) -> None:
         """Raise 403 unless the token speaks for `org`."""

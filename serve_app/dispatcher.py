@@ -20,10 +20,13 @@ from serve_app import logs
 from serve_app.cluster import DISPATCHER, Attempt, Cluster, Growth, Node, RayCluster, bundle_of
 from serve_app.housekeeping import clean
 from serve_app.lifecycle import BEFORE_WORKERS, NOTHING_TO_SAVE
+from serve_app.quota import default_quota
 from serve_app.ready import ReadyProcesses
 from serve_app.scheduler import EPSILON, HALF_LIFE_S, Bundle, Decision, Gang, Limits, Room, Run, Shares, decide
 from serve_app.settings import Settings
+from serve_app.store import pauses
 from serve_app.store.jobs import STORE_AWAY, Job, JobStore, StaleAttempt, utc_now
+from serve_app.store.quotas import Quota, all_quotas
 from train_loop.errors import Cause
 
 log = structlog.get_logger()
@@ -96,8 +99,8 @@ class Dispatcher:
         while True:
             time.sleep(CLEAN_S)
             try:
-                if self.leads:
-                    clean(self.settings, self.store)
+                if self.leads and any((done := clean(self.settings, self.store)).values()):
+                    log.info("cleaned up", **done)
             except Exception:
                 log.exception("cleaning up failed; trying again later")
 
@@ -115,6 +118,8 @@ class Passes:
     ) -> None:
         self.settings, self.store, self.cluster, self._now, self._awake_s = settings, store, cluster, now, awake_s
         self._passed = now(), awake_s()
+        self._pause: pauses.Pause | None = None
+        self._quotas: dict[str, Quota] = {}  # of orgs that have their own
         self.starting = False  # whether a job was on the way to its first step, or to its start, in the last pass
         self.forget()
 
@@ -137,6 +142,8 @@ class Passes:
         if self._slept_s() > LEASE_S:
             self.forget()
         nodes = self.cluster.nodes()
+        with self.store.read() as tx:
+            self._pause, self._quotas = pauses.current(tx), all_quotas(tx)
         running = self.store.running()  # before who is alive: another dispatcher may be starting one
         alive = self.cluster.attempts()
         busy = self._reconcile(running, alive, nodes)
@@ -160,6 +167,9 @@ class Passes:
                 if job.cancel_requested:
                     busy = True
                     self._cancel(job, attempt in alive)
+                elif job.yield_requested_at is not None or (self._pause is not None and self._pause.drains):
+                    busy = True
+                    self._give_back(job, attempt in alive)
                 elif job.retry_at is not None:
                     # Admission has the next word, once the wait is over and nothing is left of the attempt before.
                     busy = busy or (job.retry_at <= self._now() and attempt not in self._clear)
@@ -176,16 +186,28 @@ class Passes:
         return busy
 
     def _cancel(self, job: Job, alive: bool) -> None:
-        """Ask, after the grace period end; CANCELED once nothing of the run is left."""
+        """CANCELED once nothing of the run is left."""
+        if self._has_stopped(job, alive, job.cancel_requested_at):
+            kept = "; what was trained so far is kept as a checkpoint" if job.step else ""
+            self.store.cancel_ended(job.request_id, job.attempt, f"Canceled on request{kept}.")
+
+    def _give_back(self, job: Job, alive: bool) -> None:
+        """QUEUED once nothing of the run is left."""
+        if job.yield_requested_at is None:  # written down first: whoever finds the run ended must know why
+            message = "The operator has asked all jobs to save and wait."
+            job = self.store.ask_to_yield(job.request_id, job.attempt, message)
+        if self._has_stopped(job, alive, job.yield_requested_at):
+            self.store.give_back(job.request_id, job.attempt)
+
+    def _has_stopped(self, job: Job, alive: bool, asked_at: dt.datetime | None) -> bool:
+        """Ask the run to stop, after the grace period end it; whether nothing of it is left."""
         attempt, now = (job.request_id, job.attempt), self._now()
-        asked_s = (now - (job.cancel_requested_at or now)).total_seconds()
+        asked_s = (now - (asked_at or now)).total_seconds()
         if alive and (job.phase in NOTHING_TO_SAVE or asked_s > self.settings.cancel_grace_s):
             self.cluster.end(attempt)
         elif alive:
             self.cluster.ask_to_stop(attempt)
-        elif self._is_clear(job):
-            kept = "; what was trained so far is kept as a checkpoint" if job.step else ""
-            self.store.cancel_ended(job.request_id, job.attempt, f"Canceled on request{kept}.")
+        return not alive and self._is_clear(job)
 
     def _missing(self, job: Job, nodes: list[Node]) -> None:
         """An open attempt without an actor: it never came to be, or has died."""
@@ -218,6 +240,7 @@ class Passes:
         open_jobs = [job for job in self.store.running() if job.open]
         shares = self._shares_now(open_jobs, now)
         due = {job.request_id: job for job in waiting if (job.retry_at is None or job.retry_at <= now) and self._is_ready(job)}
+        due = due if self._pause is None else {}
         taking = self._taking(nodes, due)
         running = [Run(self._gang(job), job.num_nodes or 1, job.phase not in BEFORE_WORKERS) for job in open_jobs]
         free = [node.free for node in taking]
@@ -232,7 +255,9 @@ class Passes:
         self._look_at_capacity(empty, now)
         started = {gang.request_id for gang, _ in decision.starts}
         self.starting = bool(started) or any(job.phase in NOTHING_TO_SAVE for job in open_jobs)
-        self._refuse_what_never_fits([job for job in waiting if job.request_id not in started], empty, now)
+        # While the operator has the service paused, machines may be away for as long as it takes.
+        left = [job for job in waiting if job.request_id not in started] if self._pause is None else []
+        self._refuse_what_never_fits(left, empty, now)
 
     def _taking(self, nodes: list[Node], due: dict[str, Job]) -> list[Node]:
         """The machines that take new work. One that a job has just lost may seem alive to Ray for half a minute."""
@@ -283,7 +308,12 @@ class Passes:
 
     def _limits(self) -> Limits:
         s = self.settings
-        return Limits(s.max_running_jobs, s.max_running_jobs_per_org, s.max_workers, s.max_gpus_per_org)
+        of_orgs = {org: (quota.max_running_jobs, quota.max_gpus) for org in self._quotas for quota in [self._quota(org)]}
+        return Limits(s.max_running_jobs, s.max_running_jobs_per_org, s.max_workers, s.max_gpus_per_org, of_orgs)
+
+    def _quota(self, org_id: str) -> Quota:
+        default = default_quota(self.settings)
+        return self._quotas[org_id].over(default) if org_id in self._quotas else default
 
     def _gang(self, job: Job) -> Gang:
         infra = job.spec["infra_config"]
@@ -320,7 +350,7 @@ class Passes:
         for job in waiting:
             gang, kind = self._gang(job), job.spec["infra_config"]["gpu_type"]
             needed = gang.per_node * gang.min_nodes
-            limits = (self._most(kind, empty), self.settings.max_workers, self.settings.max_gpus_per_org)
+            limits = (self._most(kind, empty), self.settings.max_workers, self._quota(job.org_id).max_gpus)
             most = min((limit for limit in limits if limit is not None), default=None)
             if most is not None and most < needed:
                 too_large[job.request_id] = (needed, most, kind)

@@ -27,12 +27,12 @@ from serve_app.settings import Settings
 from serve_app.storage import run_uri
 from serve_app.store.jobs import STORE_AWAY, Job, JobStore, StaleAttempt
 from serve_app.store.journal import Notes
+from serve_app.stored_spec import read_spec
 from train_loop.errors import Cause, RunFault, Stopped, UserError, first_line
 from train_loop.hang import StepClock
 from train_loop.launch import ActorMonitor, Placement, launch
 from train_loop.memory_kills import Place
 from train_loop.run_files import Keys, RunFiles
-from train_loop.spec import JobSpec
 from train_loop.trackers.tracker import TrackerKeys
 
 log = structlog.get_logger()
@@ -69,9 +69,12 @@ class JobActor:
         if job is None or job.attempt != attempt or not job.open:
             raise StaleAttempt(f"attempt {attempt} of job {request_id} isn't open")
         self.job: Job = job
-        self.spec = JobSpec.model_validate(job.spec)
+        self.spec, unknown = read_spec(job.spec)
         self.live: dict[str, Any] = {"phase": str(Phase.PREPARING_DATA)}
         self.outbox = _Outbox()
+        if unknown:
+            said = f"this version of the service doesn't know {', '.join(unknown)}: the job runs without"
+            self.outbox.event("unknown_fields", said)
         self.redactor = logs.Redactor()
         self.stop = self.canceled = job.cancel_requested
         self.overtime_at: float | None = None

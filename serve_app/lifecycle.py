@@ -37,7 +37,8 @@ NOTHING_TO_SAVE = BEFORE_WORKERS | {Phase.LOADING_MODEL}
 
 TRANSITIONS: dict[Status, frozenset[Status]] = {
     Status.QUEUED: frozenset({Status.RUNNING, Status.CANCELED, Status.FAILED}),
-    Status.RUNNING: frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELED}),
+    # Back to the queue only where the operator asked for it, and nothing of the attempt is left.
+    Status.RUNNING: frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELED, Status.QUEUED}),
     Status.COMPLETED: frozenset(),
     Status.FAILED: frozenset(),
     Status.CANCELED: frozenset(),

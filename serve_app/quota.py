@@ -12,8 +12,15 @@ from collections.abc import Iterator
 from limits import RateLimitItem, parse
 
 from serve_app.errors import ApiError
+from serve_app.settings import Settings
+from serve_app.store.quotas import Quota
 
 PLACE_RETRY_AFTER_S = "10"
+
+
+def default_quota(settings: Settings) -> Quota:
+    """What an org may have that has no quota of its own."""
+    return Quota(settings.max_running_jobs_per_org, settings.max_gpus_per_org, settings.max_queued_jobs_per_org)
 
 
 class RateLimit:

@@ -58,6 +58,12 @@ class Limits:
     max_running_jobs_per_org: int | None = None
     max_workers: int | None = None
     max_workers_per_org: int | None = None
+    # Of single orgs: jobs and workers, in place of the two that are for every org.
+    of_orgs: Mapping[str, tuple[int | None, int | None]] = field(default_factory=dict)
+
+    def of(self, org_id: str) -> tuple[int | None, int | None]:
+        """The org's running jobs and workers."""
+        return self.of_orgs.get(org_id, (self.max_running_jobs_per_org, self.max_workers_per_org))
 
 
 @dataclass(frozen=True)
@@ -162,22 +168,17 @@ def decide(
     full = False
     for gang in order(waiting, shares, dict(workers_of), now):
         org, at_least = gang.org_id, gang.per_node * gang.min_nodes
+        most_jobs, most_workers = limits.of(org)
         place = len(decision.positions) + 1
         full = full or sum(jobs_of.values()) >= limits.max_running_jobs
         total = sum(workers_of.values())
         # An org at its quota waits for jobs of its own; nobody else waits for that.
-        if (
-            full
-            or _over(jobs_of[org] + 1, limits.max_running_jobs_per_org)
-            or _over(workers_of[org] + at_least, limits.max_workers_per_org)
-        ):
+        if full or _over(jobs_of[org] + 1, most_jobs) or _over(workers_of[org] + at_least, most_workers):
             decision.positions[gang.request_id] = place
             continue
         has_waited_long = (now - gang.waiting_since).total_seconds() > RESERVE_AFTER_S
         left = [
-            limit - used
-            for limit, used in ((limits.max_workers, total), (limits.max_workers_per_org, workers_of[org]))
-            if limit is not None
+            limit - used for limit, used in ((limits.max_workers, total), (most_workers, workers_of[org])) if limit is not None
         ]
         allowed = min([gang.max_nodes, *(workers // gang.per_node for workers in left)])
         if allowed < gang.min_nodes:  # no machine more would help

@@ -29,6 +29,7 @@ from serve_app.secret_types import (
     parse,
 )
 from serve_app.settings import Settings
+from serve_app.store.audit import By, add_entry
 from serve_app.store.jobs import JobStore
 from serve_app.store.tables import secrets
 from train_loop.errors import DatasetError, UserError
@@ -90,7 +91,7 @@ class SecretVault:
         except ValueError:
             raise RuntimeError(f"TUNEYARD_SECRET_KEY isn't a Fernet key: {make}") from None
 
-    def create(self, org_id: str, name: str, type_: str, data: Mapping[str, Any]) -> Secret:
+    def create(self, org_id: str, name: str, type_: str, data: Mapping[str, Any], by: By | None = None) -> Secret:
         """Store a secret. Raises ApiError 422 that names fields, never values."""
         parsed = parse(type_, data)
         values = parsed.values()
@@ -101,11 +102,11 @@ class SecretVault:
             allowed = ", ".join(self._allowed_endpoints) or "none"
             message = f"this endpoint isn't on the operator's list (TUNEYARD_ALLOWED_S3_ENDPOINTS: {allowed})"
             raise invalid([field_error("data.endpoint_url", message)])
-        for name in TRACKER_URLS & values.keys():
-            if not endpoints.is_allowed(values[name], self._allowed_trackers, with_path=True):
+        for url in TRACKER_URLS & values.keys():
+            if not endpoints.is_allowed(values[url], self._allowed_trackers, with_path=True):
                 allowed = ", ".join(self._allowed_trackers) or "none"
                 message = f"this server isn't on the operator's list (TUNEYARD_ALLOWED_TRACKER_ENDPOINTS: {allowed})"
-                raise invalid([field_error(f"data.{name}", message)])
+                raise invalid([field_error(f"data.{url}", message)])
         now = dt.datetime.now(dt.UTC)
         secret = Secret(str(uuid.uuid4()), org_id, name, type_, now, "endpoint_url" in values)
         sealed = self._fernet.encrypt(json.dumps(values).encode())
@@ -115,6 +116,8 @@ class SecretVault:
                     secret_id=secret.secret_id, org_id=org_id, name=name, type=type_, ciphertext=sealed, created_at=now
                 )
             )
+            if by is not None:
+                add_entry(tx, by, "secret.add", secret.secret_id, org_id=org_id)
         return secret
 
     def list(self, org_id: str) -> list[Secret]:
@@ -123,11 +126,15 @@ class SecretVault:
         with self._store.read() as tx:
             return [Secret(s.secret_id, s.org_id, s.name, s.type, s.created_at) for s in tx.execute(query)]
 
-    def delete(self, org_id: str, secret_id: str) -> bool:
+    def delete(self, org_id: str, secret_id: str, by: By | None = None) -> bool:
         """Remove it; False when the org has no such secret."""
         mine = (secrets.c.org_id == org_id) & (secrets.c.secret_id == secret_id)
         with self._store.write() as tx:
-            return tx.execute(sa.delete(secrets).where(mine)).rowcount > 0
+            if tx.execute(sa.delete(secrets).where(mine)).rowcount == 0:
+                return False
+            if by is not None:
+                add_entry(tx, by, "secret.delete", secret_id, org_id=org_id)
+            return True
 
     def find(self, org_id: str, secret_id: str) -> Secret | None:
         """What is known about a stored secret, or None. Raises DatasetError when it can't be opened."""

@@ -141,8 +141,17 @@ class Settings(BaseSettings):
         description="Copies of base models on each machine (TUNEYARD_MODEL_CACHE), in bytes; the least recently used go first, "
         "those in use stay.",
     )
+    keep_journal_days: float | None = Field(
+        None, ge=0, description="Days after a job's end that its log lines, events and metric points are kept; default for ever."
+    )
+    keep_checkpoints_days: float | None = Field(
+        None,
+        ge=0,
+        description="Days after its end that the checkpoints of a COMPLETED job are kept; default for ever. What it trained, and "
+        "the checkpoints of FAILED and CANCELED jobs, which a resume needs, stay.",
+    )
     status_timeout_s: float = Field(1.0, gt=0, description="How long a status query waits for the job actor, in seconds.")
-    cancel_grace_s: float = Field(60, ge=0, description="Seconds a canceled job has to save before it is ended.")
+    cancel_grace_s: float = Field(60, ge=0, description="Seconds a canceled or drained job has to save before it is ended.")
     heartbeat_timeout_s: float = Field(60, gt=0, description="Seconds of silence after which a job actor counts as dead.")
     max_body_bytes: int = Field(1 << 20, ge=1024, description="Largest request body, in bytes.")
     ray_namespace: str = Field("tuneyard", description="Ray namespace of the service's actors.")

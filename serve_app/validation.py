@@ -20,6 +20,7 @@ from serve_app.secrets import Secret, SecretVault
 from serve_app.settings import Settings
 from serve_app.storage import WHILE_ASKED, storage_credentials
 from serve_app.store.jobs import JobStore
+from serve_app.store.quotas import quota_of
 from train_loop.advice import advice
 from train_loop.errors import Cause, DatasetError, ModelError, RunFault, UserError
 from train_loop.model.mirror import COMPLETE
@@ -68,7 +69,7 @@ def validate(
         spec, right = JobSpec.model_construct(**found), set(found)
     # Each with the fields that it reads: of a job that is wrong elsewhere it is still done.
     checks: tuple[tuple[set[str], Callable[[], list[dict[str, Any]]]], ...] = (
-        ({"infra_config"}, lambda: _infra_errors(spec, settings, capacity)),
+        ({"infra_config"}, lambda: _infra_errors(spec, settings, capacity, _max_gpus(spec, right, settings, jobs))),
         ({"infra_config", "train_config"}, lambda: _optim_errors(spec, settings)),
         ({"dataset_config"}, lambda: _template_errors(spec)),
         ({"org", "dataset_details"}, lambda: _dataset_errors(spec, vault)),
@@ -104,7 +105,17 @@ def _right_ones(payload: dict[str, Any], error: ValidationError) -> dict[str, An
     return org | right_ones(JobSpec, payload, broken)
 
 
-def _infra_errors(spec: JobSpec, settings: Settings, capacity: Mapping[str, int]) -> list[dict[str, Any]]:
+def _max_gpus(spec: JobSpec, right: Set[str], settings: Settings, jobs: JobStore) -> int | None:
+    """How many workers the org may have, if it is known which org it is."""
+    if "org" in right:
+        with jobs.read() as tx:
+            own = quota_of(tx, spec.org).max_gpus
+        if own is not None:
+            return own
+    return settings.max_gpus_per_org
+
+
+def _infra_errors(spec: JobSpec, settings: Settings, capacity: Mapping[str, int], max_gpus: int | None) -> list[dict[str, Any]]:
     infra = spec.infra_config
     profile = settings.profiles.get(infra.gpu_type)
     errors = []
@@ -116,15 +127,14 @@ def _infra_errors(spec: JobSpec, settings: Settings, capacity: Mapping[str, int]
     elif infra.gpu_count > profile.gpus_per_node:
         message = f"a node of {infra.gpu_type} has {profile.gpus_per_node} GPUs"
         errors.append(field_error("infra_config.gpu_count", message, allowed={"le": profile.gpus_per_node}))
-    return [*errors, *_size_errors(spec.infra_config, settings, capacity)]
+    return [*errors, *_size_errors(spec.infra_config, settings, capacity, max_gpus)]
 
 
-def _size_errors(infra: InfraConfig, settings: Settings, capacity: Mapping[str, int]) -> list[dict[str, Any]]:
+def _size_errors(infra: InfraConfig, settings: Settings, capacity: Mapping[str, int], quota: int | None) -> list[dict[str, Any]]:
     # An elastic job starts on as few as that.
     nodes = infra.min_node_count or infra.node_count
     at_least = infra.gpu_count * nodes
     what = "gpu_count x node_count" if nodes == infra.node_count else "gpu_count x min_node_count"
-    quota = settings.max_gpus_per_org
     if quota is not None and at_least > quota:
         return [field_error("infra_config.node_count", f"{at_least} workers ({what}) are more than this org's quota of {quota}")]
     if settings.max_workers is not None and at_least > settings.max_workers:

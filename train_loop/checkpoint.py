@@ -25,6 +25,7 @@ import torch
 from train_loop import weights
 from train_loop.context import RunContext
 from train_loop.errors import Cause, RunFault
+from train_loop.layout import CHECKPOINTS
 from train_loop.metrics import MetricLog
 from train_loop.node import barrier, from_first_worker
 from train_loop.sharding import placed_like, whole
@@ -43,7 +44,7 @@ class Checkpoints:
     def __init__(self, ctx: RunContext, keep: int) -> None:
         self._ctx = ctx
         self._keep = keep
-        self._root = f"{ctx.run_path}/checkpoints"
+        self._root = f"{ctx.run_path}/{CHECKPOINTS}"
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._upload: Future[None] | None = None
         self._newest: int | None = None

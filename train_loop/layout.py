@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # Folders of what was trained, at most one of each: an adapter, whole weights.
 ADAPTER_FOLDER, MERGED_FOLDER = "adapter", "merged"
+CHECKPOINTS = "checkpoints"  # needed to go on; once all is trained, by nobody
 # What a run writes down about itself for its owner; the manifest, which comes last, lists these.
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard/events.out.tfevents.0000000000.tuneyard"
 REJECTED, JOB = "rejected.jsonl", "job.json"

@@ -47,13 +47,14 @@ def _memory() -> Path:
     return Settings.load().home / "cli.json"
 
 
-def _uuid(given: Any) -> str:
+def uuid_of(given: Any, what: str = "an organisation") -> str:
+    """The canonical UUID of what was given."""
     import uuid
 
     try:
         return str(uuid.UUID(str(given)))
     except ValueError:
-        die(f"{given!r} isn't an organisation: it must be a UUID", 2)
+        die(f"{given!r} isn't {what}: it must be a UUID", 2)
 
 
 def org_of(given: Any) -> str:
@@ -61,7 +62,7 @@ def org_of(given: Any) -> str:
     path = _memory()
     org = given or os.environ.get("TUNEYARD_ORG")
     if org:
-        org = _uuid(org)
+        org = uuid_of(org)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"org": org}))
         return org

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from typing import Annotated, Any
 
 import typer
 
 from serve_app.cli.common import AsJson, app, die, show
-from serve_app.cli.failures import UNREACHABLE, first_line, in_words
+from serve_app.cli.failures import UNREACHABLE, in_words
+from serve_app.reach import CannotReach, TokenRefused, connect
 
-CONNECT_S = 5.0
 DEPLOY_S = 300.0
 READY_S = 60.0
 EVERYWHERE = ("0.0.0.0", "::")
@@ -45,22 +44,16 @@ def serve(
 def _on_head(address: str, work: Any, *arguments: Any) -> dict[str, Any]:
     """What `work` answers in a process of the head's: there the service's settings are read, so there they are checked."""
     import ray
-    from ray._private.services import canonicalize_bootstrap_address
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
-    from ray.exceptions import AuthenticationError, GetTimeoutError, RayError
+    from ray.exceptions import GetTimeoutError, RayError
 
     from serve_app.cluster import ON_HEAD
 
     try:
-        # Ray itself would go on trying for minutes where nothing listens, or for as long with a token that is refused.
-        gcs, gcs_port = canonicalize_bootstrap_address(address).rsplit(":", 1)
-        socket.create_connection((gcs.strip("[]"), int(gcs_port)), CONNECT_S).close()
-        GcsClient(address=f"{gcs}:{gcs_port}")
-        ray.init(f"{gcs}:{gcs_port}", log_to_driver=False, logging_level="ERROR")
-    except AuthenticationError:
-        die("this Ray cluster asks for its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token to the token")
-    except (RayError, OSError, RuntimeError, ValueError) as error:
-        die(f"Ray can't be reached: {first_line(error)}", UNREACHABLE)
+        connect(address)
+    except TokenRefused as refused:
+        die(str(refused))
+    except CannotReach as away:
+        die(str(away), UNREACHABLE)
     try:
         told: dict[str, Any] = ray.get(
             ray.remote(num_cpus=0, max_retries=0, resources=ON_HEAD)(work).remote(*arguments), timeout=DEPLOY_S

@@ -57,7 +57,8 @@ def _id(description: str) -> Any:
 class Health(TypedDict):
     """The service's state in a word."""
 
-    status: Annotated[str, _is("`ok`, or `ready`.")]
+    status: Annotated[str, _is("`ok`; or `ready`, or `paused` while the operator lets no job start.")]
+    message: NotRequired[Annotated[str, _is("While it is paused: since when, and what that means.")]]
 
 
 class Submitted(TypedDict):

@@ -8,7 +8,8 @@ from fastapi import APIRouter, Response
 
 from serve_app.errors import ApiError
 from serve_app.routes.answers import Health, documented, reply
-from serve_app.routes.service import Here
+from serve_app.routes.service import PAUSED, Here, wire_time
+from serve_app.store import pauses
 
 router = APIRouter(tags=["health"])
 NO_TOKEN: dict[str, Any] = {"security": []}
@@ -28,9 +29,13 @@ def healthz() -> Response:
 @router.head("/readyz", include_in_schema=False)
 @router.head("/readyz/", include_in_schema=False)
 def readyz(here: Here) -> Response:
-    """The store answers and the dispatcher lives; 503 says which doesn't."""
+    """The store answers and the dispatcher lives; 503 says which doesn't. A service that is paused takes jobs, which wait."""
     here.store.ping()
     reason = here.runtime.not_ready()
     if reason is not None:
         raise ApiError(503, reason, headers={"Retry-After": "5"})
+    with here.store.read() as tx:
+        pause = pauses.current(tx)
+    if pause is not None:
+        return reply({"status": "paused", "message": f"Since {wire_time(pause.since)}. {PAUSED}"})
     return reply({"status": "ready"})

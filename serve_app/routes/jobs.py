@@ -18,7 +18,20 @@ from serve_app.lifecycle import Status
 from serve_app.planner import LIMIT_S, too_late
 from serve_app.routes import examples
 from serve_app.routes.answers import JobAnswer, JobList, Plan, Submitted, documented, reply
-from serve_app.routes.service import UUID_SCHEMA, Asking, Here, Service, find_job, is_uuid, json_body, render, render_one, uuid_of
+from serve_app.routes.service import (
+    UUID_SCHEMA,
+    Asking,
+    Here,
+    Service,
+    find_job,
+    is_uuid,
+    json_body,
+    refusals_noted,
+    render,
+    render_one,
+    told,
+    uuid_of,
+)
 from serve_app.store.jobs import Job
 from serve_app.validation import PLAIN, SECTIONS, validate
 from train_loop.spec import EXPERIMENT_NAME, JobSpec
@@ -102,18 +115,20 @@ def _accepted(
 
 def _submit(here: Service, asking: Principal, payload: dict[str, Any], wrong: list[dict[str, Any]], key: str | None) -> Submitted:
     digest = hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
-    # A repeated request gets the first one's answer, even if it couldn't be accepted any more.
-    job = None if wrong else _replayed(here, asking, payload, key, digest)
-    if job is None:
-        spec, warnings = _accepted(here, asking, payload, wrong)
-        message = " ".join([f"Queued: {in_short(spec, here)}", *(f"Warning: {w}." for w in warnings)])
-        job, created = here.store.insert(spec, message, key, digest, here.settings.max_queued_jobs_per_org)
-        if created:
-            here.runtime.poke()
+    with refusals_noted(here, asking, "job.submit", payload.get("org")):
+        # A repeated request gets the first one's answer, even if it couldn't be accepted any more.
+        job = None if wrong else _replayed(here, asking, payload, key, digest)
+        if job is None:
+            spec, warnings = _accepted(here, asking, payload, wrong)
+            message = " ".join([f"Queued: {in_short(spec, here)}", *(f"Warning: {w}." for w in warnings)])
+            most = here.settings.max_queued_jobs_per_org
+            job, created = here.store.insert(spec, message, key, digest, most, by=asking.by)
+            if created:
+                here.runtime.poke()
     return {
         "request_id": job.request_id,
         "status": job.status,
-        "message": job.message,
+        "message": told(job),
         "experiment_name": job.experiment_name,
     }
 
@@ -192,8 +207,9 @@ async def _job_named(request: Request, here: Service) -> dict[str, str]:
 
 
 def _cancel(here: Service, asking: Principal, request_id: str, org_id: str | None = None) -> JobAnswer:
-    job = find_job(here, asking, request_id, org_id)
-    job = here.store.request_cancel(job.request_id)
+    with refusals_noted(here, asking, "job.cancel", org_id, request_id):
+        job = find_job(here, asking, request_id, org_id)
+        job = here.store.request_cancel(job.request_id, asking.by)
     here.runtime.poke()
     return render_one(here, job)
 
@@ -207,8 +223,9 @@ async def resume(request: Request, asking: Asking, here: Here) -> Response:
 
 
 def _resume(here: Service, asking: Principal, request_id: str, org_id: str | None = None) -> JobAnswer:
-    job = find_job(here, asking, request_id, org_id)
-    job = here.store.resume(job.request_id, here.settings.max_queued_jobs_per_org)
+    with refusals_noted(here, asking, "job.resume", org_id, request_id):
+        job = find_job(here, asking, request_id, org_id)
+        job = here.store.resume(job.request_id, here.settings.max_queued_jobs_per_org, asking.by)
     here.runtime.poke()
     return render_one(here, job)
 

@@ -9,7 +9,7 @@ from serve_app.body import read_fields, unknown_names
 from serve_app.errors import ApiError, beside, field_error, invalid
 from serve_app.routes import examples
 from serve_app.routes.answers import Deleted, SecretAnswer, Secrets, documented, reply
-from serve_app.routes.service import UUID_SCHEMA, Asking, Here, json_body, uuid_of, wire_time
+from serve_app.routes.service import UUID_SCHEMA, Asking, Here, json_body, refusals_noted, uuid_of, wire_time
 from serve_app.secret_types import TYPES, data_schema
 from serve_app.secrets import Secret
 
@@ -54,7 +54,7 @@ async def create(request: Request, asking: Asking, here: Here) -> Response:
     errors = beside(wrong, [*errors, *unknown_names(payload, ("org", "name", "type", "data"))])
     if errors:
         raise invalid(errors)
-    return reply(_render(await run_in_threadpool(here.vault.create, org, str(name), str(type_), data or {})))
+    return reply(_render(await run_in_threadpool(here.vault.create, org, str(name), str(type_), data or {}, asking.by)))
 
 
 @router.get("/secret/list/", responses=documented(Secrets, "The secrets.", {"secrets": [examples.SECRET]}))
@@ -73,7 +73,9 @@ def delete(asking: Asking, here: Here, secret_id: str, org_id: str) -> Response:
     """Delete a secret. Jobs that name it and haven't started will fail."""
     asking.require_scope("secrets:write")
     org = uuid_of(org_id, "org_id")
-    asking.require_org(org)
-    if not here.vault.delete(org, uuid_of(secret_id, "secret_id")):
-        raise ApiError(404, f"no secret {secret_id}")
+    named = uuid_of(secret_id, "secret_id")
+    with refusals_noted(here, asking, "secret.delete", org, named):
+        asking.require_org(org)
+        if not here.vault.delete(org, named, asking.by):
+            raise ApiError(404, f"no secret {secret_id}")
     return reply({"secret_id": secret_id, "deleted": True})

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Protocol, cast
 
 from fastapi import Depends, Header, Request
 from starlette.concurrency import run_in_threadpool
 
 from serve_app.auth import Principal, Verifier
-from serve_app.errors import ApiError, field_error, invalid
-from serve_app.lifecycle import Phase
+from serve_app.errors import ApiError, field_error, invalid, to_api_error
+from serve_app.lifecycle import Status
 from serve_app.quota import Places, RateLimit
 from serve_app.routes.answers import JobAnswer, JobMetrics
 from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
-from serve_app.store.jobs import Job, JobStore
+from serve_app.store.audit import add_entry
+from serve_app.store.jobs import Conflict, Job, JobStore
 from train_loop.spec import JobSpec
 
 
@@ -78,6 +80,7 @@ async def principal(
     """Who is asking. Raises 401, 429."""
     verify = here.verifier.authenticate
     asking = await run_in_threadpool(verify, authorization) if here.verifier.may_wait else verify(authorization)
+    asking = replace(asking, address=request.client.host if request.client else None)
     here.rate_limit.check(_charged(asking, request.query_params.get("org_id")))
     return asking
 
@@ -121,6 +124,20 @@ def find_job(here: Service, asking: Principal, request_id: str, org_id: str | No
     return job
 
 
+@contextlib.contextmanager
+def refusals_noted(here: Service, asking: Principal, action: str, org_id: Any, object_: str | None = None) -> Iterator[None]:
+    """Have it in the audit log when what is done inside is refused: to this caller, or because of how things stand."""
+    try:
+        yield
+    except (ApiError, Conflict) as error:
+        refused = to_api_error(error)
+        if refused.status in (403, 404, 409):
+            org = str(uuid.UUID(org_id)) if is_uuid(org_id) else None
+            with here.store.write() as tx:
+                add_entry(tx, asking.by, action, object_, org_id=org, outcome=f"refused: {refused.detail}")
+        raise
+
+
 def json_body(example: dict[str, Any], **properties: dict[str, Any]) -> dict[str, Any]:
     """OpenAPI's description of a JSON object that a route reads by itself; every property is required, no other is taken."""
     schema = {"type": "object", "required": list(properties), "properties": properties, "additionalProperties": False}
@@ -128,6 +145,7 @@ def json_body(example: dict[str, Any], **properties: dict[str, Any]) -> dict[str
 
 
 FRESH_S = 2.0
+PAUSED = "The operator has paused the service: nothing starts until it goes on."
 MAX_ID = 2**63 - 1  # the databases' largest integer
 UUID_SCHEMA = {"type": "string", "format": "uuid"}
 
@@ -135,6 +153,12 @@ UUID_SCHEMA = {"type": "string", "format": "uuid"}
 def wire_time(value: dt.datetime) -> str:
     """RFC 3339, UTC, milliseconds."""
     return value.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def told(job: Job) -> str:
+    """What its owner is told about it now."""
+    waits = job.status is Status.QUEUED or (job.status is Status.RUNNING and not job.open)
+    return f"{job.message} {PAUSED}" if job.paused and waits else job.message
 
 
 def render(here: Service, jobs: Sequence[Job]) -> list[JobAnswer]:
@@ -158,8 +182,8 @@ def _render(job: Job, live: dict[str, Any] | None, queue_position: int | None) -
         "org": job.org_id,
         "experiment_name": job.experiment_name,
         "status": job.status,
-        "phase": Phase(job.phase),
-        "message": job.message,
+        "phase": job.phase,  # as it is: while a new version comes, the other one's actors write it too
+        "message": told(job),
         "progress": job.progress,
         "step": job.step,
         "total_steps": job.total_steps,

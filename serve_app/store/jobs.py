@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -22,13 +21,17 @@ from sqlalchemy.engine import Connection, Engine
 
 from serve_app.lifecycle import FINAL, RESUMABLE, Phase, Status, check
 from serve_app.retry import judge
+from serve_app.store import schema
+from serve_app.store.audit import By, add_entry
 from serve_app.store.journal import Journal, Notes, add_event, add_notes
-from serve_app.store.tables import capacity, idempotency, jobs, leases
+from serve_app.store.pauses import PAUSED
+from serve_app.store.tables import capacity, idempotency, jobs, leases, quotas
 from train_loop.errors import Cause
 from train_loop.spec import JobSpec
 
 IDEMPOTENCY_HOURS = 24
 MAX_SEQ = 2**63 - 1
+SHOWN = (jobs, PAUSED.label("paused"))
 CAPACITY_AGE_S = 5.0
 NAME_TRIES = 3  # for a name whose holder ends between our try and the look at who holds it
 NEARLY_FULL = 100  # waiting jobs below the limit, more than are ever added at once
@@ -92,6 +95,10 @@ class Job:
     fault_cause: str | None  # of the last fault since submit or resume
     ran_s: float  # seconds that attempts ran since submit or resume
     cancel_requested_at: dt.datetime | None
+    yield_requested_at: dt.datetime | None  # the operator has asked it to save and go back to the queue
+    worker_s: float  # seconds that workers were had, times their number, by all its attempts
+    journal_removed_at: dt.datetime | None  # what the operator's settings have removed since it ended
+    checkpoints_removed_at: dt.datetime | None
     spec: dict[str, Any]  # the JobSpec as resolved
     message: str
     progress: float  # 0..1
@@ -108,6 +115,7 @@ class Job:
     started_at: dt.datetime | None
     completed_at: dt.datetime | None
     heartbeat_at: dt.datetime | None
+    paused: bool = False  # no attempt starts at the moment; known of jobs that were read to be shown
 
     @property
     def cancel_requested(self) -> bool:
@@ -184,33 +192,19 @@ class JobStore:
         return self._writer.begin()
 
     def migrate(self) -> None:
-        """Bring the schema to this version's. Again is harmless."""
-        self._run_alembic("upgrade", "head")
+        """Bring the schema to this version's; again is harmless. Raises RuntimeError for a later version's that doesn't fit."""
+        with self.write() as connection:
+            schema.upgrade(connection)
 
     def downgrade(self, revision: str) -> None:
         """Take the schema back to `revision`; `base` is before the first one."""
-        self._run_alembic("downgrade", revision)
-
-    def _run_alembic(self, command: str, revision: str) -> None:
-        import alembic.command
-
-        config = _alembic()
         with self.write() as connection:
-            config.attributes["connection"] = connection
-            getattr(alembic.command, command)(config, revision)
+            schema.downgrade(connection, revision)
 
     def require_current(self) -> None:
-        """Raise RuntimeError unless the schema is the one this code was written for."""
-        from alembic.runtime.migration import MigrationContext
-        from alembic.script import ScriptDirectory
-
-        head = ScriptDirectory.from_config(_alembic()).get_current_head()
+        """Raise RuntimeError unless this code can work on the schema."""
         with self.read() as connection:
-            found = MigrationContext.configure(connection).get_current_revision()
-        if found != head:
-            raise RuntimeError(
-                f"the job store's schema is at revision {found}, this version needs {head}: run tuneyard db upgrade"
-            )
+            schema.require_usable(connection)
 
     def ping(self) -> None:
         """Raise unless the store answers and has its tables."""
@@ -226,10 +220,11 @@ class JobStore:
         idempotency_key: str | None = None,
         body_hash: str = "",
         max_queued: int | None = None,
+        by: By | None = None,
     ) -> tuple[Job, bool]:
         """Add a job, QUEUED; (job, True), or (the earlier job, False) for a repeated idempotency key.
 
-        Raises NameTaken, IdempotencyMismatch, QueueFull when the org has `max_queued` waiting jobs.
+        Raises NameTaken, IdempotencyMismatch, QueueFull when the org has `max_queued` waiting jobs, or as many as its own quota.
         """
         request_id, now = str(uuid.uuid4()), self._now()
         row = {
@@ -262,8 +257,9 @@ class JobStore:
                         made = {"body_hash": body_hash, "request_id": request_id, "created_at": now}
                         tx.execute(sa.insert(idempotency).values(**key, **made))
                     _require_room(tx, spec.org, max_queued)
-                    job = _job(tx.execute(sa.insert(jobs).values(**row).returning(jobs)).one())
+                    job = _job(tx.execute(sa.insert(jobs).values(**row).returning(*SHOWN)).one())
                     add_event(tx, request_id, "queued", message)
+                    _note(tx, by, "job.submit", job)
                     return job, True
             except sa.exc.IntegrityError:
                 if idempotency_key is not None:  # the same key won a race against us
@@ -290,11 +286,14 @@ class JobStore:
         with self.read() as tx:
             return self._earlier(tx, org_id, idempotency_key, body_hash, self._now())
 
-    def forget_expired_keys(self) -> int:
-        """Delete the idempotency keys that count no more; how many there were."""
-        oldest = self._now() - dt.timedelta(hours=IDEMPOTENCY_HOURS)
+    def forget_expired_keys(self, *, dry_run: bool = False) -> int:
+        """Delete the idempotency keys that count no more, or only count them; how many there were."""
+        expired = idempotency.c.created_at < self._now() - dt.timedelta(hours=IDEMPOTENCY_HOURS)
+        if dry_run:
+            with self.read() as tx:
+                return int(tx.execute(sa.select(sa.func.count()).select_from(idempotency).where(expired)).scalar_one())
         with self.write() as tx:
-            return int(tx.execute(sa.delete(idempotency).where(idempotency.c.created_at < oldest)).rowcount)
+            return int(tx.execute(sa.delete(idempotency).where(expired)).rowcount)
 
     def _earlier(self, tx: Connection, org: str, key: str, body_hash: str, now: dt.datetime) -> Job | None:
         mine = (idempotency.c.org_id == org) & (idempotency.c.key == key)
@@ -307,7 +306,7 @@ class JobStore:
 
     def get(self, request_id: str, org_id: str | None = None) -> Job | None:
         """The job, or None when it doesn't exist or isn't the org's."""
-        query = sa.select(jobs).where(jobs.c.request_id == request_id)
+        query = sa.select(*SHOWN).where(jobs.c.request_id == request_id)
         if org_id is not None:
             query = query.where(jobs.c.org_id == org_id)
         with self.read() as tx:
@@ -324,7 +323,7 @@ class JobStore:
         cursor: str | None = None,
     ) -> tuple[list[Job], str | None]:
         """One page, newest first, and the cursor of the next. Raises ValueError for a cursor that isn't ours."""
-        query = sa.select(jobs).where(jobs.c.org_id == org_id).order_by(jobs.c.seq.desc()).limit(limit + 1)
+        query = sa.select(*SHOWN).where(jobs.c.org_id == org_id).order_by(jobs.c.seq.desc()).limit(limit + 1)
         if status is not None:
             query = query.where(jobs.c.status == status)
         if experiment_name is not None:
@@ -416,7 +415,7 @@ class JobStore:
         with self.write() as tx:
             job = _require(tx, request_id)
             ready = job.status is Status.QUEUED or (job.status is Status.RUNNING and job.retry_at is not None)
-            if not ready or job.attempt != expected_attempt or job.cancel_requested:
+            if not ready or job.attempt != expected_attempt or job.cancel_requested or tx.execute(sa.select(PAUSED)).scalar():
                 return None
             workers = job.spec["infra_config"]["gpu_count"] * num_nodes
             where = f"on {workers} worker{'s' if workers > 1 else ''}"
@@ -429,6 +428,7 @@ class JobStore:
                 "actor_node": None,
                 "queue_position": None,
                 "retry_at": None,
+                "yield_requested_at": None,
                 "started_at": job.started_at or now,
                 "heartbeat_at": None,
                 "updated_at": now,
@@ -440,9 +440,11 @@ class JobStore:
         """Write progress, notes and a heartbeat; the job in return says whether to stop. Raises StaleAttempt."""
         now = self._now()
         with self.write() as tx:
-            _require_attempt(tx, request_id, attempt)
+            job = _require_attempt(tx, request_id, attempt)
             if notes:
                 add_notes(tx, request_id, attempt, notes)
+            if "ran_s" in fields:
+                fields["worker_s"] = job.worker_s + max(0.0, fields["ran_s"] - job.ran_s) * job.num_workers
             tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**fields, heartbeat_at=now, updated_at=now))
             return _require(tx, request_id)
 
@@ -521,10 +523,42 @@ class JobStore:
             add_event(tx, request_id, status.lower(), message)
             return _require(tx, request_id)
 
-    def resume(self, request_id: str, max_queued: int | None = None) -> Job:
+    def ask_to_yield(self, request_id: str, attempt: int, message: str, by: By | None = None) -> Job:
+        """Have a RUNNING job save and go back to the queue; the dispatcher sees to it. Again is harmless. Raises StaleAttempt."""
+        now = self._now()
+        with self.write() as tx:
+            job = _require(tx, request_id)
+            if job.status is not Status.RUNNING or job.attempt != attempt or job.cancel_requested:
+                raise StaleAttempt(f"job {request_id} is {job.status} in attempt {job.attempt}, not {attempt}, or to be canceled")
+            if job.yield_requested_at is None:
+                tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(yield_requested_at=now, updated_at=now))
+                add_event(tx, request_id, "yield_requested", message)
+            _note(tx, by, "admin.requeue", job)
+            return _require(tx, request_id)
+
+    def give_back(self, request_id: str, attempt: int) -> Job:
+        """RUNNING and asked to yield → QUEUED in its old place, once nothing of the run is left. Raises StaleAttempt.
+
+        That is no fault, and no resume: what counts against the job's limits stays as it is.
+        """
+        message = "Back in the queue, as the operator asked: it goes on from its last checkpoint, if it has one."
+        with self.write() as tx:
+            job = _require(tx, request_id)
+            asked = job.yield_requested_at is not None and not job.cancel_requested
+            if job.status is not Status.RUNNING or job.attempt != attempt or not asked:
+                raise StaleAttempt(f"job {request_id} is {job.status} in attempt {job.attempt}, not {attempt}, or isn't to yield")
+            check(job.status, Status.QUEUED)
+            values = {"status": Status.QUEUED, "phase": Phase.QUEUED, "message": message, "updated_at": self._now()}
+            gone = {"yield_requested_at": None, "retry_at": None, "heartbeat_at": None, "eta_s": None}
+            tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**values, **gone))
+            add_event(tx, request_id, "requeued", message)
+            return _require(tx, request_id)
+
+    def resume(self, request_id: str, max_queued: int | None = None, by: By | None = None, action: str = "job.resume") -> Job:
         """FAILED or CANCELED → QUEUED, to go on from its last checkpoint.
 
-        Raises NotResumable, NameTaken, QueueFull when the org has `max_queued` waiting jobs.
+        Raises NotResumable, NameTaken, QueueFull when the org has `max_queued` waiting jobs, or as many as its own quota says
+        (None: no limit at all).
         """
         now = self._now()
         message = "Queued again: it goes on from its last checkpoint, if it has one."
@@ -534,6 +568,8 @@ class JobStore:
             "message": message,
             "waiting_since": now,
             "cancel_requested_at": None,
+            "yield_requested_at": None,
+            "journal_removed_at": None,
             "completed_at": None,
             "error_code": None,
             "error_message": None,
@@ -549,12 +585,13 @@ class JobStore:
                     _require_room(tx, job.org_id, max_queued)
                     tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**values))
                     add_event(tx, request_id, "resume_requested", message)
+                    _note(tx, by, action, job)
                     return _require(tx, request_id)
             except sa.exc.IntegrityError:
                 self._require_free_name(job.org_id, job.experiment_name)
         raise _name_in_motion(job.experiment_name)
 
-    def request_cancel(self, request_id: str) -> Job:
+    def request_cancel(self, request_id: str, by: By | None = None) -> Job:
         """QUEUED → CANCELED at once; RUNNING is asked to stop; CANCELED stays. Raises AlreadyFinal."""
         now = self._now()
         with self.write() as tx:
@@ -568,6 +605,7 @@ class JobStore:
                 values |= {"status": Status.CANCELED, "message": "Canceled before it started.", "completed_at": now}
             tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**values))
             add_event(tx, request_id, "cancel_requested", "cancel requested")
+            _note(tx, by, "job.cancel", job)
             return _require(tx, request_id)
 
     # --- the dispatcher's lease ---
@@ -612,14 +650,6 @@ def _replace_dead_connections(engine: Engine) -> None:
                 raise sa.exc.InvalidatePoolError from None
 
 
-def _alembic() -> Any:
-    from alembic.config import Config
-
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    return config
-
-
 def _cursor(seq: int) -> str:
     return base64.urlsafe_b64encode(str(seq).encode()).decode()
 
@@ -637,16 +667,28 @@ def _count(tx: Connection, where: sa.ColumnElement[bool]) -> int:
 
 
 def _require_room(tx: Connection, org_id: str, max_queued: int | None) -> None:
-    """Raise QueueFull when the org has `max_queued` waiting jobs."""
-    waiting = (jobs.c.org_id == org_id) & (jobs.c.status == Status.QUEUED)
-    if max_queued is None or (count := _count(tx, waiting)) < max_queued - NEARLY_FULL:
+    """Raise QueueFull when the org has `max_queued` waiting jobs, or as many as its own quota says; None is no limit at all."""
+    if max_queued is None:
+        return
+    waiting = sa.select(sa.func.count()).select_from(jobs).where(jobs.c.org_id == org_id, jobs.c.status == Status.QUEUED)
+    own = sa.select(quotas.c.max_queued_jobs).where(quotas.c.org_id == org_id)
+    asked = sa.select(waiting.scalar_subquery(), own.scalar_subquery())
+    count, quota = tx.execute(asked).one()
+    most = max_queued if quota is None else quota
+    if count < most - NEARLY_FULL:
         return
     if tx.dialect.name == "postgresql":
         # Others add jobs at the same time: near the limit one after the other. Elsewhere that would cost each its own fsync.
         tx.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(org_id, 0))))
-        count = _count(tx, waiting)
-    if count >= max_queued:
-        raise QueueFull(f"{max_queued} jobs of this org are waiting already; try again when one has started")
+        count = tx.execute(waiting).scalar_one()
+    if count >= most:
+        raise QueueFull(f"{most} jobs of this org are waiting already; try again when one has started")
+
+
+def _note(tx: Connection, by: By | None, action: str, job: Job) -> None:
+    """Have it in the audit log, where somebody asked for it."""
+    if by is not None:
+        add_entry(tx, by, action, job.request_id, org_id=job.org_id)
 
 
 def _name_in_motion(name: str) -> Conflict:

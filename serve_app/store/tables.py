@@ -59,6 +59,10 @@ jobs = sa.Table(
     sa.Column("fault_cause", sa.String(64)),
     sa.Column("ran_s", sa.Float, nullable=False, server_default="0"),
     sa.Column("cancel_requested_at", UtcTime),
+    sa.Column("yield_requested_at", UtcTime),
+    sa.Column("worker_s", sa.Float, nullable=False, server_default="0"),
+    sa.Column("journal_removed_at", UtcTime),
+    sa.Column("checkpoints_removed_at", UtcTime),
     sa.Column("spec", sa.JSON, nullable=False),
     sa.Column("message", sa.Text, nullable=False),
     sa.Column("progress", sa.Float, nullable=False),
@@ -149,3 +153,41 @@ idempotency = sa.Table(
     sa.Column("request_id", sa.String(36), nullable=False),
     sa.Column("created_at", UtcTime, nullable=False),
 )
+
+# The operator's switches. A row of this one means that no attempt starts.
+pauses = sa.Table(
+    "pauses",
+    metadata,
+    sa.Column("name", sa.String(16), primary_key=True),
+    sa.Column("drains", sa.Boolean, nullable=False),
+    sa.Column("since", UtcTime, nullable=False),
+    sa.Column("who", sa.Text, nullable=False),
+)
+
+# Limits of single organisations; null is what the settings say.
+quotas = sa.Table(
+    "quotas",
+    metadata,
+    sa.Column("org_id", sa.String(36), primary_key=True),
+    sa.Column("max_running_jobs", sa.Integer),
+    sa.Column("max_gpus", sa.Integer),
+    sa.Column("max_queued_jobs", sa.Integer),
+)
+
+# Who did what. Triggers keep rows from being changed or removed.
+audit = sa.Table(
+    "audit",
+    metadata,
+    sa.Column("id", BigId, primary_key=True, autoincrement=True),
+    sa.Column("time", UtcTime, nullable=False, index=True),
+    sa.Column("org_id", sa.String(36)),
+    sa.Column("who", sa.Text, nullable=False),
+    sa.Column("action", sa.String(64), nullable=False),
+    sa.Column("object", sa.Text),
+    sa.Column("outcome", sa.Text, nullable=False),
+    sa.Column("address", sa.String(64)),
+)
+sa.Index("ix_audit_org", audit.c.org_id, audit.c.id)
+
+# One row: the oldest revision whose code may work on this schema.
+oldest_code = sa.Table("oldest_code", metadata, sa.Column("revision", sa.String(32), primary_key=True))

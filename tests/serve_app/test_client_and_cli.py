@@ -94,7 +94,7 @@ def job(status: str, phase: str, **more: Any) -> dict[str, Any]:
     return {"request_id": JOB, "experiment_name": "e", "status": status, "phase": phase, "message": "", **more}
 
 
-def tuneyard(home: Path, *arguments: str, typed: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+def tuneyard(home: Path, *arguments: str, typed: str = "", timeout_s: float = 60, **env: str) -> subprocess.CompletedProcess[str]:
     """The command as a user runs it, in a home of its own, without a terminal."""
     ours = ("TUNEYARD_", "AWS_", "HF_TOKEN", "GOOGLE_")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
@@ -104,7 +104,7 @@ def tuneyard(home: Path, *arguments: str, typed: str = "", **env: str) -> subpro
         input=typed,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=timeout_s,
         check=False,
     )
 

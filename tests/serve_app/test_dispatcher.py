@@ -10,7 +10,10 @@ from serve_app.cluster import Growth
 from serve_app.dispatcher import LEFTOVERS_S, START_S, UNPLACEABLE_S, Passes
 from serve_app.lifecycle import Status
 from serve_app.settings import Profile, Settings
+from serve_app.store import pauses
+from serve_app.store.audit import By
 from serve_app.store.jobs import JobStore
+from serve_app.store.quotas import Quota, set_quota
 from serve_app.store.tables import metadata
 from tests.conftest import DOCUMENTED, ORG, with_fields
 from tests.serve_app.simulated import GPUS, SimCluster, World
@@ -42,6 +45,17 @@ class Bench:
 
     def later(self, seconds):
         self.world.later(seconds)
+
+    def pause(self, drains=False):
+        with self.store.write() as tx:
+            pauses.begin(tx, By("admin:me"), drains=drains)
+
+    def unpause(self):
+        with self.store.write() as tx:
+            assert pauses.end(tx)
+
+    def kinds(self, request_id):
+        return [e.kind for e in self.store.journal.events(request_id)]
 
     def job(self, request_id):
         return self.store.get(request_id)
@@ -406,3 +420,149 @@ def test_passes_come_soon_only_while_a_retry_waits_for_what_its_last_attempt_lef
     bench.store.record_fault(request_id, 2, Cause.WORKER_DIED, "died")
     assert bench.job(request_id).retry_at > bench.world.now
     assert bench.passes.run() is False  # it waits longer this time
+
+
+def test_nothing_starts_while_the_operator_has_it_paused_and_what_runs_goes_on(bench):
+    runs = bench.submit("a")
+    bench.passes.run()
+    retried = bench.submit("b")
+    bench.passes.run()
+    bench.pause()
+    waits = bench.submit("c", nodes=2)
+    del bench.world.actors[retried, 1]
+    bench.store.record_fault(retried, 1, Cause.PREEMPTED, "gone.")
+    for _ in range(3):
+        bench.later(10)
+        bench.store.report(runs, 1)
+        bench.passes.run()
+    assert set(bench.world.actors) == {(runs, 1)}
+    assert bench.world.asked == []  # no machine is to come
+    assert bench.store.start_attempt(waits, 0, 1) is None  # as a pass that began before would
+    bench.unpause()
+    bench.passes.run()
+    assert set(bench.world.actors) == {(runs, 1), (retried, 2)}
+
+
+def test_a_job_that_is_too_large_for_what_is_left_is_not_refused_during_a_pause():
+    bench = Bench(autoscales=False)
+    job = bench.submit(nodes=2)
+    bench.pause()
+    bench.world.nodes_up = 1
+    for _ in range(3):
+        bench.passes.run()
+        bench.later(UNPLACEABLE_S)
+    bench.unpause()
+    bench.passes.run()
+    assert bench.job(job).status is Status.QUEUED
+    bench.world.nodes_up = 2
+    bench.passes.run()
+    assert bench.job(job).status is Status.RUNNING
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_drain_sends_what_runs_back_to_its_place_and_it_goes_on_after_it(bench, saves):
+    runs = bench.submit("a", nodes=2, max_retries=0)
+    bench.passes.run()
+    bench.later(1)
+    bench.store.report(runs, 1, phase="training", step=7, ran_s=5.0)
+    later = bench.submit("b", nodes=2)
+    bench.pause(drains=True)
+    bench.passes.run()
+    assert bench.world.told_to_stop == {(runs, 1)}
+    if saves:
+        del bench.world.actors[runs, 1]
+    else:
+        bench.later(21)
+        bench.passes.run()
+    bench.world.stuck = 1
+    bench.passes.run()
+    assert bench.job(runs).status is Status.RUNNING  # something of it is left
+    bench.world.stuck = 0
+    for _ in range(3):
+        bench.passes.run()
+    job = bench.job(runs)
+    assert (job.status, job.phase, job.faults, job.attempt, job.step) == (Status.QUEUED, "queued", 0, 1, 7)
+    assert bench.world.actors == {}
+    bench.unpause()
+    bench.passes.run()
+    assert set(bench.world.actors) == {(runs, 2)}
+    assert bench.job(later).queue_position == 1
+    assert bench.kinds(runs) == ["queued", "started", "yield_requested", "requeued", "started"]
+    assert bench.job(runs).ran_s == 5.0
+
+
+def test_a_drain_that_is_called_off_makes_no_fault_of_a_run_that_stops_because_of_it(bench):
+    runs = bench.submit(max_retries=0)
+    bench.passes.run()
+    bench.store.report(runs, 1, phase="training", step=1)
+    bench.pause(drains=True)
+    bench.passes.run()
+    bench.unpause()
+    bench.restart()
+    bench.passes.run()
+    del bench.world.actors[runs, 1]
+    for _ in range(2):
+        bench.passes.run()
+    assert (bench.job(runs).attempt, bench.job(runs).faults) == (2, 0)
+    assert bench.kinds(runs)[-2:] == ["requeued", "started"]
+
+
+def test_a_job_between_two_attempts_is_back_in_the_queue_after_a_drain_too(bench):
+    job = bench.submit()
+    bench.passes.run()
+    bench.world.actors.clear()
+    bench.store.record_fault(job, 1, Cause.WORKER_DIED, "died.")
+    bench.pause(drains=True)
+    bench.passes.run()
+    assert (bench.job(job).status, bench.job(job).retry_at, bench.job(job).faults) == (Status.QUEUED, None, 1)
+
+
+def test_a_wish_to_cancel_comes_before_one_to_yield(bench):
+    job = bench.submit()
+    bench.passes.run()
+    bench.store.report(job, 1, phase="training", step=1)
+    bench.pause(drains=True)
+    bench.passes.run()
+    bench.store.request_cancel(job)
+    bench.world.actors.clear()
+    bench.passes.run()
+    assert bench.job(job).status is Status.CANCELED
+
+
+def test_a_requeued_job_starts_again_by_itself(bench):
+    job = bench.submit(max_retries=0)
+    bench.passes.run()
+    bench.store.report(job, 1, phase="training", step=1)
+    bench.store.ask_to_yield(job, 1, "asked")
+    bench.passes.run()
+    assert bench.world.told_to_stop == {(job, 1)}
+    bench.world.actors.clear()
+    bench.passes.run()
+    assert set(bench.world.actors) == {(job, 2)}
+    assert (bench.job(job).faults, bench.job(job).yield_requested_at) == (0, None)
+
+
+def test_an_org_s_own_quota_counts_from_the_next_pass_on():
+    bench = Bench(max_running_jobs=10, max_gpus_per_org=GPUS, autoscales=False)
+    first, second = bench.submit("a"), bench.submit("b")
+    huge = bench.submit("c", nodes=2)
+    bench.passes.run()
+    assert set(bench.world.actors) == {(first, 1)}
+    with bench.store.write() as tx:
+        set_quota(tx, ORG, Quota(max_gpus=2 * GPUS))
+    for _ in range(3):
+        bench.passes.run()
+        bench.later(UNPLACEABLE_S)
+        for running in bench.store.running():
+            bench.store.report(running.request_id, running.attempt)
+    assert set(bench.world.actors) == {(first, 1), (second, 1)}
+    assert bench.job(huge).status is Status.QUEUED  # by the settings it would be too large
+    bench.store.finish(first, 1, Status.COMPLETED, message="done")
+    bench.store.finish(second, 1, Status.COMPLETED, message="done")
+    bench.world.actors.clear()
+    with bench.store.write() as tx:
+        set_quota(tx, ORG, Quota(max_gpus=2 * GPUS, max_running_jobs=1))
+    small = bench.submit("d", gpu_count=1)
+    bench.passes.run()
+    assert set(bench.world.actors) == {(huge, 1)}
+    assert bench.job(small).status is Status.QUEUED

@@ -25,6 +25,8 @@ from serve_app.dispatcher import DISPATCHER, LEASE_S, Passes
 from serve_app.job_actor import JobActor
 from serve_app.lifecycle import FINAL, Status
 from serve_app.settings import Profile, Settings
+from serve_app.store import pauses
+from serve_app.store.audit import By
 from serve_app.store.jobs import Conflict, JobStore, StaleAttempt
 from serve_app.store.tables import metadata
 from tests.conftest import DOCUMENTED, ORG, OTHER_ORG, with_fields
@@ -117,7 +119,8 @@ ACTIONS = [
     *["dispatch"] * 8,
     *["actor_works"] * 5,
     *["time_goes_by"] * 3,
-    *("cancel", "resume", "dispatcher_dies", "actor_dies", "actor_completes", "actor_fails", "actor_is_preempted"),
+    *("cancel", "resume", "requeue", "operator_pauses", "operator_goes_on"),
+    *("dispatcher_dies", "actor_dies", "actor_completes", "actor_fails", "actor_is_preempted"),
     *("node_is_cut_off", "node_comes_back", "processes_linger", "others_take_room"),
 ]
 
@@ -137,6 +140,8 @@ class Service(RuleBasedStateMachine):
         self.passes = {}
         self.jobs = []
         self.final = {}
+        self.paused = self.was_paused = False
+        self.started = 0
         numbers = itertools.count()  # ids that are the same whenever hypothesis plays a history again
         ids = SimpleNamespace(uuid4=lambda: f"{next(numbers):08d}-0000-4000-8000-000000000000")
         self.patches = contextlib.ExitStack()
@@ -182,6 +187,23 @@ class Service(RuleBasedStateMachine):
                 del self.final[request_id]
             except Conflict:
                 assert self.final[request_id] is Status.COMPLETED
+
+    # --- the operator ---
+
+    def requeue(self, which, flag):
+        for request_id in pick([job.request_id for job in self.store.running()], which):
+            with contextlib.suppress(StaleAttempt):
+                self.store.ask_to_yield(request_id, self.store.get(request_id).attempt, "asked")
+
+    def operator_pauses(self, which, flag):
+        with self.store.write() as tx:
+            pauses.begin(tx, By("admin:me"), drains=flag)
+        self.paused = True
+
+    def operator_goes_on(self, which, flag):
+        with self.store.write() as tx:
+            pauses.end(tx)
+        self.paused = False
 
     # --- dispatchers ---
 
@@ -243,10 +265,12 @@ class Service(RuleBasedStateMachine):
                 actor.write(self.endings[attempt])
                 self._gone(attempt)
                 after = self.store.get(request_id)
-                assert not after.open or after.attempt != number or after.cancel_requested
+                assert not after.open or after.attempt != number or after.cancel_requested or after.yield_requested_at
                 # That is the dispatcher's to write, once nothing of the run is left.
                 assert after.status is before.status or after.status is not Status.CANCELED
                 return
+            if attempt in self.world.told_to_stop:
+                asyncio.run(actor.cancel())
             job = actor.report()
             assert (job.attempt, job.open) == (number, True)  # nobody else's to write
             if attempt not in self.world.placed and not actor.stop:
@@ -323,6 +347,12 @@ class Service(RuleBasedStateMachine):
         assert len([job for job in self.store.running() if job.open]) <= self.config.max_running_jobs
 
     @invariant()
+    def nothing_starts_during_a_pause(self):
+        started = sum(self.store.get(request_id).attempt for request_id in self.jobs)
+        assert started == self.started or not self.was_paused
+        self.started, self.was_paused = started, self.paused
+
+    @invariant()
     def at_most_one_attempt_can_write(self):
         for request_id in self.jobs:
             job = self.store.get(request_id)
@@ -334,6 +364,7 @@ class Service(RuleBasedStateMachine):
         """Without more faults everything comes to an end, and nothing is left."""
         self.world.nodes_up, self.world.stuck, self.world.others = NODES, 0, [0] * NODES
         self.world.unseen.clear()
+        self.operator_goes_on(0, False)
         passes = Passes(self.config, self.store, SimCluster(self.world), self.world.clock, self.world.awake_s)
         for _ in range(400):
             if self.store.acquire_lease(DISPATCHER, "last", LEASE_S) is not None:

@@ -559,3 +559,9 @@ def test_a_name_that_stands_for_a_link_local_address_is_refused_when_it_is_used(
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: [(2, 1, 6, "", ("169.254.169.254", 0))])
     with pytest.raises(DatasetError, match=r"innocent\.example"):
         vault.reveal(ORG, secret.secret_id)
+
+
+def test_a_tracker_s_secret_keeps_its_name(http):
+    made = {"org": ORG, "name": "our tracker", "type": "mlflow", "data": {"tracking_uri": "http://127.0.0.1:5000"}}
+    assert http.post("/secret/", json=made).json()["name"] == "our tracker"
+    assert [s["name"] for s in http.get("/secret/list/", params={"org_id": ORG}).json()["secrets"]] == ["our tracker"]

@@ -10,7 +10,7 @@ import httpx
 import psutil
 import pytest
 
-from serve_app.client import ApiError
+from serve_app.client import FINAL, ApiError
 from tests.conftest import DOCUMENTED, ORG, TINY, rows
 from tests.running import DATASETS, FINISH_S, Running, members
 
@@ -272,3 +272,36 @@ def test_the_command_line(service, tmp_path):
     assert bad.returncode == 1
     assert "learning_rate" in bad.stderr
     assert "Traceback" not in bad.stderr
+
+
+def test_a_drained_job_waits_and_goes_on_where_it_was(service):
+    def running(*arguments):
+        return json.loads(service.run("admin", *arguments, "--json").stdout)["running"]
+
+    job = service.job("drained", {REJECTS: 0.1, "train_config.hyperparameters.max_steps": 200})
+    request_id = service.client.submit(job)["request_id"]
+    service.wait(request_id, lambda job: job["step"] >= 3, every_s=0.1)
+    assert running("drain", "--wait-s", "240") == 0
+    waits = service.client.get(request_id, ORG)
+    points = service.client.metrics(request_id, ORG)["points"]
+    assert (waits["status"], waits["phase"], waits["attempt"], waits["step"] < 200) == ("QUEUED", "queued", 1, True)
+    assert "paused" in waits["message"]
+    assert httpx.get(f"{service.up['url']}/readyz").json()["status"] == "paused"
+    told = json.loads(service.run("admin", "doctor", "--json").stdout)
+    assert [f for f in told["findings"] if f["level"] == "FAIL"] == []
+    assert {"ray", "profiles", "dispatcher"} <= {f["check"] for f in told["findings"] if f["level"] == "ok"}
+    service.run("admin", "unpause")
+    on = service.wait(request_id, lambda job: job["step"] > waits["step"] or job["status"] in FINAL)
+    assert on["attempt"] == 2, service.describe(request_id, on)
+    after = service.client.metrics(request_id, ORG)["points"]
+    assert after[: len(points)] == points  # no step was taken twice
+    service.client.cancel(request_id, ORG)
+    assert service.wait(request_id)["status"] == "CANCELED"
+    kinds = [e["kind"] for e in service.client.events(request_id, ORG)["events"]]
+    assert [k for k in kinds if k in ("yield_requested", "requeued", "started")] == [
+        *("started", "yield_requested", "requeued", "started")
+    ]
+    logged = [json.loads(line) for line in service.run("admin", "audit", "--json").stdout.splitlines()]
+    submitted, _ = [entry for entry in logged if entry["object"] == request_id]
+    assert (submitted["action"], submitted["org_id"], submitted["address"]) == ("job.submit", ORG, "127.0.0.1")
+    assert [a for entry in logged if (a := entry["action"]).startswith("admin.")] == ["admin.drain", "admin.unpause"]

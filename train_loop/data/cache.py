@@ -59,7 +59,7 @@ def fetch(storage: FileSystem, run_path: str, key: str) -> PreparedDataset | Non
     return prepared
 
 
-def trim(storage: FileSystem, root: str, budget_bytes: int) -> int:
+def trim(storage: FileSystem, root: str, budget_bytes: int, *, dry_run: bool = False) -> int:
     """Remove the entries of all orgs below `root` that were used longest ago, until the rest fits; how many."""
     from pyarrow.fs import FileSelector, FileType
 
@@ -77,8 +77,9 @@ def trim(storage: FileSystem, root: str, budget_bytes: int) -> int:
     for _, size, entry in sorted(found):
         if excess <= 0:
             break
-        delete_file(storage, f"{entry}/{INDEX}")  # first: from now on nobody begins to copy it
-        delete_folder(storage, entry)
+        if not dry_run:
+            delete_file(storage, f"{entry}/{INDEX}")  # first: from now on nobody begins to copy it
+            delete_folder(storage, entry)
         excess, removed = excess - size, removed + 1
     return removed
 
