@@ -6,7 +6,6 @@ All lead to the same application. It starts its dispatcher by itself, so whateve
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from typing import Any
@@ -69,8 +68,8 @@ def _asgi_app() -> FastAPI:
 class Ingress:
     """HTTP in; the FastAPI app is built in the replica. Each sees to it that there is a dispatcher of its deployment."""
 
-    async def __init__(self, deployment: int) -> None:
-        await asyncio.to_thread(_join, deployment)
+    def __init__(self, deployment: int) -> None:
+        _join(deployment)
 
 
 def _join(deployment: int) -> None:
