@@ -210,7 +210,7 @@ class Using(threading.Thread):
         with httpx.Client(base_url=f"http://127.0.0.1:{self.head.http_port}", headers=headers, timeout=60) as http:
             while not self.stop.wait(0.05):
                 name = f"{self.prefix}-{len(self.submitted)}"
-                request_id = self._ask(http, "POST", "/job/", json=job(self.secret_id, name, gpu_count=16))["request_id"]
+                request_id = self._ask(http, "POST", "/job/", json=job(self.secret_id, name, gpu_count=8))["request_id"]
                 self.submitted[name] = request_id
                 self._ask(http, "GET", "/job/get/", params={"org_id": ORG, "request_id": request_id})
                 self._ask(http, "GET", "/job/list/", params={"org_id": ORG, "limit": 5})
