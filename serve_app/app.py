@@ -1,4 +1,4 @@
-"""The Serve deployment and its FastAPI app: wiring only."""
+"""The FastAPI app of the ingress: wiring only."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import ray
 from fastapi import FastAPI
-from ray import serve
 from ray.exceptions import RayError
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app import errors, logs, openapi
 from serve_app.auth import Verifier
@@ -69,7 +69,11 @@ def build_app(settings: Settings, store: JobStore, runtime: Runtime) -> FastAPI:
     """The whole HTTP interface over these parts."""
     logs.configure()
     app = FastAPI(
-        title="Tuneyard", version=version("tuneyard"), redirect_slashes=False, redoc_url=None, swagger_ui_oauth2_redirect_url=None
+        title="Tuneyard",
+        version=version("tuneyard"),
+        redirect_slashes=False,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
     )
     vault, verifier = SecretVault.from_settings(store, settings), Verifier.from_settings(settings)
     plans = Places("plans", settings.max_plans_per_org, settings.max_plans)
@@ -82,17 +86,20 @@ def build_app(settings: Settings, store: JobStore, runtime: Runtime) -> FastAPI:
         app.add_route(f"{path}/", route.endpoint, include_in_schema=False)
     errors.install(app)
     openapi.install(app, [room.router for room in ROOMS])
+    if settings.root_path:
+        app.add_middleware(Below, root_path=settings.root_path)
     return app
 
 
-def _ingress() -> FastAPI:
-    settings = Settings.load()
-    store = JobStore.open(settings.database_url)
-    store.require_current()
-    return build_app(settings, store, RayRuntime(settings))
+class Below:
+    """Tells the app below which path a proxy publishes it, so that its document says so; the proxy may strip that or not."""
 
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self._app, self._root_path = app, root_path
 
-@serve.deployment(name="ingress", max_ongoing_requests=MAX_ONGOING)
-@serve.ingress(_ingress)
-class Ingress:
-    """HTTP in; the FastAPI app is built in the replica."""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path = scope["path"]
+            inside = path == self._root_path or path.startswith(f"{self._root_path}/")
+            scope = {**scope, "root_path": self._root_path, "path": path if inside else self._root_path + path}
+        await self._app(scope, receive, send)

@@ -43,10 +43,14 @@ READY_S = 3.0
 
 
 class Dispatcher:
-    """The actor. Starts its loop by itself, so that a restarted one goes on without being called."""
+    """The actor. Starts its loop by itself, so that a restarted one goes on without being called.
 
-    def __init__(self) -> None:
+    `deployment` is when the application was made that has started it, in ns: a newer one puts its own in the place of this.
+    """
+
+    def __init__(self, deployment: int = 0) -> None:
         logs.configure()
+        self._deployment = deployment
         settings = Settings.load()
         self.store = JobStore.open(settings.database_url)
         self.passes = Passes(settings, self.store, RayCluster(settings.ray_namespace))
@@ -66,6 +70,10 @@ class Dispatcher:
     def ping(self) -> bool:
         """Whether the actor is alive."""
         return True
+
+    def deployment(self) -> int:
+        """Of which deployment it is."""
+        return self._deployment
 
     def _loop(self) -> None:
         busy = False

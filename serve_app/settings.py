@@ -153,6 +153,11 @@ class Settings(BaseSettings):
     status_timeout_s: float = Field(1.0, gt=0, description="How long a status query waits for the job actor, in seconds.")
     cancel_grace_s: float = Field(60, ge=0, description="Seconds a canceled or drained job has to save before it is ended.")
     heartbeat_timeout_s: float = Field(60, gt=0, description="Seconds of silence after which a job actor counts as dead.")
+    root_path: str = Field(
+        "",
+        pattern=r"^(/[A-Za-z0-9._~-]+)*$",
+        description="Path below which a proxy publishes the service, as /tuneyard; the proxy may strip it or not.",
+    )
     max_body_bytes: int = Field(1 << 20, ge=1024, description="Largest request body, in bytes.")
     ray_namespace: str = Field("tuneyard", description="Ray namespace of the service's actors.")
 

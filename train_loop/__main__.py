@@ -1,24 +1,33 @@
 """`python -m train_loop job.json`: the same job without the service, on Ray or (`--local`) in this process.
 
 Keys come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS,
-HF_TOKEN, MLFLOW_TRACKING_URI, WANDB_API_KEY, ...): there is no vault here.
+HF_TOKEN, MLFLOW_TRACKING_URI, WANDB_API_KEY, ...), or by reference (`--keys`): there is no vault here. Ray's dashboard shows the
+environment variables that `ray job submit` is given, so there it is by reference, or by the role of the cluster's machines.
+
+SIGTERM, as `ray job stop` sends it, has the run save at the next step boundary and stop; a second one ends it at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 import uuid
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from train_loop.errors import RunFault, Stopped, UserError
+from train_loop.errors import RunFault, Stopped, UserError, first_line
 from train_loop.memory_kills import Place
 from train_loop.spec import JobSpec
+
+TRAINS = frozenset({"training", "evaluating", "saving", "exporting"})  # phases in which there is something to save
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,6 +39,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--storage", default=str(home / "runs"), help="where runs go: a folder or s3://bucket/prefix")
     parser.add_argument("--mirror", default=os.environ.get("TUNEYARD_MODEL_MIRROR", str(home / "models")))
     parser.add_argument("--request-id", default=None, help="the id of a run to go on with")
+    parser.add_argument(
+        "--keys",
+        default=None,
+        help="where its keys are: a JSON object of environment variables, as a file on the machine that this runs on or an ARN "
+        "of AWS Secrets Manager that the machine's role may read",
+    )
     args = parser.parse_args(argv)
 
     try:
@@ -43,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     request_id = args.request_id or str(uuid.uuid4())
     uri = f"{args.storage.rstrip('/')}/{spec.org}/{request_id}"
     try:
+        if args.keys is not None:
+            os.environ |= _keys_by_reference(args.keys)
         run = _run_local if args.local else _run_on_ray
         manifest = run(spec, request_id, uri, args.mirror)
     except UserError as error:
@@ -50,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     except RunFault as error:
         return _fail(f"FAILED {error.message} ({error.cause}); go on with --request-id {request_id}", 1)
     except (Stopped, KeyboardInterrupt):
-        return _fail(f"STOPPED; go on with --request-id {request_id}", 1)
+        return _fail(_stopped(request_id), 1)
     metrics = manifest["metrics"]
     print(  # noqa: T201 - the command's result
         json.dumps(
@@ -68,14 +85,39 @@ def main(argv: list[str] | None = None) -> int:
 
 def _fail(message: str, code: int) -> int:
     sys.stderr.write(message + "\n")
+    sys.stderr.flush()
     return code
+
+
+def _stopped(request_id: str) -> str:
+    return f"STOPPED; go on with --request-id {request_id}"
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm(ask_to_stop: Callable[[], bool], request_id: str) -> Iterator[None]:
+    """SIGTERM asks the run to stop meanwhile, and ends this process where there is nothing to save; so does a second one."""
+
+    def ask() -> None:
+        if not ask_to_stop():
+            os._exit(_fail(_stopped(request_id), 1))
+
+    def handle(signum: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        threading.Thread(target=ask, name="stop", daemon=True).start()  # Ray can't be asked while the main thread asks it
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Console:
     """A monitor that prints. Also the body of the Ray actor that plays the job actor's part without the service."""
 
-    def __init__(self, keys: Any = None) -> None:
-        self._keys = keys
+    def __init__(self, keys: Any = None, trackers: Mapping[str, Any] | None = None) -> None:
+        self._keys, self._trackers = keys, dict(trackers or {})
+        self._phase, self._stop = "", False
         self._failure: UserError | RunFault | None = None
         self._places = dict[int, Place]()
         self._step = -1
@@ -84,9 +126,10 @@ class Console:
         return self._keys
 
     def tracker(self, name: str) -> Any:
-        return _tracker_from_environment(name)
+        return self._trackers[name]
 
     def on_phase(self, name: str) -> None:
+        self._phase = name
         self._say(f"phase {name}")
 
     def on_event(self, kind: str, message: str) -> None:
@@ -103,8 +146,13 @@ class Console:
     def on_log(self, rank: int, lines: list[tuple[float, str]]) -> None:
         """Ray shows workers' output on the driver's terminal by itself."""
 
+    def ask_to_stop(self) -> bool:
+        """Have the run stop at its next step boundary; False when there is nothing to save yet."""
+        self._stop = True
+        return self._phase in TRAINS
+
     def stop_requested(self) -> bool:
-        return False
+        return self._stop
 
     def is_current(self) -> bool:
         return True
@@ -150,6 +198,37 @@ def _keys_from_environment(spec: JobSpec) -> Any:
     return Keys(dataset=dataset, storage=keys, model=None if isinstance(model, HubToken) else model)
 
 
+def _keys_by_reference(reference: str) -> dict[str, str]:
+    """The environment variables that are there. They are this process's alone: no other of Ray's inherits them."""
+    text = _secret_text(reference) if reference.startswith("arn:") else _file_text(reference)
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(value, str) and value for value in found.values()):
+        raise UserError(f'--keys {reference} must hold a JSON object such as {{"AWS_ACCESS_KEY_ID": "..."}}', field="keys")
+    return found
+
+
+def _file_text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--keys {path} can't be read: {getattr(error, 'strerror', None) or 'not text'}", field="keys") from None
+
+
+def _secret_text(arn: str) -> str:
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    region = dict(enumerate(arn.split(":"))).get(3)
+    try:
+        text: str = boto3.client("secretsmanager", region).get_secret_value(SecretId=arn).get("SecretString", "")
+        return text
+    except (BotoCoreError, ClientError, ValueError) as error:
+        raise UserError(f"--keys {arn} can't be read: {first_line(error)}", field="keys") from None
+
+
 def _tracker_from_environment(name: str) -> Any:
     """What report_to names here: the word mlflow or wandb, for what the variables of its own client say."""
     from train_loop.trackers.tracker import ENVIRONMENT, TrackerKeys
@@ -162,13 +241,17 @@ def _tracker_from_environment(name: str) -> Any:
     return TrackerKeys(name, found)
 
 
+def _trackers_from_environment(spec: JobSpec) -> dict[str, Any]:
+    return {name: _tracker_from_environment(name) for name in spec.train_config.report_to}
+
+
 def _run_local(spec: JobSpec, request_id: str, uri: str, mirror: str) -> dict[str, Any]:
     from train_loop.launch import launch_local
     from train_loop.run_files import RunFiles
 
-    keys = _keys_from_environment(spec)
-    console = Console(keys)
-    return launch_local(spec, request_id, RunFiles(uri, mirror, console.keys, console.tracker), console)
+    console = Console(_keys_from_environment(spec), _trackers_from_environment(spec))
+    with _stopped_by_sigterm(console.ask_to_stop, request_id):
+        return launch_local(spec, request_id, RunFiles(uri, mirror, console.keys, console.tracker), console)
 
 
 def _run_on_ray(spec: JobSpec, request_id: str, uri: str, mirror: str) -> dict[str, Any]:
@@ -182,19 +265,21 @@ def _run_on_ray(spec: JobSpec, request_id: str, uri: str, mirror: str) -> dict[s
         ray.init(logging_level="warning", dashboard_host="127.0.0.1", namespace="tuneyard-cli")
     name = f"run-{request_id}"
     namespace = ray.get_runtime_context().namespace
-    monitor = ray.remote(num_cpus=0)(Console).options(name=name).remote(_keys_from_environment(spec))
+    console = ray.remote(num_cpus=0)(Console).options(name=name)
+    monitor = console.remote(_keys_from_environment(spec), _trackers_from_environment(spec))
     found = ActorMonitor(name, namespace)
     gpus = spec.infra_config.gpu_type != "cpu" and ray.cluster_resources().get("GPU", 0) >= spec.infra_config.num_workers
     share = ray.cluster_resources().get("CPU", 1) / (2 * spec.infra_config.num_workers)
     placement = Placement(resources={"GPU": 1.0} if gpus else {"CPU": min(1.0, share)}, use_gpu=gpus, data_cpus=min(0.5, share))
     files = RunFiles(uri, mirror, found.keys, found.tracker)
     try:
-        for retries_left in range(spec.infra_config.max_retries, 0, -1):
-            try:
-                return launch(spec, request_id, files, placement, found)
-            except RunFault as fault:
-                sys.stderr.write(f"{fault.message} ({fault.cause}); {retries_left} more attempts\n")
-        return launch(spec, request_id, files, placement, found)
+        with _stopped_by_sigterm(lambda: ray.get(monitor.ask_to_stop.remote()), request_id):
+            for retries_left in range(spec.infra_config.max_retries, 0, -1):
+                try:
+                    return launch(spec, request_id, files, placement, found)
+                except RunFault as fault:
+                    sys.stderr.write(f"{fault.message} ({fault.cause}); {retries_left} more attempts\n")
+            return launch(spec, request_id, files, placement, found)
     finally:
         ray.kill(monitor)
 

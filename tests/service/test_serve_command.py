@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import uuid
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -18,6 +19,7 @@ import jwt
 import psutil
 import pytest
 import sqlalchemy as sa
+import yaml
 from cryptography.fernet import Fernet
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -43,7 +45,7 @@ class Head:
     def __init__(self, folder: Path, mirror: Path, database_url: str, s3) -> None:
         self.mark, self.home, self.store = uuid.uuid4().hex, folder / "home", JobStore.open(database_url)
         self.ray_dir = Path(f"/tmp/tuneyard-test-{self.mark[:8]}")  # sockets below it must stay under 108 characters
-        self.gcs_port, self.http_port, dashboard_port, client_port, *agent_ports = free_ports(6)
+        self.gcs_port, self.http_port, self.dashboard_port, client_port, *agent_ports = free_ports(6)
         self.key = ec.generate_private_key(ec.SECP256R1())
         public = self.key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
         self.secret_key = Fernet.generate_key().decode()
@@ -62,6 +64,7 @@ class Head:
             "allowed_s3_endpoints": ["127.0.0.1"],
             "profiles": {"cpu": {"resources": {"CPU": 0.5}}},
             "data_cpus": 0.25,
+            "rate_limit": "1000000/minute",
         }
         write_private(folder / "auth_token", uuid.uuid4().hex + uuid.uuid4().hex)
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "TUNEYARD_", "RAY_"))}
@@ -81,7 +84,7 @@ class Head:
         }
         start = ["ray", "start", "--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0"]
         listen, other = (f"--dashboard-agent-listen-port={port}" for port in agent_ports)
-        dashboard = ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"]
+        dashboard = ["--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard_port}"]
         where = [f"--port={self.gcs_port}", f"--ray-client-server-port={client_port}", f"--temp-dir={self.ray_dir}"]
         self.commands = [
             ([*start, "--head", *where, *dashboard, listen, "--num-cpus=0"], self.on_head),
@@ -106,19 +109,29 @@ class Head:
         chosen = {name: value for name, value in (self.settings | changes).items() if value is not None}
         write_private(self.home / "settings.json", json.dumps(chosen))
 
-    def serve(self, *arguments, env=None, check=True):
+    def command(self, *arguments) -> list:
         listen = [] if "--stop" in arguments else ["--host", "127.0.0.1", "--port", str(self.http_port)]
-        command = [TUNEYARD, "serve", "--address", f"127.0.0.1:{self.gcs_port}", *listen, *arguments]
+        return [TUNEYARD, "serve", "--address", f"127.0.0.1:{self.gcs_port}", *listen, *arguments]
+
+    def serve(self, *arguments, env=None, check=True):
+        command = self.command(*arguments)
         done = subprocess.run(command, env=env or self.env, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
         assert done.returncode == 0 or not check, done.stderr
         return done
 
+    def serve_deploy(self, path: Path) -> None:
+        command = [TUNEYARD.parent / "serve", "deploy", "--address", f"http://127.0.0.1:{self.dashboard_port}", path]
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
     def upgrade(self) -> None:
         subprocess.run([TUNEYARD, "db", "upgrade"], env=self.on_head, check=True, capture_output=True, timeout=PATIENCE_S)
 
+    def token(self) -> str:
+        return jwt.encode({"sub": "tester", "org": ORG, "exp": int(time.time()) + 3600}, self.key, "ES256")
+
     def client(self) -> Client:
-        claims = {"sub": "tester", "org": ORG, "exp": int(time.time()) + 3600}
-        return Client(f"http://127.0.0.1:{self.http_port}", jwt.encode(claims, self.key, "ES256"))
+        return Client(f"http://127.0.0.1:{self.http_port}", self.token())
 
     def pids(self, actor: str) -> set[int]:
         """The processes of this kind of actor, as Ray titles them."""
@@ -184,51 +197,100 @@ def test_settings_of_the_head_that_do_not_allow_a_service_are_named_and_nothing_
     assert head.pids("ServeController") == head.pids("Dispatcher") == set()
 
 
-class Asking(threading.Thread):
-    """Asks for /healthz again and again, and keeps what was no good answer."""
+class Using(threading.Thread):
+    """A client that submits jobs and reads them back, one after the other. Retries nothing, and keeps what was no good answer."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, head: Head, name: str, secret_id: str) -> None:
         super().__init__(daemon=True)
-        self.url, self.bad, self.count, self.stop = url, [], 0, threading.Event()
+        self.head, self.prefix, self.secret_id = head, name, secret_id
+        self.bad, self.submitted, self.stop = [], {}, threading.Event()
 
     def run(self) -> None:
-        while not self.stop.wait(0.05):
-            self.count += 1
-            try:
-                answer = httpx.get(f"{self.url}/healthz", timeout=30)
-            except httpx.TransportError as error:
-                self.bad.append(repr(error))
-            else:
-                if answer.status_code != 200:
-                    self.bad.append(answer.text)
+        headers = {"Authorization": f"Bearer {self.head.token()}"}
+        with httpx.Client(base_url=f"http://127.0.0.1:{self.head.http_port}", headers=headers, timeout=60) as http:
+            while not self.stop.wait(0.05):
+                name = f"{self.prefix}-{len(self.submitted)}"
+                request_id = self._ask(http, "POST", "/job/", json=job(self.secret_id, name, gpu_count=8))["request_id"]
+                self.submitted[name] = request_id
+                self._ask(http, "GET", "/job/get/", params={"org_id": ORG, "request_id": request_id})
+                self._ask(http, "GET", "/job/list/", params={"org_id": ORG, "limit": 5})
+                self._ask(http, "GET", "/healthz")
+
+    def _ask(self, http, method, path, **more):
+        try:
+            answer = http.request(method, path, **more)
+        except httpx.TransportError as error:
+            self.bad.append(f"{method} {path}: {error!r}")
+            return {"request_id": None}
+        if answer.status_code != 200:
+            self.bad.append(f"{method} {path}: {answer.status_code} {answer.text}")
+            return {"request_id": None}
+        return answer.json()
+
+
+def test_one_that_is_killed_in_the_midst_of_it_is_mended_by_another(head):
+    head.has()
+    head.upgrade()
+    killed = subprocess.Popen(head.command(), env=head.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until(lambda: head.pids("ServeController"), "Serve is on its way")
+    killed.kill()
+    killed.wait()
+    assert head.http_port == int(head.serve().stdout.split()[3].rpartition(":")[2])
+    assert httpx.get(f"http://127.0.0.1:{head.http_port}/readyz").json() == {"status": "ready"}
+    assert (len(head.pids("Dispatcher")), len(head.pids("ServeReplica"))) == (1, 2)
+
+
+def serve_config(folder: Path, port: int) -> Path:
+    """The documented one, of three replicas, for this port."""
+    config = yaml.safe_load((Path(__file__).parent.parent.parent / "deploy" / "serve.yaml").read_text())
+    config["http_options"] = {"host": "127.0.0.1", "port": port}
+    config["applications"][0]["args"]["ingress_replicas"] = 3
+    path = folder / "serve.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def test_no_request_fails_while_the_service_is_replaced_by_either_command(head, tmp_path):
+    client = head.client()
+    secret_id = client.create_secret(ORG, "keys", "s3", head.s3_keys)["secret_id"]
+    before, ingress = head.pids("Dispatcher"), head.pids("ServeReplica")
+    # Their jobs wait, for more than this cluster has.
+    using = [Using(head, f"client-{i}", secret_id) for i in range(3)]
+    with ExitStack() as ending:
+        for each in using:
+            each.start()
+            ending.callback(each.join)
+            ending.callback(each.stop.set)
+        head.serve()
+        assert len(head.pids("Dispatcher") - before) == len(head.pids("Dispatcher")) == 1
+        until(lambda: len(head.pids("ServeReplica") - ingress) == len(head.pids("ServeReplica")) == 2, "new replicas alone")
+        before, ingress = head.pids("Dispatcher"), head.pids("ServeReplica")
+        head.serve_deploy(serve_config(tmp_path, head.http_port))
+        until(lambda: len(head.pids("ServeReplica") - ingress) == len(head.pids("ServeReplica")) == 3, "three of the config")
+        assert len(head.pids("Dispatcher") - before) == len(head.pids("Dispatcher")) == 1
+    assert [bad for each in using for bad in each.bad] == []
+    assert all(len(each.submitted) > 2 for each in using)
+    submitted = {name: request_id for each in using for name, request_id in each.submitted.items()}
+    listed = [(job["experiment_name"], job["request_id"]) for job in client.iter_jobs(ORG)]
+    assert sorted(listed) == sorted(submitted.items())
+    for request_id in submitted.values():
+        assert client.cancel(request_id, ORG)["attempt"] == 0
 
 
 def test_a_job_goes_on_while_the_service_is_replaced_and_taken_off(head, s3):
     """One job, from its submission to its end: the service is deployed again under it, taken off, and put back."""
-    head.has()
-    head.upgrade()
-    assert head.http_port == int(head.serve().stdout.split()[3].rpartition(":")[2])
     client = head.client()
-    assert httpx.get(f"http://127.0.0.1:{head.http_port}/readyz").json() == {"status": "ready"}
     elsewhere = head.serve("--port", "1", check=False)
     assert elsewhere.returncode == 1
     assert f"give --host 127.0.0.1 --port {head.http_port}" in elsewhere.stderr
 
     upload(s3, "\n".join(json.dumps(row) for row in rows(40)).encode())
-    request_id = client.submit(job(client.create_secret(ORG, "keys", "s3", head.s3_keys)["secret_id"]))["request_id"]
+    secret_id = client.create_secret(ORG, "of-the-job", "s3", head.s3_keys)["secret_id"]
+    request_id = client.submit(job(secret_id, "on-a-cluster"))["request_id"]
     until(lambda: client.get(request_id, ORG)["status"] == "RUNNING", "running")
     (actor,), before, leader = until(lambda: head.pids("JobActor"), "an actor"), head.pids("Dispatcher"), head.leader()
-    ingress = head.pids("ServeReplica")
-    assert (len(before), len(ingress)) == (1, 2)
-
-    asking = Asking(f"http://127.0.0.1:{head.http_port}")
-    asking.start()
     head.serve()
-    asking.stop.set()
-    asking.join()
-    assert (asking.bad, asking.count > 20) == ([], True)
     assert len(head.pids("Dispatcher") - before) == len(head.pids("Dispatcher")) == 1
-    until(lambda: len(head.pids("ServeReplica") - ingress) == len(head.pids("ServeReplica")) == 2, "new replicas alone")
     until(lambda: head.leader() != leader, "the new dispatcher has the lease")
     assert head.pids("JobActor") == {actor}
 
@@ -259,9 +321,9 @@ def upload(s3, content: bytes) -> None:
     client.put_object(Bucket=BUCKET, Key="rows.jsonl", Body=content)
 
 
-def job(secret_id: str):
+def job(secret_id: str, name: str, gpu_count: int = 1):
     changes = {
-        "experiment_name": "on-a-cluster",
+        "experiment_name": name,
         "model_details.base_model": TINY,
         "dataset_details.secret_id": secret_id,
         "dataset_details.dataset_path": f"s3://{BUCKET}/rows.jsonl",
@@ -269,6 +331,6 @@ def job(secret_id: str):
         f"{HP}.max_steps": 60,
         f"{HP}.logging_steps": 20,
         f"{HP}.dataloader_num_workers": 0,
-        "infra_config": {"gpu_type": "cpu", "gpu_count": 1, "infra_type": "simplismart", "node_count": 1},
+        "infra_config": {"gpu_type": "cpu", "gpu_count": gpu_count, "infra_type": "simplismart", "node_count": 1},
     }
     return with_fields(DOCUMENTED, changes)

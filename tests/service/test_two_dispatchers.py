@@ -2,11 +2,13 @@
 
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
 
-from serve_app.cluster import actor_name
+from serve_app.cluster import DISPATCHER, actor_name
+from serve_app.deployment import have_dispatcher
 from serve_app.dispatcher import Dispatcher
 from serve_app.lifecycle import FINAL, Status
 from serve_app.settings import Settings
@@ -108,3 +110,22 @@ def test_jobs_are_started_once_while_the_lease_goes_from_one_dispatcher_to_anoth
         assert kinds.count("started") == 1
     made = Counter(a["Name"] for a in state.actors().values() if a["ActorClassName"] == "JobActor")
     assert made == {actor_name(request_id, 1): 1 for request_id in ids + more}
+
+
+def test_a_newer_deployment_puts_its_dispatcher_in_the_place_of_an_older_one_and_never_the_reverse(store):
+    import ray
+
+    def after(deployment):
+        # As replicas of one deployment do it, all at once.
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda _: have_dispatcher("tuneyard", deployment), range(3)))
+        dispatcher = ray.get_actor(DISPATCHER, namespace="tuneyard")
+        assert len(_pids()) == 1
+        return dispatcher, ray.get(dispatcher.deployment.remote())
+
+    first, deployment = after(2)
+    assert deployment == 2
+    assert after(1) == after(2) == (first, 2)
+    second, deployment = after(3)
+    assert (second == first, deployment) == (False, 3)
+    until(lambda: _leader(store) is not None, "it leads")

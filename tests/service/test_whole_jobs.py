@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import signal
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import httpx
@@ -11,6 +13,7 @@ import psutil
 import pytest
 
 from serve_app.client import FINAL, ApiError
+from serve_app.settings import write_private
 from tests.conftest import DOCUMENTED, ORG, TINY, rows
 from tests.running import DATASETS, FINISH_S, Running, members
 
@@ -236,6 +239,49 @@ def test_the_cookbooks_ways_to_a_service(service, tmp_path):
     )
     assert "COMPLETED done" in done.stdout
     assert "/adapter" in done.stdout.splitlines()[-1]
+
+
+def test_a_ray_job_is_stopped_with_a_checkpoint_and_gone_on_with_and_its_keys_show_nowhere(service, tmp_path):
+    canary = {"AWS_ACCESS_KEY_ID": service.keys["access_key_id"], "AWS_SECRET_ACCESS_KEY": service.keys["secret_access_key"]}
+    keys, working_dir, hp = tmp_path / "keys.json", tmp_path / "working_dir", "train_config.hyperparameters"
+    write_private(keys, json.dumps(canary | {"AWS_ENDPOINT_URL": service.keys["endpoint_url"]}))
+    working_dir.mkdir()
+    changes = {f"{hp}.max_steps": 2000, REJECTS: 0.1, "dataset_details.secret_id": None, "dataset_details.ownership": "public"}
+    ray = [str(Path(sys.executable).parent / "ray"), "job"]
+    dashboard = service.up["dashboard_url"]
+    request_id = str(uuid.uuid4())
+    run = ["--request-id", request_id, "--keys", str(keys), "--storage", f"s3://{DATASETS}/runs"]
+
+    def submitted(id_, *options):
+        (working_dir / "job.json").write_text(json.dumps(service.job("by-ray", changes)))
+        where = ["--address", dashboard, "--submission-id", id_, "--working-dir", str(working_dir), *options]
+        entrypoint = ["--", sys.executable, "-m", "train_loop", "job.json", *run]
+        command = [*ray, "submit", "--runtime-env", str(REPO / "examples" / "ray_job.yaml"), *where, *entrypoint]
+        return subprocess.Popen(command, env=service.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def asked(*arguments):
+        command = [*ray, *arguments, "--address", dashboard]
+        return subprocess.run(command, env=service.env, capture_output=True, text=True, timeout=FINISH_S, check=True).stdout
+
+    following = submitted("first")
+    for line in following.stdout:
+        if "step 5/" in line:
+            break
+    following.send_signal(signal.SIGINT)  # ends what follows it, and not the job
+    following.communicate(timeout=FINISH_S)
+    assert "RUNNING" in asked("status", "first")
+    for page in ("api/jobs/", "api/v0/actors?detail=1", "api/v0/workers?detail=1"):
+        shown = httpx.get(f"{dashboard}/{page}").raise_for_status().text
+        assert not any(value in shown for value in canary.values()), page
+    asked("stop", "first")
+    assert "STOPPED" in asked("status", "first")
+    assert f"STOPPED; go on with --request-id {request_id}" in asked("logs", "first")
+
+    changes[f"{hp}.max_steps"] = 20
+    out, _ = submitted("second").communicate(timeout=FINISH_S)
+    assert "resumed from the checkpoint of step" in out
+    assert '"status": "COMPLETED"' in out
+    assert "SUCCEEDED" in asked("status", "second")
 
 
 def test_a_second_service_runs_beside_the_first_and_a_killed_one_comes_back(service, mirror, tmp_path):

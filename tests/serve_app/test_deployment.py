@@ -1,0 +1,66 @@
+"""The application as a Serve config has it, and below the path of a proxy."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+from ray.serve.schema import ServeDeploySchema
+from starlette.testclient import TestClient
+
+from serve_app.app import build_app
+from serve_app.auth import mint_token
+from serve_app.cluster import ON_HEAD
+from serve_app.deployment import APPLICATION, build
+from serve_app.settings import Settings
+from tests.conftest import ORG, Idle
+
+CONFIG = yaml.safe_load((Path(__file__).parent.parent.parent / "deploy" / "serve.yaml").read_text())
+
+
+def test_serve_accepts_the_config_and_builds_the_application_of_it():
+    schema = ServeDeploySchema.model_validate(CONFIG)
+    (app,) = schema.applications
+    assert (app.name, app.route_prefix, app.import_path) == (APPLICATION, "/", "serve_app.deployment:build")
+    assert schema.proxy_location == "HeadOnly"
+    deployment = call_user_app_builder_with_args_if_necessary(build, app.args)._bound_deployment
+    assert (deployment.name, deployment.num_replicas) == ("ingress", app.args["ingress_replicas"])
+    assert deployment.ray_actor_options["resources"] == ON_HEAD
+
+
+@pytest.mark.parametrize("args", [{"ingress_replica": 2}, {"ingress_replicas": 0}])
+def test_arguments_that_are_none_are_named(args):
+    with pytest.raises(ValueError, match=next(iter(args))):
+        build(args)
+
+
+def test_the_application_is_built_where_no_settings_are(tmp_path):
+    code = "from serve_app.deployment import build; build({})"
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("TUNEYARD_")}
+    env = clean | {"TUNEYARD_HOME": str(tmp_path / "nowhere"), "TUNEYARD_MAX_RUNNING_JOBS": "wrong", "PYTHONPATH": os.getcwd()}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("seen", ["/tuneyard", ""], ids=["kept", "stripped"])
+def test_below_a_proxys_path_every_call_is_answered_and_the_document_says_where(seen, settings, store, monkeypatch):
+    monkeypatch.setenv("TUNEYARD_ROOT_PATH", "/tuneyard")
+    own = Settings.load()
+    with TestClient(build_app(own, store, Idle()), raise_server_exceptions=False) as http:
+        http.headers["Authorization"] = f"Bearer {mint_token(own, ORG, 'tester', 600)}"
+        for path in ("/healthz", "/job/list/", "/job/list", "/openapi.json"):
+            assert http.get(seen + path, params={"org_id": ORG} if "job" in path else {}).status_code == 200, path
+        assert http.get(f"{seen}/openapi.json").json()["servers"] == [{"url": "/tuneyard"}]
+        assert "url: '/tuneyard/openapi.json'" in http.get(f"{seen}/docs").text
+        assert http.get(f"{seen}/tuneyard/healthz").status_code == (404 if seen else 200)
+        assert http.get(f"{seen}/nothing").json()["status"] == 404
+        assert http.get("/tuneyardx/healthz").status_code == 404
+
+
+@pytest.mark.parametrize("path", ["tuneyard", "/tuneyard/", "/a b", "https://host/tuneyard"])
+def test_a_root_path_that_is_none_is_refused(path, settings, monkeypatch):
+    monkeypatch.setenv("TUNEYARD_ROOT_PATH", path)
+    with pytest.raises(ValueError, match="root_path"):
+        Settings.load()
