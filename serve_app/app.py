@@ -13,7 +13,8 @@ from ray import serve
 from ray.exceptions import RayError
 from starlette.routing import Route
 
-from serve_app import errors, logs, openapi
+from serve_app import errors, logs, metrics, openapi
+from serve_app.access import Access
 from serve_app.auth import Verifier
 from serve_app.cluster import DISPATCHER, actor_name, poke_dispatcher
 from serve_app.planner import Planner
@@ -81,6 +82,7 @@ def build_app(settings: Settings, store: JobStore, runtime: Runtime) -> FastAPI:
         (route,) = [r for r in app.routes if isinstance(r, Route) and r.path == path]
         app.add_route(f"{path}/", route.endpoint, include_in_schema=False)
     errors.install(app)
+    app.add_middleware(Access)
     openapi.install(app, [room.router for room in ROOMS])
     return app
 
@@ -89,6 +91,8 @@ def _ingress() -> FastAPI:
     settings = Settings.load()
     store = JobStore.open(settings.database_url)
     store.require_current()
+    metrics.STORE_ERRORS.record(0, process="ingress")
+    metrics.STORAGE_OUTAGES.record(0, process="ingress")
     return build_app(settings, store, RayRuntime(settings))
 
 

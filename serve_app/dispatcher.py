@@ -16,10 +16,11 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from serve_app import logs
+from serve_app import logs, metrics
 from serve_app.cluster import DISPATCHER, Attempt, Cluster, Growth, Node, RayCluster, bundle_of
 from serve_app.housekeeping import clean
 from serve_app.lifecycle import BEFORE_WORKERS, NOTHING_TO_SAVE
+from serve_app.meter import QueueMeter
 from serve_app.ready import ReadyProcesses
 from serve_app.scheduler import EPSILON, HALF_LIFE_S, Bundle, Decision, Gang, Limits, Room, Run, Shares, decide
 from serve_app.settings import Settings
@@ -65,19 +66,24 @@ class Dispatcher:
         return True
 
     def _loop(self) -> None:
-        busy = False
+        busy, meter = False, QueueMeter(self.store)
         while True:
+            began = time.monotonic()
             try:
                 self.leads = self.store.acquire_lease(DISPATCHER, self.owner, LEASE_S) is not None
                 if self.leads:
                     busy = self.passes.run()
+                    meter.passed(time.monotonic() - began)
                 else:
                     self.passes.forget()
+                    meter.forget()
             except STORE_AWAY as error:
                 log.warning("the job store is away; trying again", error=type(error).__name__)
                 self.passes.forget()
+                meter.store_away()
             except Exception:
                 log.exception("a dispatch pass failed; trying again")
+                meter.failed()
             self.wake.wait(BUSY_POLL_S if busy else POLL_S)
             self.wake.clear()
 
@@ -263,6 +269,9 @@ class Passes:
         started = self.store.start_attempt(job.request_id, job.attempt, num_nodes)
         if started is not None:
             log.info("starting", request_id=job.request_id, attempt=started.attempt, workers=started.num_workers)
+            kind = job.spec["infra_config"]["gpu_type"]
+            metrics.ATTEMPTS.record(1, gpu_type=kind)
+            metrics.QUEUE_WAIT.record((self._now() - job.waiting_since).total_seconds(), gpu_type=kind)
             self.cluster.start(started)
 
     def _shares_now(self, open_jobs: list[Job], now: dt.datetime) -> Shares:

@@ -21,6 +21,7 @@ import structlog
 from serve_app import logs
 from serve_app.cluster import actor_name, poke_dispatcher
 from serve_app.lifecycle import NOTHING_TO_SAVE, Phase, Status
+from serve_app.meter import RunMeter
 from serve_app.run_keys import keys_of
 from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
@@ -81,6 +82,8 @@ class JobActor:
         self.placement = self._placement()
         self.clock = StepClock(self.placement.hang_floor_s, self.placement.hang_factor)
         self.step_at = self.started
+        self.step_s: float | None = None
+        self.meter = RunMeter(job, attempt)
         self.ended = threading.Event()
 
     # --- asked by the ingress and the dispatcher ---
@@ -114,7 +117,8 @@ class JobActor:
         self.outbox.points(progress.pop("points", []))
         now, before = time.monotonic(), self.live.get("step", 0)
         if progress["step"] > before:
-            self.clock.took((now - self.step_at) / (progress["step"] - before))
+            self.step_s = (now - self.step_at) / (progress["step"] - before)
+            self.clock.took(self.step_s)
         self.step_at = now
         self.live.update(progress)
 
@@ -283,6 +287,7 @@ class JobActor:
             now = time.monotonic()
             if self.outbox or self.live != written or now - beat_at > BEAT_S:
                 seen = dict(self.live)
+                self.meter.show(seen, self.step_s, time.time() - (now - self.step_at))
                 try:
                     self.report()
                     written, beat_at = seen, now

@@ -1,4 +1,5 @@
-"""What stands before Serve's proxy, in its process: the limit of bodies, and problems where the proxy has only its own words."""
+"""What stands before Serve's proxy, in its process: ids of requests, the limit of bodies, and problems where the proxy has only
+its own words."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.access import RequestId
 from serve_app.body import declares_more, too_long
 from serve_app.errors import RETRY_AFTER_S, ApiError, problem, to_api_error
 from serve_app.settings import Settings
@@ -21,7 +23,7 @@ LINGER_S = 2.0
 
 def for_proxy() -> list[Middleware]:
     """What Serve puts before its proxy, in whose process it calls this; the last one comes first."""
-    return [Middleware(Problems), Middleware(BodyLimit, limit_bytes=Settings.load().max_body_bytes)]
+    return [Middleware(Problems), Middleware(BodyLimit, limit_bytes=Settings.load().max_body_bytes), Middleware(RequestId)]
 
 
 class BodyLimit:
