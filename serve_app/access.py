@@ -11,13 +11,13 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app import metrics
+from serve_app import metrics, traces
 
 log = structlog.get_logger()
 HEADER = "x-request-id"
 SANE = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 PROBES = ("/healthz", "/readyz")
-NO_ROUTE = "none"  # of a path that there isn't
+NO_ROUTE = "none"  # of a path that there isn't, and of a request that no replica has answered
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 _job: ContextVar[dict[str, str]] = ContextVar("job")
@@ -26,6 +26,7 @@ _job: ContextVar[dict[str, str]] = ContextVar("job")
 def concerns(request_id: str) -> None:
     """Say which job the request under way is about: all that is logged for it from now on tells that. From any thread of it."""
     structlog.contextvars.bind_contextvars(request_id=request_id)
+    traces.concerns(request_id)
     _job.get({})["request_id"] = request_id  # a handler's thread has a copy of the context, in which this is the same one
 
 
@@ -90,10 +91,15 @@ class Access:
             raise
 
     def _answered(self, scope: Scope, status: int, took_s: float, job: dict[str, str]) -> None:
-        route, method = _route(scope), scope["method"] if scope["method"] in METHODS else "other"
+        route, method = _route(scope), method_of(scope)
         metrics.HTTP_TIME.record(took_s, route=route, method=method, status=f"{status // 100}xx")
         if route not in PROBES:
             log.info("request", method=method, path=scope["path"], status=status, took_s=round(took_s, 4), **job)
+
+
+def method_of(scope: Scope) -> str:
+    """The request's method, `other` for one that nobody knows."""
+    return scope["method"] if scope["method"] in METHODS else "other"
 
 
 def _route(scope: Scope) -> str:

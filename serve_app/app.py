@@ -13,7 +13,7 @@ from ray import serve
 from ray.exceptions import RayError
 from starlette.routing import Route
 
-from serve_app import errors, logs, metrics, openapi
+from serve_app import errors, logs, metrics, openapi, traces
 from serve_app.access import Access
 from serve_app.auth import Verifier
 from serve_app.cluster import DISPATCHER, actor_name, poke_dispatcher
@@ -70,7 +70,12 @@ def build_app(settings: Settings, store: JobStore, runtime: Runtime) -> FastAPI:
     """The whole HTTP interface over these parts."""
     logs.configure()
     app = FastAPI(
-        title="Tuneyard", version=version("tuneyard"), redirect_slashes=False, redoc_url=None, swagger_ui_oauth2_redirect_url=None
+        title="Tuneyard",
+        version=version("tuneyard"),
+        redirect_slashes=False,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        telemetry=traces.of_requests(),
     )
     vault, verifier = SecretVault.from_settings(store, settings), Verifier.from_settings(settings)
     plans = Places("plans", settings.max_plans_per_org, settings.max_plans)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from serve_app import logs, metrics
+from serve_app import logs, metrics, traces
 from serve_app.cluster import DISPATCHER, Attempt, Cluster, Growth, Node, RayCluster, bundle_of
 from serve_app.housekeeping import clean
 from serve_app.lifecycle import BEFORE_WORKERS, NOTHING_TO_SAVE
@@ -266,6 +266,7 @@ class Passes:
         return clear
 
     def _start(self, job: Job, num_nodes: int) -> None:
+        began_ns = time.time_ns()
         started = self.store.start_attempt(job.request_id, job.attempt, num_nodes)
         if started is not None:
             log.info("starting", request_id=job.request_id, attempt=started.attempt, workers=started.num_workers)
@@ -273,6 +274,7 @@ class Passes:
             metrics.ATTEMPTS.record(1, gpu_type=kind)
             metrics.QUEUE_WAIT.record((self._now() - job.waiting_since).total_seconds(), gpu_type=kind)
             self.cluster.start(started)
+            traces.launched(job, began_ns)
 
     def _shares_now(self, open_jobs: list[Job], now: dt.datetime) -> Shares:
         if self._shares is None:

@@ -28,6 +28,7 @@ from serve_app.settings import Settings
 from serve_app.storage import run_uri
 from serve_app.store.jobs import STORE_AWAY, Job, JobStore, StaleAttempt
 from serve_app.store.journal import Notes
+from serve_app.traces import AttemptTrace
 from train_loop.errors import Cause, RunFault, Stopped, UserError, first_line
 from train_loop.hang import StepClock
 from train_loop.launch import ActorMonitor, Placement, launch
@@ -55,7 +56,7 @@ class JobActor:
     """
 
     def __init__(self, request_id: str, attempt: int) -> None:
-        logs.configure()
+        logs.configure(request_id=request_id, attempt=attempt)
         settings = Settings.load()
         self.open(settings, JobStore.open(settings.database_url), request_id, attempt, ray.get_runtime_context().get_node_id())
         self.flusher = threading.Thread(target=self._flush_until_ended, name="flush", daemon=True)
@@ -83,7 +84,7 @@ class JobActor:
         self.clock = StepClock(self.placement.hang_floor_s, self.placement.hang_factor)
         self.step_at = self.started
         self.step_s: float | None = None
-        self.meter = RunMeter(job, attempt)
+        self.meter, self.trace = RunMeter(job, attempt), AttemptTrace(job)
         self.ended = threading.Event()
 
     # --- asked by the ingress and the dispatcher ---
@@ -108,10 +109,14 @@ class JobActor:
 
     async def on_phase(self, name: str) -> None:
         self.live["phase"], self.step_at = name, time.monotonic()
+        self.log.info("phase", phase=name)
+        self.trace.phase(name)
         self.outbox.wake()
 
     async def on_event(self, kind: str, message: str) -> None:
-        self.outbox.event(kind, self._told(message))
+        told = self._told(message)
+        self.outbox.event(kind, told)
+        self.log.info("told by the run", kind=kind, message=told)
 
     async def on_progress(self, progress: dict[str, Any]) -> None:
         self.outbox.points(progress.pop("points", []))
@@ -162,7 +167,9 @@ class JobActor:
         """Write down what is left to tell, and how the attempt ended."""
         try:
             self._patiently(self.report)
-            self._patiently(ending)
+            job = self._patiently(ending)
+            self.log.info("the attempt has ended", status=job.status, message=job.message)
+            self.trace.end(job)
         except StaleAttempt:
             self.log.info("the attempt was closed from outside")
 
@@ -326,7 +333,7 @@ class JobActor:
     def _close(self, ending: Ending) -> None:
         """Write down how the attempt ended, and end this process with all that it has started."""
         with contextlib.suppress(StaleAttempt):
-            self._patiently(ending)
+            self.trace.end(self._patiently(ending))
         self._exit()
 
     def _patiently(self, ask: Callable[[], Answer]) -> Answer:

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.access import RequestId
+from serve_app import metrics
+from serve_app.access import NO_ROUTE, RequestId, method_of
 from serve_app.body import declares_more, too_long
 from serve_app.errors import RETRY_AFTER_S, ApiError, problem, to_api_error
 from serve_app.settings import Settings
@@ -105,7 +107,9 @@ class Problems:
                 started = True
                 await send(message)
 
+        began = time.perf_counter()
         await self._app(scope, receive, watched)
         if not started:
+            metrics.HTTP_TIME.record(time.perf_counter() - began, route=NO_ROUTE, method=method_of(scope), status="5xx")
             detail = "the service can't answer just now, as when a part of it starts again; try again shortly"
             await problem(ApiError(503, detail, headers={"Retry-After": RETRY_AFTER_S}))(scope, receive, send)

@@ -12,6 +12,7 @@ from anyio import move_on_after, to_thread
 from fastapi import APIRouter, Header, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
+from serve_app import traces
 from serve_app.access import concerns
 from serve_app.auth import Principal
 from serve_app.body import read_fields, unknown_names
@@ -110,8 +111,10 @@ def _submit(here: Service, asking: Principal, payload: dict[str, Any], wrong: li
     if job is None:
         spec, warnings = _accepted(here, asking, payload, wrong)
         message = " ".join([f"Queued: {in_short(spec, here)}", *(f"Warning: {w}." for w in warnings)])
+        began_ns = time.time_ns()
         job, created = here.store.insert(spec, message, key, digest, here.settings.max_queued_jobs_per_org)
         if created:
+            traces.submitted(job, began_ns)
             log.info("submitted", request_id=job.request_id, org=job.org_id, experiment=job.experiment_name)
             here.runtime.poke()
     concerns(job.request_id)
