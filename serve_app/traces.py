@@ -1,7 +1,7 @@
 """OpenTelemetry traces, where the standard OTEL_EXPORTER_OTLP_ENDPOINT says where they go; elsewhere nothing of it is loaded.
 
-A job is one trace, and its id is the request_id, which as a UUID is just as long. The ids of the spans that others are below follow
-from it too, so that no process has to hand anything to the next: whoever knows the job knows its trace.
+A job is one trace, and its id is the request_id, which as a UUID is just as long. The ids of the spans that others are below
+follow from it too, so that no process has to hand anything to the next: whoever knows the job knows its trace.
 
     submit                  by the ingress, linked with the span of its HTTP request
     ├─ queued, launch       by the dispatcher, for each attempt
