@@ -65,3 +65,16 @@ def test_a_dashboard_is_whole(dashboard):
 def test_every_metric_is_shown_or_watched():
     used = {EXPORTED[name].name for query in QUERIES for name in tuneyard_names(query)}
     assert used == {metric.name for metric in METRICS}
+
+
+def metric_row(metric):
+    """The metric's line in docs/observability.md."""
+    name = f"{PREFIX}{metric.name}" + ("_total" if metric.kind == "counter" else "")
+    return f"| `{name}` | {metric.kind} | {', '.join(metric.labels)} | {metric.help} |"
+
+
+def test_the_page_lists_every_metric_and_says_what_to_do_for_every_alert():
+    page = (REPO / "docs/observability.md").read_text()
+    table = page.partition("<!-- metrics -->")[2].partition("<!-- end of metrics -->")[0]
+    assert [line for line in table.splitlines() if line.startswith("| `")] == [metric_row(metric) for metric in METRICS]
+    assert re.findall(r"^### (Tuneyard\w+)$", page, re.MULTILINE) == [rule["alert"] for rule in rules() if "alert" in rule]
