@@ -28,7 +28,7 @@ def configure(**of_process: Any) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False)),
     ]
-    structlog.configure(processors=[*shared, structlog.processors.JSONRenderer()], cache_logger_on_first_use=True)
+    structlog.configure(processors=[*shared, structlog.processors.JSONRenderer()])
     if of_process:
         handler = logging.StreamHandler(sys.stdout)
         last = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, structlog.processors.JSONRenderer()]

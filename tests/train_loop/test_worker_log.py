@@ -39,11 +39,8 @@ def test_each_line_of_the_workers_file_is_json_that_tells_whose_it_is(own):
 def test_a_traceback_is_one_line_of_the_file_and_several_of_the_log(own):
     sent = []
 
-    def fails():
-        with shipped(sent.extend, request_id="r"):
-            raise ValueError("broken\nin two lines")
-
-    pytest.raises(ValueError, fails)
+    with pytest.raises(ValueError, match="broken"), shipped(sent.extend, request_id="r"):
+        raise ValueError("broken\nin two lines")
     (line,) = own()
     assert (line["level"], line["event"]) == ("error", "this worker failed")
     assert line["exception"].endswith("ValueError: broken\nin two lines")
