@@ -113,7 +113,7 @@ def test_a_job_is_watched_in_metrics_logs_and_traces(service, spans, boards, tmp
     session = Path(service.state()["ray_dir"], "session_latest")
     prometheus = Prometheus(tmp_path, session / "prom_metrics_service_discovery.json")
     try:
-        changes = {"train_config.hyperparameters.num_epochs": 100_000, "dataset_config.preprocessing.max_reject_ratio": 0.1}
+        changes = {"train_config.hyperparameters.max_steps": 100_000, "dataset_config.preprocessing.max_reject_ratio": 0.1}
         headers = {"Authorization": f"Bearer {service.token}", "X-Request-Id": "from-outside-1"}
         answer = httpx.post(f"{service.up['url']}/job/", json=service.job("watched", changes), headers=headers, timeout=60)
         assert answer.headers.get_list("x-request-id") == ["from-outside-1"]
