@@ -1,5 +1,6 @@
-"""OpenTelemetry traces, where the standard OTEL_EXPORTER_OTLP_ENDPOINT says where they go; elsewhere there are none, nothing of ours
-loads OpenTelemetry (Ray loads its SDK, FastAPI its API), and each call here returns at once.
+"""OpenTelemetry traces, where the standard OTEL_EXPORTER_OTLP_ENDPOINT says where they go.
+
+Elsewhere there are none: each call here returns at once, and loads nothing (Ray itself loads the SDK, FastAPI the API).
 
 A job is one trace, and its id is the request_id, which as a UUID is just as long. The ids of the spans that others are below
 follow from it too, so that no process has to hand anything to the next: whoever knows the job knows its trace.
