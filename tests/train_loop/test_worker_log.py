@@ -1,6 +1,5 @@
 """What a worker logs and prints, on its way to the monitor and in its own file."""
 
-import io
 import json
 import logging
 import sys
@@ -13,11 +12,9 @@ log = logging.getLogger("train_loop.somewhere")
 
 
 @pytest.fixture
-def own(monkeypatch):
-    """The worker's own file."""
-    file = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", file)
-    return lambda: [json.loads(line) for line in file.getvalue().splitlines()]
+def own(capsys):
+    """The lines of the worker's own file, since the last call."""
+    return lambda: [json.loads(line) for line in capsys.readouterr().err.splitlines()]
 
 
 def test_each_line_of_the_workers_file_is_json_that_tells_whose_it_is(own):
@@ -28,10 +25,11 @@ def test_each_line_of_the_workers_file_is_json_that_tells_whose_it_is(own):
         print("a library says", "so")  # noqa: T201
         sys.stderr.write("half a line, ")
         sys.stderr.write("the rest\n\rprogress: 3/9")
-    said = [(line["level"], line["logger"], line["event"]) for line in own()]
+    lines = own()
+    said = [(line["level"], line["logger"], line["event"]) for line in lines]
     printed = [("info", "printed", text) for text in ("a library says so", "half a line, the rest")]
     assert said == [("info", "train_loop.somewhere", "step 1"), *printed]
-    assert all((line["request_id"], line["rank"]) == ("r", 3) and line["timestamp"].endswith("+00:00") for line in own())
+    assert all((line["request_id"], line["rank"]) == ("r", 3) and line["timestamp"].endswith("+00:00") for line in lines)
     # A person reads these, in the job's log.
     assert [text for _, text in sent] == ["INFO train_loop.somewhere: step 1", "a library says so", "half a line, the rest"]
 
