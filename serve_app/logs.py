@@ -21,7 +21,7 @@ def configure(**of_process: Any) -> None:
     def named(logger: Any, method: str, event: Any) -> Any:
         return of_process | event
 
-    shared = [
+    shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         named,
         structlog.processors.add_log_level,
