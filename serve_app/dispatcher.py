@@ -192,6 +192,7 @@ class Passes:
         elif self._is_clear(job):
             kept = "; what was trained so far is kept as a checkpoint" if job.step else ""
             self.store.cancel_ended(job.request_id, job.attempt, f"Canceled on request{kept}.")
+            log.info("canceled", request_id=job.request_id, attempt=job.attempt)
 
     def _missing(self, job: Job, nodes: list[Node]) -> None:
         """An open attempt without an actor: it never came to be, or has died."""
@@ -340,6 +341,7 @@ class Passes:
             if (now - self._unplaceable[request_id]).total_seconds() > UNPLACEABLE_S:
                 text = f"The job needs {needed} workers of {kind}; it can have {most} here, by the cluster's size or its limits."
                 self.store.refuse(request_id, "too_large", text)
+                log.warning("refused", request_id=request_id, message=text)
 
     def _most(self, kind: str, empty: Room) -> int | None:
         """The most workers of a gpu_type that there can ever be; None where nobody knows."""
