@@ -31,7 +31,7 @@ def configure(**of_process: Any) -> None:
     structlog.configure(processors=[*shared, structlog.processors.JSONRenderer()])
     if of_process:
         handler = logging.StreamHandler(sys.stdout)
-        last = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, structlog.processors.JSONRenderer()]
+        last: list[Any] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, structlog.processors.JSONRenderer()]
         handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=last))
         theirs = logging.getLogger("train_loop")
         theirs.handlers, theirs.propagate = [handler], False  # or Ray prints each line once more
