@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+PROMETHEUS := .prometheus/usr/bin/promtool
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: setup demo demo-vlm test service faults faults-full check format bench docs image clean
@@ -17,6 +18,13 @@ $(VENV)/installed: requirements.lock pyproject.toml
 setup: $(VENV)/installed
 	$(BIN)/tuneyard models
 
+# Prometheus and promtool out of Debian's package, which isn't installed: that would start a service.
+$(PROMETHEUS):
+	mkdir -p .prometheus
+	cd .prometheus && (apt-get download -qq prometheus || (apt-get update -qq && apt-get download -qq prometheus))
+	dpkg-deb -x .prometheus/prometheus_*.deb .prometheus
+	touch $@
+
 demo: setup
 	command -v curl >/dev/null || (apt-get update -qq && apt-get install -qq -y curl)
 	$(BIN)/python -m examples.demo
@@ -24,11 +32,11 @@ demo: setup
 demo-vlm: setup
 	$(BIN)/python -m examples.demo_vlm
 
-test: setup
+test: setup $(PROMETHEUS)
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 # Whole jobs on Ray, and the whole service: some minutes.
-service: setup
+service: setup $(PROMETHEUS)
 	$(BIN)/python -m pytest -m service
 
 # Kills every process of a running service at least once, and in every phase of a job, and plays hundreds of histories of dispatchers
@@ -71,4 +79,4 @@ image:
 		--build-arg REVISION=$$(git rev-parse HEAD) --tag tuneyard:$(TARGET) $(BUILD_FLAGS) .
 
 clean:
-	rm -rf $(VENV) .demo .bench
+	rm -rf $(VENV) .demo .bench .prometheus

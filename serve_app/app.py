@@ -13,7 +13,8 @@ from ray.exceptions import RayError
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve_app import errors, logs, openapi
+from serve_app import errors, logs, openapi, traces
+from serve_app.access import Access
 from serve_app.auth import Verifier
 from serve_app.cluster import DISPATCHER, actor_name, poke_dispatcher
 from serve_app.planner import Planner
@@ -74,6 +75,7 @@ def build_app(settings: Settings, store: JobStore, runtime: Runtime) -> FastAPI:
         redirect_slashes=False,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
+        telemetry=traces.of_requests(),
     )
     vault, verifier = SecretVault.from_settings(store, settings), Verifier.from_settings(settings)
     plans = Places("plans", settings.max_plans_per_org, settings.max_plans)
@@ -85,6 +87,7 @@ def build_app(settings: Settings, store: JobStore, runtime: Runtime) -> FastAPI:
         (route,) = [r for r in app.routes if isinstance(r, Route) and r.path == path]
         app.add_route(f"{path}/", route.endpoint, include_in_schema=False)
     errors.install(app)
+    app.add_middleware(Access)
     openapi.install(app, [room.router for room in ROOMS])
     if settings.root_path:
         app.add_middleware(Below, root_path=settings.root_path)

@@ -17,6 +17,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.context import _get_global_client  # nothing public tells on which address Serve listens
 
+from serve_app import metrics
 from serve_app.app import MAX_ONGOING, RayRuntime, build_app
 from serve_app.auth import Verifier
 from serve_app.cluster import DISPATCHER, ON_HEAD
@@ -60,7 +61,10 @@ def _application(ingress_replicas: int, *, fresh: bool = True) -> serve.Applicat
 
 def _asgi_app() -> FastAPI:
     settings = Settings.load()
-    return build_app(settings, JobStore.open(settings.database_url), RayRuntime(settings))
+    store = JobStore.open(settings.database_url)
+    metrics.STORE_ERRORS.record(0, process="ingress")
+    metrics.STORAGE_OUTAGES.record(0, process="ingress")
+    return build_app(settings, store, RayRuntime(settings))
 
 
 @serve.deployment(name="ingress", max_ongoing_requests=MAX_ONGOING)

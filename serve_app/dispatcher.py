@@ -16,10 +16,11 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from serve_app import logs
+from serve_app import logs, metrics, traces
 from serve_app.cluster import DISPATCHER, Attempt, Cluster, Growth, Node, RayCluster, bundle_of
 from serve_app.housekeeping import clean
 from serve_app.lifecycle import BEFORE_WORKERS, NOTHING_TO_SAVE
+from serve_app.meter import QueueMeter
 from serve_app.quota import default_quota
 from serve_app.ready import ReadyProcesses
 from serve_app.scheduler import EPSILON, HALF_LIFE_S, Bundle, Decision, Gang, Limits, Room, Run, Shares, decide
@@ -76,19 +77,24 @@ class Dispatcher:
         return self._deployment
 
     def _loop(self) -> None:
-        busy = False
+        busy, meter = False, QueueMeter(self.store)
         while True:
+            began = time.monotonic()
             try:
                 self.leads = self.store.acquire_lease(DISPATCHER, self.owner, LEASE_S) is not None
                 if self.leads:
                     busy = self.passes.run()
+                    meter.passed(time.monotonic() - began)
                 else:
                     self.passes.forget()
+                    meter.forget()
             except STORE_AWAY as error:
                 log.warning("the job store is away; trying again", error=type(error).__name__)
                 self.passes.forget()
+                meter.store_away()
             except Exception:
                 log.exception("a dispatch pass failed; trying again")
+                meter.failed()
             self.wake.wait(BUSY_POLL_S if busy else POLL_S)
             self.wake.clear()
 
@@ -198,6 +204,7 @@ class Passes:
         if self._has_stopped(job, alive, job.cancel_requested_at):
             kept = "; what was trained so far is kept as a checkpoint" if job.step else ""
             self.store.cancel_ended(job.request_id, job.attempt, f"Canceled on request{kept}.")
+            log.info("canceled", request_id=job.request_id, attempt=job.attempt)
 
     def _give_back(self, job: Job, alive: bool) -> None:
         """QUEUED once nothing of the run is left."""
@@ -206,6 +213,7 @@ class Passes:
             job = self.store.ask_to_yield(job.request_id, job.attempt, message)
         if self._has_stopped(job, alive, job.yield_requested_at):
             self.store.give_back(job.request_id, job.attempt)
+            log.info("given back", request_id=job.request_id, attempt=job.attempt)
 
     def _has_stopped(self, job: Job, alive: bool, asked_at: dt.datetime | None) -> bool:
         """Ask the run to stop, after the grace period end it; whether nothing of it is left."""
@@ -293,10 +301,15 @@ class Passes:
         return clear
 
     def _start(self, job: Job, num_nodes: int) -> None:
+        began_ns = time.time_ns()
         started = self.store.start_attempt(job.request_id, job.attempt, num_nodes)
         if started is not None:
             log.info("starting", request_id=job.request_id, attempt=started.attempt, workers=started.num_workers)
+            kind = job.spec["infra_config"]["gpu_type"]
+            metrics.ATTEMPTS.record(1, gpu_type=kind)
+            metrics.QUEUE_WAIT.record((self._now() - job.waiting_since).total_seconds(), gpu_type=kind)
             self.cluster.start(started)
+            traces.launched(job, began_ns)
 
     def _shares_now(self, open_jobs: list[Job], now: dt.datetime) -> Shares:
         if self._shares is None:
@@ -367,6 +380,7 @@ class Passes:
             if (now - self._unplaceable[request_id]).total_seconds() > UNPLACEABLE_S:
                 text = f"The job needs {needed} workers of {kind}; it can have {most} here, by the cluster's size or its limits."
                 self.store.refuse(request_id, "too_large", text)
+                log.warning("refused", request_id=request_id, message=text)
 
     def _most(self, kind: str, empty: Room) -> int | None:
         """The most workers of a gpu_type that there can ever be; None where nobody knows."""

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
+from serve_app import metrics
 from serve_app.store.jobs import STORE_AWAY, Conflict, QueueFull
 from train_loop.errors import Cause, RunFault, UserError
 from train_loop.section import models_in, section_of
@@ -153,6 +154,7 @@ def to_api_error(error: Exception) -> ApiError:
         case UserError():
             return invalid([field_error(error.field or "request", error.message)])
         case RunFault(cause=Cause.STORAGE_AWAY):
+            metrics.STORAGE_OUTAGES.record(1, process="ingress")
             return ApiError(503, f"{error.message.rstrip('.')}; try again shortly", headers={"Retry-After": RETRY_AFTER_S})
         case Conflict():
             return ApiError(409, str(error))
@@ -160,6 +162,7 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(429, str(error), headers={"Retry-After": QUEUE_RETRY_AFTER_S})
         case _ if isinstance(error, STORE_AWAY):
             log.warning("the job store is away", error=type(error).__name__)
+            metrics.STORE_ERRORS.record(1, process="ingress")
             return ApiError(503, "the job store can't be reached; try again shortly", headers={"Retry-After": RETRY_AFTER_S})
     error_id = uuid.uuid4().hex
     log.error("unexpected error", error_id=error_id, exc_info=error)

@@ -21,6 +21,7 @@ import structlog
 from serve_app import logs
 from serve_app.cluster import actor_name, poke_dispatcher
 from serve_app.lifecycle import NOTHING_TO_SAVE, Phase, Status
+from serve_app.meter import RunMeter
 from serve_app.run_keys import keys_of
 from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
@@ -28,6 +29,7 @@ from serve_app.storage import run_uri
 from serve_app.store.jobs import STORE_AWAY, Job, JobStore, StaleAttempt
 from serve_app.store.journal import Notes
 from serve_app.stored_spec import read_spec
+from serve_app.traces import AttemptTrace
 from train_loop.errors import Cause, RunFault, Stopped, UserError, first_line
 from train_loop.hang import StepClock
 from train_loop.launch import ActorMonitor, Placement, launch
@@ -54,7 +56,7 @@ class JobActor:
     """
 
     def __init__(self, request_id: str, attempt: int) -> None:
-        logs.configure()
+        logs.configure(request_id=request_id, attempt=attempt)
         settings = Settings.load()
         self.open(settings, JobStore.open(settings.database_url), request_id, attempt, ray.get_runtime_context().get_node_id())
         self.flusher = threading.Thread(target=self._flush_until_ended, name="flush", daemon=True)
@@ -84,6 +86,8 @@ class JobActor:
         self.placement = self._placement()
         self.clock = StepClock(self.placement.hang_floor_s, self.placement.hang_factor)
         self.step_at = self.started
+        self.step_s: float | None = None
+        self.meter, self.trace = RunMeter(job, attempt), AttemptTrace(job)
         self.ended = threading.Event()
 
     # --- asked by the ingress and the dispatcher ---
@@ -108,16 +112,21 @@ class JobActor:
 
     async def on_phase(self, name: str) -> None:
         self.live["phase"], self.step_at = name, time.monotonic()
+        self.log.info("phase", phase=name)
+        self.trace.phase(name)
         self.outbox.wake()
 
     async def on_event(self, kind: str, message: str) -> None:
-        self.outbox.event(kind, self._told(message))
+        told = self._told(message)
+        self.outbox.event(kind, told)
+        self.log.info("told by the run", kind=kind, message=told)
 
     async def on_progress(self, progress: dict[str, Any]) -> None:
         self.outbox.points(progress.pop("points", []))
         now, before = time.monotonic(), self.live.get("step", 0)
         if progress["step"] > before:
-            self.clock.took((now - self.step_at) / (progress["step"] - before))
+            self.step_s = (now - self.step_at) / (progress["step"] - before)
+            self.clock.took(self.step_s)
         self.step_at = now
         self.live.update(progress)
 
@@ -161,7 +170,9 @@ class JobActor:
         """Write down what is left to tell, and how the attempt ended."""
         try:
             self._patiently(self.report)
-            self._patiently(ending)
+            job = self._patiently(ending)
+            self.log.info("the attempt has ended", status=job.status, message=job.message)
+            self.trace.end(job)
         except StaleAttempt:
             self.log.info("the attempt was closed from outside")
 
@@ -286,6 +297,7 @@ class JobActor:
             now = time.monotonic()
             if self.outbox or self.live != written or now - beat_at > BEAT_S:
                 seen = dict(self.live)
+                self.meter.show(seen, self.step_s, time.time() - (now - self.step_at))
                 try:
                     self.report()
                     written, beat_at = seen, now
@@ -324,7 +336,7 @@ class JobActor:
     def _close(self, ending: Ending) -> None:
         """Write down how the attempt ended, and end this process with all that it has started."""
         with contextlib.suppress(StaleAttempt):
-            self._patiently(ending)
+            self.trace.end(self._patiently(ending))
         self._exit()
 
     def _patiently(self, ask: Callable[[], Answer]) -> Answer:

@@ -1,15 +1,19 @@
-"""What stands before Serve's proxy, in its process: the limit of bodies, and problems where the proxy has only its own words."""
+"""What stands before Serve's proxy, in its process: ids of requests, the limit of bodies, and problems where the proxy has only
+its own words."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app import metrics
+from serve_app.access import NO_ROUTE, RequestId, method_of
 from serve_app.body import declares_more, too_long
 from serve_app.errors import RETRY_AFTER_S, ApiError, problem, to_api_error
 from serve_app.settings import Settings
@@ -21,7 +25,7 @@ LINGER_S = 2.0
 
 def for_proxy() -> list[Middleware]:
     """What Serve puts before its proxy, in whose process it calls this; the last one comes first."""
-    return [Middleware(Problems), Middleware(BodyLimit, limit_bytes=Settings.load().max_body_bytes)]
+    return [Middleware(Problems), Middleware(BodyLimit, limit_bytes=Settings.load().max_body_bytes), Middleware(RequestId)]
 
 
 class BodyLimit:
@@ -103,7 +107,9 @@ class Problems:
                 started = True
                 await send(message)
 
+        began = time.perf_counter()
         await self._app(scope, receive, watched)
         if not started:
+            metrics.HTTP_TIME.record(time.perf_counter() - began, route=NO_ROUTE, method=method_of(scope), status="5xx")
             detail = "the service can't answer just now, as when a part of it starts again; try again shortly"
             await problem(ApiError(503, detail, headers={"Retry-After": RETRY_AFTER_S}))(scope, receive, send)

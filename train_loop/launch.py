@@ -376,7 +376,7 @@ def _worker(config: dict[str, Any]) -> None:
 
     with (
         scratch_folder() as scratch,
-        shipped(send) as flush,
+        shipped(send, request_id=config["request_id"], rank=rank) as flush,
         noted(ray.get_runtime_context().get_node_id(), on_place),
         classified(spec),
         outages_told(partial(on_event, "storage_away")),

@@ -31,7 +31,7 @@ from train_loop.errors import Stopped
 from train_loop.evaluate import evaluate
 from train_loop.layout import MERGED_FOLDER, METRICS, TENSORBOARD
 from train_loop.loss import supervised_loss
-from train_loop.metrics import MetricLog
+from train_loop.metrics import MetricLog, memory_held
 from train_loop.model.adapters import parameter_groups
 from train_loop.model.merge import write_merged
 from train_loop.model.processor import load_processor
@@ -234,7 +234,8 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
             log.count(agreed.tokens, step_loss)
             may_be_last = bool(hp.early_stopping_patience) and is_due(hp.eval_steps)
             if is_due(hp.logging_steps) or step == 1 or may_be_last:
-                point = log.point(step, epoch=round(plan.epoch_at(step), 4), learning_rate=rate, grad_norm=grad_norm)
+                epoch, held = round(plan.epoch_at(step), 4), memory_held(ctx.device)
+                point = log.point(step, epoch=epoch, learning_rate=rate, grad_norm=grad_norm, **held)
                 if ctx.rank == 0:
                     logger.info(
                         "step %d/%d loss %.4f learning_rate %.3g grad_norm %.3f",

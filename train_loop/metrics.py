@@ -6,7 +6,21 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def memory_held(device: torch.device) -> dict[str, float]:
+    """`memory_bytes`, the most that this process held on its GPU since the call before; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    import torch
+
+    held = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"memory_bytes": held}
 
 
 @dataclass

@@ -33,6 +33,9 @@ DEFAULT_PATIENCE_S = 300.0
 LONGEST_PAUSE_S = 10.0
 BLOCK_BYTES = 1 << 20
 PART = ".part"
+# How what is told of an outage begins, and of its end.
+AWAY = "the storage is away"
+BACK = "the storage is back"
 
 DENIED = (
     "ACCESS_DENIED",
@@ -88,7 +91,7 @@ def patiently(action: Callable[[], T], what: str, patience_s: float | None = Non
 
     def say(state: RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome is not None:
-            _tell(f"the storage is away ({what}: {first_line(state.outcome.exception())}); waiting for up to {limit:.0f} s")
+            _tell(f"{AWAY} ({what}: {first_line(state.outcome.exception())}); waiting for up to {limit:.0f} s")
 
     retrying = Retrying(
         retry=retry_if_exception(is_away),
@@ -104,7 +107,7 @@ def patiently(action: Callable[[], T], what: str, patience_s: float | None = Non
             raise RunFault(Cause.STORAGE_AWAY, f"The storage was away for {limit:.0f} s ({what}): {first_line(error)}") from error
         raise
     if retrying.statistics["attempt_number"] > 1:
-        _tell(f"the storage is back after {retrying.statistics['delay_since_first_attempt']:.0f} s")
+        _tell(f"{BACK} after {retrying.statistics['delay_since_first_attempt']:.0f} s")
     return result
 
 

@@ -81,6 +81,7 @@ class MetricPoint(TypedDict):
     grad_norm: NotRequired[Annotated[float | None, _is("Norm of the gradient, before clipping.")]]
     tokens: NotRequired[Annotated[int, _is("Tokens of all workers since the point before.")]]
     tokens_per_second: NotRequired[Annotated[float, _is("Tokens of all workers in a second, since the point before.")]]
+    memory_bytes: NotRequired[Annotated[int, _is("Most GPU memory of the first worker since the point before; on GPUs only.")]]
     time: NotRequired[Annotated[float, _is("When, in seconds of Unix time.")]]
 
 

@@ -7,10 +7,13 @@ import json
 import time
 from typing import Annotated, Any
 
+import structlog
 from anyio import move_on_after, to_thread
 from fastapi import APIRouter, Header, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
+from serve_app import traces
+from serve_app.access import concerns
 from serve_app.auth import Principal
 from serve_app.body import read_fields, unknown_names
 from serve_app.errors import beside, field_error, invalid
@@ -37,6 +40,7 @@ from serve_app.validation import PLAIN, SECTIONS, validate
 from train_loop.spec import EXPERIMENT_NAME, JobSpec
 
 router = APIRouter(tags=["jobs"])
+log = structlog.get_logger()
 _of_job = JobSpec.model_json_schema(ref_template="#/components/schemas/{model}")["properties"]
 FORM_PARTS: dict[str, dict[str, Any]] = {
     "org": UUID_SCHEMA,
@@ -121,10 +125,13 @@ def _submit(here: Service, asking: Principal, payload: dict[str, Any], wrong: li
         if job is None:
             spec, warnings = _accepted(here, asking, payload, wrong)
             message = " ".join([f"Queued: {in_short(spec, here)}", *(f"Warning: {w}." for w in warnings)])
-            most = here.settings.max_queued_jobs_per_org
+            most, began_ns = here.settings.max_queued_jobs_per_org, time.time_ns()
             job, created = here.store.insert(spec, message, key, digest, most, by=asking.by)
             if created:
+                traces.submitted(job, began_ns)
+                log.info("submitted", request_id=job.request_id, org=job.org_id, experiment=job.experiment_name)
                 here.runtime.poke()
+    concerns(job.request_id)
     return {
         "request_id": job.request_id,
         "status": job.status,
@@ -210,6 +217,7 @@ def _cancel(here: Service, asking: Principal, request_id: str, org_id: str | Non
     with refusals_noted(here, asking, "job.cancel", org_id, request_id):
         job = find_job(here, asking, request_id, org_id)
         job = here.store.request_cancel(job.request_id, asking.by)
+    log.info("cancel requested", status=job.status)
     here.runtime.poke()
     return render_one(here, job)
 
@@ -226,6 +234,7 @@ def _resume(here: Service, asking: Principal, request_id: str, org_id: str | Non
     with refusals_noted(here, asking, "job.resume", org_id, request_id):
         job = find_job(here, asking, request_id, org_id)
         job = here.store.resume(job.request_id, here.settings.max_queued_jobs_per_org, asking.by)
+    log.info("resumed")
     here.runtime.poke()
     return render_one(here, job)
 

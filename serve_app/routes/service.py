@@ -12,6 +12,7 @@ from typing import Annotated, Any, Protocol, cast
 from fastapi import Depends, Header, Request
 from starlette.concurrency import run_in_threadpool
 
+from serve_app.access import concerns
 from serve_app.auth import Principal, Verifier
 from serve_app.errors import ApiError, field_error, invalid, to_api_error
 from serve_app.lifecycle import Status
@@ -121,6 +122,7 @@ def find_job(here: Service, asking: Principal, request_id: str, org_id: str | No
     allowed = {uuid_of(org_id, "org_id")} if org_id is not None else asking.orgs
     if job is None or job.org_id not in allowed:
         raise ApiError(404, f"no job {request_id}")
+    concerns(job.request_id)
     return job
 
 

@@ -20,7 +20,7 @@ from train_loop.plan import make_plan, this_machine
 from train_loop.spec import JobSpec
 
 POINT = {"step": 1, "epoch": 0.5, "loss": float("nan"), "learning_rate": 1e-4, "grad_norm": 0.5}
-POINT |= {"tokens": 9, "tokens_per_second": 9.5, "time": 1.5}
+POINT |= {"tokens": 9, "tokens_per_second": 9.5, "memory_bytes": 9, "time": 1.5}
 METRICS = {"last": POINT, "best": {"step": 1, "eval_loss": 1.0}, "eval_loss_before": 2.0, "eval_loss_after": 1.0}
 
 

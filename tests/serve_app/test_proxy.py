@@ -10,6 +10,7 @@ import httpx
 import pytest
 import uvicorn
 
+from serve_app.access import RequestId
 from serve_app.proxy import BodyLimit, Problems
 
 LIMIT = 1000
@@ -141,3 +142,20 @@ def test_nobody_is_told_what_runs_on_this_serve():
         assert httpx.get(f"http://{host}:{port}/-/healthz").status_code == 200
     assert {(a.status_code, a.headers["content-type"]) for a in answers} == {(404, "application/problem+json")}
     assert "Serve" not in answers[0].text
+
+
+@pytest.mark.parametrize(("given", "told"), [("a-1", "a-1"), ("a b", None), (None, None)])
+def test_every_answer_tells_the_id_that_what_is_behind_was_given_once(given, told):
+    seen = {}
+
+    async def echo(scope, receive, send):
+        seen["headers"] = [value for name, value in scope["headers"] if name == b"x-request-id"]
+        headers = [(b"x-request-id", b"of the app"), (b"X-Request-ID", b"of Serve")]
+        await send({"type": "http.response.start", "status": 200, "headers": [(n.lower(), v) for n, v in headers]})
+        await send({"type": "http.response.body", "body": b""})
+
+    with served(RequestId(echo)) as (host, port):
+        answer = httpx.get(f"http://{host}:{port}", headers={"X-Request-Id": given} if given else {})
+    (found,) = answer.headers.get_list("x-request-id")
+    assert seen["headers"] == [found.encode()]
+    assert told in (None, found)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import yaml
 
 from serve_app.client import FINAL, ApiError
 from serve_app.settings import write_private
-from tests.conftest import DOCUMENTED, ORG, TINY, rows
+from tests.conftest import DOCUMENTED, ORG, TINY, rows, serving
+from tests.observed import DASHBOARDS, Prometheus, Spans, dashboard_queries, rules
 from tests.running import DATASETS, FINISH_S, Running, members
 
 pytestmark = pytest.mark.service
@@ -22,9 +25,32 @@ REPO = Path(__file__).parent.parent.parent
 REJECTS = "dataset_config.preprocessing.max_reject_ratio"
 
 
+ON_GPUS = ("ray_node_gram", "ray_node_gpus", "job_gpu_memory")
+
+
 @pytest.fixture(scope="module")
-def service(tmp_path_factory, mirror):
-    running = Running(tmp_path_factory.mktemp("home"), mirror)
+def spans():
+    """The traces of all jobs of this module."""
+    collected = Spans()
+    with serving() as start:
+        collected.url = start(collected.handler())
+        yield collected
+
+
+@pytest.fixture(scope="module")
+def boards(tmp_path_factory):
+    """A folder with our dashboards, into which Ray is told to write its own."""
+    folder = tmp_path_factory.mktemp("dashboards")
+    for dashboard in DASHBOARDS:
+        shutil.copy(dashboard, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory, mirror, spans, boards):
+    watched = {"OTEL_EXPORTER_OTLP_ENDPOINT": spans.url, "OTEL_BSP_SCHEDULE_DELAY": "500"}
+    watched |= {"RAY_metrics_report_interval_ms": "5000", "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR": str(boards)}
+    running = Running(tmp_path_factory.mktemp("home"), mirror, **watched)
     running.start()
     s3 = running.s3()
     s3.create_bucket(Bucket=DATASETS)
@@ -84,6 +110,55 @@ def test_the_documented_job_on_four_workers(service):
     with pytest.raises(ApiError) as caught:
         service.client.cancel(accepted["request_id"], ORG)
     assert caught.value.status == 409
+
+
+def test_a_job_is_watched_in_metrics_logs_and_traces(service, spans, boards, tmp_path):
+    session = Path(service.state()["ray_dir"], "session_latest")
+    prometheus = Prometheus(tmp_path, session / "prom_metrics_service_discovery.json")
+    try:
+        changes = {"train_config.hyperparameters.max_steps": 100_000, "dataset_config.preprocessing.max_reject_ratio": 0.1}
+        headers = {"Authorization": f"Bearer {service.token}", "X-Request-Id": "from-outside-1"}
+        answer = httpx.post(f"{service.up['url']}/job/", json=service.job("watched", changes), headers=headers, timeout=60)
+        assert answer.headers.get_list("x-request-id") == ["from-outside-1"]
+        request_id = answer.json()["request_id"]
+        service.wait(request_id, lambda job: job["step"] >= 3)
+        queries = [expr for dashboard in DASHBOARDS for _, expr in dashboard_queries(dashboard)]
+        queries = [expr.replace("$request_id", request_id).replace("$__rate_interval", "1m") for expr in queries]
+        prometheus.await_data([expr for expr in queries if not any(name in expr for name in ON_GPUS)])
+        for expr in [*queries, *(rule["expr"] for rule in rules())]:
+            prometheus.query(expr)  # raises where it isn't one
+        assert prometheus.query('ALERTS{alertstate="firing"}') == []
+        steps = f'ray_tuneyard_job_step{{request_id="{request_id}"}}'
+        assert [float(found["value"][1]) >= 1 for found in prometheus.query(steps)] == [True]
+        service.client.cancel(request_id, ORG)
+        assert service.wait(request_id)["status"] == "CANCELED"
+        prometheus.await_data([f"absent({steps})"])  # the job's series end with it
+    finally:
+        prometheus.stop()
+
+    provisioned = yaml.safe_load((session / "metrics/grafana/provisioning/dashboards/default.yml").read_text())
+    assert [provider["options"]["path"] for provider in provisioned["providers"]] == [str(boards)]
+    assert {dashboard.name for dashboard in DASHBOARDS} < {path.name for path in boards.glob("*.json")}  # Ray's beside them
+
+    names = {"submit", "queued", "launch", "attempt", "preparing_data", "loading_model", "training", "saving"}
+    of_job = spans.await_names(request_id, names)
+    (request,) = [span for _, span in spans.received if of_job["submit"].span_id in {link.span_id for link in span.links}]
+    assert request.name == "POST /job/"
+
+    grep = subprocess.run(["grep", "-rhF", request_id, session / "logs"], capture_output=True, text=True, check=True)
+    ours = [json.loads(line) for line in grep.stdout.splitlines() if line.startswith("{") and '"event"' in line]
+    assert {line["request_id"] for line in ours} == {request_id}
+    said = {line["event"] for line in ours}
+    assert {"submitted", "request", "cancel requested", "starting", "phase", "phase training", "the attempt has ended"} <= said
+    assert any(line["event"].startswith("step 1/") and line["rank"] == 0 for line in ours)
+    assert "from-outside-1" in {line.get("http_request_id") for line in ours if line["event"] == "submitted"}
+
+
+def test_an_id_of_a_request_that_cannot_stand_in_a_log_is_replaced(service):
+    for path in ("/healthz", "/-/routes", "/nothing"):
+        answer = httpx.get(f"{service.up['url']}{path}", headers={"X-Request-Id": 'a" b'})
+        (told,) = answer.headers.get_list("x-request-id")
+        assert len(told) == 32
 
 
 def test_secrets_are_nowhere_but_where_they_belong(service):
