@@ -19,6 +19,8 @@ from serve_app.routes.answers import JobAnswer, JobMetrics
 from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
 from serve_app.store.jobs import Job, JobStore
+from serve_app.store.tables import wire_time
+from serve_app.webhooks import Webhooks
 from train_loop.spec import JobSpec
 
 
@@ -58,6 +60,8 @@ class Service:
     rate_limit: RateLimit
     plans: Places
     streams: Places
+    webhooks: Webhooks
+    webhook_tests: Places
 
 
 # These two take no thread: on cores that train, each waits for its turn.
@@ -121,20 +125,18 @@ def find_job(here: Service, asking: Principal, request_id: str, org_id: str | No
     return job
 
 
-def json_body(example: dict[str, Any], **properties: dict[str, Any]) -> dict[str, Any]:
-    """OpenAPI's description of a JSON object that a route reads by itself; every property is required, no other is taken."""
-    schema = {"type": "object", "required": list(properties), "properties": properties, "additionalProperties": False}
+def json_body(
+    example: dict[str, Any], optional: dict[str, dict[str, Any]] | None = None, **required: dict[str, Any]
+) -> dict[str, Any]:
+    """OpenAPI's description of a JSON object that a route reads by itself; no other property is taken."""
+    properties = {**required, **(optional or {})}
+    schema = {"type": "object", "required": list(required), "properties": properties, "additionalProperties": False}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema, "example": example}}}}
 
 
 FRESH_S = 2.0
 MAX_ID = 2**63 - 1  # the databases' largest integer
 UUID_SCHEMA = {"type": "string", "format": "uuid"}
-
-
-def wire_time(value: dt.datetime) -> str:
-    """RFC 3339, UTC, milliseconds."""
-    return value.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def render(here: Service, jobs: Sequence[Job]) -> list[JobAnswer]:
