@@ -181,7 +181,7 @@ def train(local_job, tmp_path, changes=None):
 def test_a_model_of_pickles_is_refused_and_none_is_read(base, local_job, tmp_path, name):
     (base / "model.safetensors").unlink()
     (base / name).write_bytes(pickle.dumps(Harm(tmp_path / "harmed")))
-    with pytest.raises(ModelError, match="can't be loaded: .*safetensors") as caught:
+    with pytest.raises(ModelError, match=r"can't be loaded: .*safetensors") as caught:
         train(local_job, tmp_path)
     assert caught.value.field == "model_details.base_model"
     assert not (tmp_path / "harmed").exists()
