@@ -2,9 +2,10 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+TOOLS := .tools
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo demo-vlm test service faults faults-full check format bench docs clean
+.PHONY: setup demo demo-vlm test service faults faults-full check format bench docs sbom audit clean
 
 # The lock holds every package with its version, so nothing is left for pip to resolve; the second line adds what torch's CUDA
 # build needs besides, where that is the one pip found.
@@ -59,5 +60,20 @@ bench: setup
 docs: $(VENV)/installed
 	$(BIN)/python -m serve_app.reference
 
+$(TOOLS)/installed: deploy/supply/tools.lock
+	test -x $(TOOLS)/bin/python || $(BIN)/python -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --no-deps -r deploy/supply/tools.lock
+	touch $@
+
+# What is installed by the lock, with licences, as CycloneDX in sbom.json.
+sbom: $(VENV)/installed $(TOOLS)/installed
+	$(TOOLS)/bin/cyclonedx-py environment --output-reproducible --output-format JSON --output-file sbom.json $(BIN)/python
+	$(BIN)/python deploy/supply/covered.py requirements.lock sbom.json
+
+# Known vulnerabilities of what the lock names. A mirror of PyPI may have no advisories: then this fails, for nothing was looked at.
+AUDIT ?= pypi
+audit: $(TOOLS)/installed
+	$(TOOLS)/bin/pip-audit --strict --no-deps --disable-pip --vulnerability-service $(AUDIT) --requirement requirements.lock
+
 clean:
-	rm -rf $(VENV) .demo .bench
+	rm -rf $(VENV) $(TOOLS) .demo .bench sbom.json

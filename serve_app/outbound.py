@@ -109,13 +109,13 @@ class Poster:
     def post(self, target: Target, headers: Mapping[str, str], body: bytes) -> int:
         """The status of the answer, whatever it is. Raises Unreached."""
         host = f"[{target.host}]" if ":" in target.host else target.host
-        headers = {"host": f"{host}:{target.port}", **headers}
+        sent: dict[bytes | str, bytes | str] = {"host": f"{host}:{target.port}", **headers}
         url = httpcore.URL(scheme=target.scheme, host=target.host, port=target.port, target=target.path)
         network = _Pinned(target, self._resolve, time.monotonic() + DEADLINE_S)
         try:
             with (
                 httpcore.ConnectionPool(self._trust, max_connections=1, network_backend=network) as pool,
-                pool.stream("POST", url, headers=headers, content=body) as answer,
+                pool.stream("POST", url, headers=sent, content=body) as answer,
             ):
                 return int(answer.status)
         except _Refused:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -88,7 +88,7 @@ def new_message_id() -> str:
     return f"msg_{uuid.uuid4().hex}"
 
 
-def message_body(event: str, now: dt.datetime, data: dict[str, object]) -> str:
+def message_body(event: str, now: dt.datetime, data: Mapping[str, object]) -> str:
     """A message's body, which all of its tries send byte by byte."""
     return json.dumps({"type": event, "timestamp": wire_time(now), "data": data}, separators=(",", ":"))
 
