@@ -109,7 +109,7 @@ class Poster:
     def post(self, target: Target, headers: Mapping[str, str], body: bytes) -> int:
         """The status of the answer, whatever it is. Raises Unreached."""
         host = f"[{target.host}]" if ":" in target.host else target.host
-        sent: dict[bytes | str, bytes | str] = {"host": f"{host}:{target.port}", **headers}
+        sent: list[tuple[bytes | str, bytes | str]] = [("host", f"{host}:{target.port}"), *headers.items()]
         url = httpcore.URL(scheme=target.scheme, host=target.host, port=target.port, target=target.path)
         network = _Pinned(target, self._resolve, time.monotonic() + DEADLINE_S)
         try:

@@ -79,6 +79,9 @@ def server() -> Iterator[Server]:
         def do_POST(self) -> None:
             self.answer()
 
+        def do_DELETE(self) -> None:
+            self.answer()
+
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
