@@ -25,7 +25,8 @@ DEADLINE_S = 10.0  # from the first lookup to the answer's status
 CONNECT_S = 5.0  # of one address
 MAX_ADDRESSES = 3  # of a host that are tried
 MAX_URL_CHARS = 2048
-HTTPS_PORT, FIRST_FREE_PORT = 443, 1024  # ports in between are of mail, files and the like
+PORTS = {"https": 443, "http": 80}
+FIRST_FREE_PORT = 1024  # ports below are of mail, files and the like
 HOST = re.compile(r"[a-z0-9-]+(\.[a-z0-9-]+)*")
 TARGET = re.compile(r"[!-\[\]-~]*")  # visible ASCII but the backslash, which some take for a slash
 INWARD = ("local", "localhost", "internal", "intranet", "lan", "home", "corp")  # last parts of names that are of no public host
@@ -51,6 +52,12 @@ class Target:
     port: int
     path: str
     is_listed: bool
+
+    @property
+    def authority(self) -> str:
+        """The host, and the port where it isn't the scheme's own."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == PORTS[self.scheme] else f"{host}:{self.port}"
 
     def takes(self, address: str) -> bool:
         """Whether a connection to this address may be made for it."""
@@ -81,12 +88,12 @@ def target_of(url: str, listed: Sequence[str]) -> Target:
         raise ValueError("isn't a URL: write it as https://host/path")
     is_listed = endpoints.is_listed(host, listed)
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    default = {"https": HTTPS_PORT, "http": 80}.get(parts.scheme)
+    default = PORTS.get(parts.scheme)
     if default is None or (parts.scheme == "http" and not is_listed):
         raise ValueError("must be https; plain http is for hosts on the operator's list (TUNEYARD_ALLOWED_WEBHOOK_HOSTS)")
     target = Target(parts.scheme, str(address or host), default if port is None else port, path, is_listed)
-    if target.port == 0 or not (is_listed or target.port == HTTPS_PORT or target.port >= FIRST_FREE_PORT):
-        raise ValueError(f"its port must be {HTTPS_PORT}, or {FIRST_FREE_PORT} and above")
+    if target.port == 0 or not (is_listed or target.port == default or target.port >= FIRST_FREE_PORT):
+        raise ValueError(f"its port must be {default}, or {FIRST_FREE_PORT} and above")
     inward = address is None and ("." not in host or host.rpartition(".")[2] in INWARD)
     if host in endpoints.METADATA_NAMES or (inward and not is_listed) or (address is not None and not target.takes(str(address))):
         raise ValueError("its host isn't a public one, nor on the operator's list (TUNEYARD_ALLOWED_WEBHOOK_HOSTS)")
@@ -108,8 +115,7 @@ class Poster:
 
     def post(self, target: Target, headers: Mapping[str, str], body: bytes) -> int:
         """The status of the answer, whatever it is. Raises Unreached."""
-        host = f"[{target.host}]" if ":" in target.host else target.host
-        sent: list[tuple[bytes | str, bytes | str]] = [("host", f"{host}:{target.port}"), *headers.items()]
+        sent: list[tuple[bytes | str, bytes | str]] = [("host", target.authority), *headers.items()]
         url = httpcore.URL(scheme=target.scheme, host=target.host, port=target.port, target=target.path)
         network = _Pinned(target, self._resolve, time.monotonic() + DEADLINE_S)
         try:

@@ -82,6 +82,8 @@ def test_hosts_on_the_operators_list_may_be_inward_and_plain():
         assert target_of(url, LOOPBACK).is_listed
     assert target_of("https://127.0.0.1:25/x?y=z", LOOPBACK).path == "/x?y=z"
     assert not target_of("https://hooks.example:8443/", LOOPBACK).is_listed
+    shown = {"https://a.example/": "a.example", "https://a.example:8443/": "a.example:8443", "http://[::1]/": "[::1]"}
+    assert {url: target_of(url, LOOPBACK).authority for url in shown} == shown
     with pytest.raises(ValueError, match="public one"):
         target_of("http://169.254.169.254/", ["*"])
 
