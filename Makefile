@@ -3,9 +3,10 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 PROMETHEUS := .prometheus/usr/bin/promtool
+TOOLS := .tools
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo demo-vlm test service faults faults-full check format bench docs image clean
+.PHONY: setup demo demo-vlm test service faults faults-full check format bench docs image sbom audit clean
 
 # The lock holds every package with its version, so nothing is left for pip to resolve; the second line adds what torch's CUDA
 # build needs besides, where that is the one pip found.
@@ -78,5 +79,20 @@ image:
 	DOCKER_BUILDKIT=1 $$(command -v docker || command -v buildah) build --file deploy/image/Dockerfile --target $(TARGET) \
 		--build-arg REVISION=$$(git rev-parse HEAD) --tag tuneyard:$(TARGET) $(BUILD_FLAGS) .
 
+$(TOOLS)/installed: deploy/supply/tools.lock
+	test -x $(TOOLS)/bin/python || $(BIN)/python -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --no-deps -r deploy/supply/tools.lock
+	touch $@
+
+# What is installed by the lock, with licences, as CycloneDX in sbom.json.
+sbom: $(VENV)/installed $(TOOLS)/installed
+	$(TOOLS)/bin/cyclonedx-py environment --output-reproducible --output-format JSON --output-file sbom.json $(BIN)/python
+	$(BIN)/python deploy/supply/covered.py requirements.lock sbom.json
+
+# Known vulnerabilities of what the lock names. A mirror of PyPI may have no advisories: then this fails, for nothing was looked at.
+AUDIT ?= pypi
+audit: $(TOOLS)/installed
+	$(TOOLS)/bin/pip-audit --strict --no-deps --disable-pip --vulnerability-service $(AUDIT) --requirement requirements.lock
+
 clean:
-	rm -rf $(VENV) .demo .bench .prometheus
+	rm -rf $(VENV) $(TOOLS) .demo .bench .prometheus sbom.json

@@ -19,15 +19,17 @@ from serve_app.auth import Verifier
 from serve_app.cluster import DISPATCHER, actor_name, poke_dispatcher
 from serve_app.planner import Planner
 from serve_app.quota import Places, RateLimit
-from serve_app.routes import health, jobs, journal, secrets
+from serve_app.routes import health, jobs, journal, secrets, webhooks
 from serve_app.routes.service import Runtime, Service
 from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
 from serve_app.store.jobs import Job, JobStore
+from serve_app.webhooks import Webhooks
 from train_loop.spec import JobSpec
 
-ROOMS = (health, journal, jobs, secrets)
+ROOMS = (health, journal, jobs, secrets, webhooks)
 MAX_ONGOING = 200  # requests at one replica
+MAX_WEBHOOK_TESTS, MAX_WEBHOOK_TESTS_PER_ORG = 8, 2  # each may take ten seconds of a thread
 MAX_STREAMS = 150  # of those, for the others are to be answered while as many follow their jobs
 
 
@@ -80,7 +82,9 @@ def build_app(settings: Settings, store: JobStore, runtime: Runtime) -> FastAPI:
     vault, verifier = SecretVault.from_settings(store, settings), Verifier.from_settings(settings)
     plans = Places("plans", settings.max_plans_per_org, settings.max_plans)
     streams = Places("streams", settings.max_streams_per_org, MAX_STREAMS)
-    app.state.service = Service(store, settings, vault, runtime, verifier, RateLimit(settings.rate_limit), plans, streams)
+    tests = Places("tests of webhooks", MAX_WEBHOOK_TESTS_PER_ORG, MAX_WEBHOOK_TESTS)
+    rate, told = RateLimit(settings.rate_limit), Webhooks.of(store, vault, settings)
+    app.state.service = Service(store, settings, vault, runtime, verifier, rate, plans, streams, told, tests)
     for room in ROOMS:
         app.include_router(room.router)
     for path in (app.docs_url, app.openapi_url):

@@ -24,10 +24,12 @@ from serve_app.meter import QueueMeter
 from serve_app.quota import default_quota
 from serve_app.ready import ReadyProcesses
 from serve_app.scheduler import EPSILON, HALF_LIFE_S, Bundle, Decision, Gang, Limits, Room, Run, Shares, decide
+from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
 from serve_app.store import pauses
 from serve_app.store.jobs import STORE_AWAY, Job, JobStore, StaleAttempt, utc_now
 from serve_app.store.quotas import Quota, all_quotas
+from serve_app.webhooks import Deliverer, Webhooks
 from train_loop.errors import Cause
 
 log = structlog.get_logger()
@@ -41,6 +43,7 @@ UNPLACEABLE_S = 600.0  # a machine may be away for a while; a job too large for 
 CAPACITY_S = 30.0
 CLEAN_S = 600.0
 READY_S = 3.0
+WEBHOOKS_S = 1.0
 
 
 class Dispatcher:
@@ -61,6 +64,7 @@ class Dispatcher:
         self.leads = False
         threading.Thread(target=self._loop, name="dispatch", daemon=True).start()
         threading.Thread(target=self._keep_house, name="housekeeping", daemon=True).start()
+        threading.Thread(target=self._tell, name="webhooks", daemon=True).start()
         if settings.ready_workers:
             threading.Thread(target=self._keep_ready, args=[settings.ready_workers], name="ready", daemon=True).start()
 
@@ -108,6 +112,19 @@ class Dispatcher:
                     ready.top_up()
             except Exception:
                 log.warning("no processes can be kept ready; trying again", exc_info=True)
+
+    def _tell(self) -> None:
+        vault = SecretVault.from_settings(self.store, self.settings)
+        deliverer = Deliverer(self.store, Webhooks.of(self.store, vault, self.settings))
+        while True:
+            time.sleep(WEBHOOKS_S)
+            try:
+                if self.leads:
+                    deliverer.run()
+            except STORE_AWAY as error:
+                log.warning("the job store is away; webhooks wait", error=type(error).__name__)
+            except Exception:
+                log.exception("webhooks can't be told; trying again")
 
     def _keep_house(self) -> None:
         while True:

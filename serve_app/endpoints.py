@@ -11,6 +11,9 @@ from urllib.parse import urlsplit
 # Cloud metadata services that aren't link-local: AWS over IPv6, Alibaba, Oracle; and their names.
 METADATA_ADDRESSES = frozenset({"fd00:ec2::254", "100.100.100.200", "192.0.0.192", "fd20:ce::254"})
 METADATA_NAMES = frozenset({"metadata", "metadata.google.internal", "instance-data", "instance-data.ec2.internal"})
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+UNICAST = ipaddress.ip_network("2000::/3")  # of IPv6, all that anybody was ever given on the internet
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def is_allowed(url: str, patterns: Iterable[str], *, with_path: bool = False) -> bool:
@@ -27,9 +30,14 @@ def is_allowed(url: str, patterns: Iterable[str], *, with_path: bool = False) ->
     if (parts.path.strip("/") and not with_path) or parts.query or parts.fragment:
         return False
     host = host.rstrip(".").lower()
-    address = _address(host)
-    if host in METADATA_NAMES or (address is not None and _is_off_limits(address)):
+    address = address_of(host)
+    if host in METADATA_NAMES or (address is not None and is_off_limits(address)):
         return False
+    return is_listed(host, patterns)
+
+
+def is_listed(host: str, patterns: Iterable[str]) -> bool:
+    """Whether the operator's list has this host, which is in lower case."""
     return any(fnmatch.fnmatchcase(host, pattern.lower()) for pattern in patterns)
 
 
@@ -41,7 +49,7 @@ def is_allowed_now(url: str, patterns: Iterable[str], *, with_path: bool = False
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(host_of(url), None)}
     except (OSError, UnicodeError):
         return True  # the storage can't be reached: the reader says so in its own words
-    return not any(_is_off_limits(ipaddress.ip_address(address.partition("%")[0])) for address in found)
+    return not any(is_off_limits(ipaddress.ip_address(address.partition("%")[0])) for address in found)
 
 
 def host_of(url: str) -> str:
@@ -52,7 +60,7 @@ def host_of(url: str) -> str:
         return ""
 
 
-def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def address_of(host: str) -> Address | None:
     """The address that a literal stands for, also in the spellings that only the C library reads (2852039166, 0xa9.254.1)."""
     try:
         return ipaddress.ip_address(host)
@@ -64,8 +72,25 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return None
 
 
-def _is_off_limits(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    mapped = getattr(address, "ipv4_mapped", None)
-    if mapped is not None:
-        return _is_off_limits(mapped)
+def is_public(address: Address) -> bool:
+    """Whether this is an address of the internet at large: of nobody's own network, and no other one's wrapping."""
+    if is_off_limits(address) or not address.is_global or address.is_multicast:
+        return False
+    return isinstance(address, ipaddress.IPv4Address) or (address in UNICAST and _wrapped(address) is None)
+
+
+def is_off_limits(address: Address) -> bool:
+    """Whether nobody may name this address, whatever the operator's list says."""
+    inner = _wrapped(address)
+    if inner is not None:
+        return is_off_limits(inner)
     return address.is_link_local or address.is_multicast or address.is_unspecified or str(address) in METADATA_ADDRESSES
+
+
+def _wrapped(address: Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address that an IPv6 one is another way to: mapped, by NAT64, by 6to4, or in the compatible form of old."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return None
+    if address in NAT64 or (address.packed[:12] == bytes(12) and not address.is_loopback):
+        return ipaddress.IPv4Address(address.packed[12:])
+    return address.ipv4_mapped or address.sixtofour

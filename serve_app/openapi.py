@@ -40,7 +40,11 @@ REFUSALS: dict[str, tuple[str, dict[str, Any]]] = {
     "403": ("The token doesn't speak for this org, or lacks the scope.", {}),
     "404": ("The token's orgs have nothing by this id.", {}),
     "408": ("The body came too slowly.", {}),
-    "409": ("Another job has the name, the Idempotency-Key came with another body, or the job's state is against it.", {}),
+    "409": (
+        "Another job has the name, the Idempotency-Key came with another body, the job's state is against it, or the org has as "
+        "many webhooks as it may.",
+        {},
+    ),
     "413": ("The body is too long; said before it is read.", {}),
     "415": ("The body is of no kind that is taken.", {}),
     "422": ("Fields are wrong; `errors` has all of them.", {}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
 import uuid
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
-from cryptography.fernet import Fernet, InvalidToken
+from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 
 from serve_app import endpoints
 from serve_app.aws import SECRET_ID, AwsIdentity, is_arn, is_listed, may_name
@@ -65,7 +66,8 @@ class SecretVault:
         allowed_trackers: Sequence[str] = (),
     ) -> None:
         self._store = store
-        self._fernet = Fernet(key)
+        # The first key seals; those after it are of before, and still open what they have sealed.
+        self._fernet = MultiFernet([Fernet(k.strip()) for k in key.split(",")])
         self._allowed_endpoints = allowed_endpoints
         self._allowed_arns = allowed_arns
         self._aws = aws or AwsIdentity()
@@ -109,7 +111,7 @@ class SecretVault:
                 raise invalid([field_error(f"data.{url}", message)])
         now = dt.datetime.now(dt.UTC)
         secret = Secret(str(uuid.uuid4()), org_id, name, type_, now, "endpoint_url" in values)
-        sealed = self._fernet.encrypt(json.dumps(values).encode())
+        sealed = self.seal(json.dumps(values))
         with self._store.write() as tx:
             tx.execute(
                 sa.insert(secrets).values(
@@ -119,6 +121,19 @@ class SecretVault:
             if by is not None:
                 add_entry(tx, by, "secret.add", secret.secret_id, org_id=org_id)
         return secret
+
+    def seal(self, text: str) -> bytes:
+        """The text as it may be stored."""
+        return self._fernet.encrypt(text.encode())
+
+    def unseal(self, sealed: bytes) -> str:
+        """The other way round. Raises DatasetError for what another key has sealed."""
+        try:
+            return self._fernet.decrypt(sealed).decode()
+        except InvalidToken:
+            raise _error(
+                "secret_unreadable", "this secret was sealed with another TUNEYARD_SECRET_KEY: store it again."
+            ) from None
 
     def list(self, org_id: str) -> list[Secret]:
         """The org's secrets, newest first, without values."""
@@ -213,15 +228,9 @@ class SecretVault:
     def _open(self, row: sa.Row[Any]) -> SecretData:
         # Nothing is raised inside a handler: the errors of json and pydantic hold the text they stumbled over.
         data: SecretData | None = None
-        sealed_here = True
-        try:
-            data = parse(row.type, json.loads(self._fernet.decrypt(row.ciphertext)))
-        except InvalidToken:
-            sealed_here = False
-        except (ValueError, TypeError, AttributeError, RecursionError, ApiError):
-            pass
-        if not sealed_here:
-            raise _error("secret_unreadable", "this secret was sealed with another TUNEYARD_SECRET_KEY: store it again.")
+        text = self.unseal(row.ciphertext)
+        with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError, ApiError):
+            data = parse(row.type, json.loads(text))
         if data is None:
             raise _error("secret_unreadable", "what is stored of this secret can't be read any more: store it again.")
         return data

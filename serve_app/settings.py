@@ -90,12 +90,19 @@ class Settings(BaseSettings):
     jwt_issuer: str | None = Field(None, description="Required `iss` of tokens.")
     jwt_audience: str | None = Field(None, description="Required `aud` of tokens.")
     jwt_leeway_s: int = Field(30, ge=0, description="Clock difference allowed in tokens, in seconds.")
-    secret_key: SecretStr | None = Field(None, description="Fernet key that encrypts stored secrets.")
+    secret_key: SecretStr | None = Field(
+        None, description="Fernet key that encrypts stored secrets; after a comma, earlier ones that still open what they sealed."
+    )
     allowed_s3_endpoints: list[str] = Field(
         default_factory=list, description="Hosts (wildcards allowed) that s3 secrets may name; embedded: loopback."
     )
     allowed_tracker_endpoints: list[str] = Field(
         default_factory=list, description="Hosts (wildcards allowed) that mlflow and wandb secrets may name; embedded: loopback."
+    )
+    allowed_webhook_hosts: list[str] = Field(
+        default_factory=list,
+        description="Hosts (wildcards allowed) whose webhooks may be plain http and on a private network; others must be public "
+        "ones, by https. Embedded: loopback.",
     )
     allowed_secret_arns: list[str] = Field(
         default_factory=list,
@@ -188,7 +195,7 @@ class Settings(BaseSettings):
             "ready_workers": (_ready_workers() if self.ready_workers is None else self.ready_workers) if self.embedded else 0,
             "secret_key": self.secret_key or _read_secret(home / "secret.key"),
         }
-        for name in ("allowed_s3_endpoints", "allowed_tracker_endpoints"):
+        for name in ("allowed_s3_endpoints", "allowed_tracker_endpoints", "allowed_webhook_hosts"):
             if self.embedded and not getattr(self, name):
                 defaults[name] = ["127.0.0.1", "localhost", "::1"]
         for name, value in defaults.items():

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
+from jinja2.nodes import Pow
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import ValidationError
 
@@ -176,13 +177,15 @@ def _template_errors(spec: JobSpec) -> list[dict[str, Any]]:
         return []
     try:
         plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # transformers' own tag
-        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+        has_power = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(plain).find(Pow) is not None
     except TemplateSyntaxError as error:
         message = f"isn't a Jinja template: {error.message} in line {error.lineno}"
     except (RecursionError, ValueError) as error:  # nesting without end; numbers of thousands of digits
         message = f"isn't a Jinja template that can be used ({type(error).__name__})"
     else:
-        return []
+        if not has_power:
+            return []
+        message = "has the operator **, which no chat template needs"
     return [field_error("dataset_config.preprocessing.prompt.template", message)]
 
 

@@ -13,6 +13,13 @@ def first_line(error: BaseException | None, otherwise: str = "no message") -> st
     return (str(error).strip().splitlines() or [otherwise])[0][:MAX_SAID_CHARS]
 
 
+def why_unloadable(error: BaseException) -> str:
+    """What keeps a model's files from being loaded, as a library says it; but none of ours is ever told to run their code."""
+    if "trust_remote_code" in str(error):
+        return "it needs code that comes with it (auto_map), and no model's own code is run here"
+    return first_line(error, type(error).__name__)
+
+
 class UserError(Exception):
     """The user's input, or something they own (bucket, keys, rows), stops the job.
 

@@ -29,7 +29,7 @@ from train_loop.data.prepare import decode_row
 from train_loop.data.sampler import BatchPlan
 from train_loop.data.sources import SourceFile, filesystem_for, find_files
 from train_loop.data.tokenize import IGNORE_INDEX, ChatTokenizer, Sample
-from train_loop.errors import DatasetError, ModelError
+from train_loop.errors import DatasetError, ModelError, why_unloadable
 from train_loop.loss import chunk_tokens
 from train_loop.model.adapters import ALL_LINEAR, expert_parameters, is_named, linear_layers, named, rank
 from train_loop.model.load import DTYPES, auto_class, compute_dtype, family_of, language_part
@@ -196,7 +196,7 @@ def _described(spec: JobSpec, folder: Path) -> tuple[ModelShape, ChatTokenizer]:
     except ModelError:
         raise
     except Exception as error:  # transformers has no kind of its own for what it can't read
-        said = f"transformers can't use the config.json of {spec.model_details.base_model} ({type(error).__name__})."
+        said = f"transformers can't use the config.json of {spec.model_details.base_model} ({why_unloadable(error)})."
         raise ModelError(said, field="model_details.base_model") from error
     images = ImageTokens(load_processor(folder)) if shape.sight is not None else None
     return shape, ChatTokenizer.of(spec, load_tokenizer(folder), images)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from serve_app.cli import admin, chat, here, identity, jobs, plan, reads, secret, serve
+from serve_app.cli import admin, chat, here, identity, jobs, plan, reads, secret, serve, webhook
 from serve_app.cli.common import app, plain
 from serve_app.cli.failures import in_words
 from serve_app.cli.job_file import read_spec
 
-__all__ = ["admin", "app", "chat", "here", "identity", "jobs", "main", "plan", "read_spec", "reads", "secret", "serve"]
+__all__ = ["admin", "app", "chat", "here", "identity", "jobs", "main", "plan", "read_spec", "reads", "secret", "serve", "webhook"]
 
 
 def main() -> None:

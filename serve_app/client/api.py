@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from urllib.parse import quote, urlsplit
@@ -150,6 +150,23 @@ def create_secret(org: str, name: str, type_: str, data: Mapping[str, str]) -> C
 
 def list_secrets(org: str) -> Call[answers.Secrets]:
     return Call("GET", "/secret/list/", {"params": {"org_id": org}})
+
+
+def create_webhook(org: str, url: str, events: Sequence[str] | None = None) -> Call[answers.NewWebhook]:
+    body = given(org=org, url=url, events=None if events is None else list(events))
+    return Call("POST", "/webhook/", {"json": body}, retry=False)
+
+
+def list_webhooks(org: str) -> Call[answers.WebhookList]:
+    return Call("GET", "/webhook/list/", {"params": {"org_id": org}})
+
+
+def test_webhook(webhook_id: str, org: str) -> Call[answers.TestedWebhook]:
+    return Call("POST", f"/webhook/{quote(webhook_id, safe='')}/test", {"params": {"org_id": org}}, retry=False)
+
+
+def delete_webhook(webhook_id: str, org: str) -> Call[answers.DeletedWebhook]:
+    return Call("DELETE", f"/webhook/{quote(webhook_id, safe='')}", {"params": {"org_id": org}}, retry=False)
 
 
 def delete_secret(secret_id: str, org: str) -> Call[answers.Deleted]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -113,6 +113,22 @@ class Client:
     def delete_secret(self, secret_id: str, org: str) -> answers.Deleted:
         """Delete a secret."""
         return self._answer(api.delete_secret(secret_id, org))
+
+    def create_webhook(self, org: str, url: str, events: Sequence[str] | None = None) -> answers.NewWebhook:
+        """Have an endpoint told when jobs of the org end; its secret is in this answer only. Default: every event."""
+        return self._answer(api.create_webhook(org, url, events))
+
+    def list_webhooks(self, org: str) -> answers.WebhookList:
+        """The org's webhooks, without secrets."""
+        return self._answer(api.list_webhooks(org))
+
+    def test_webhook(self, webhook_id: str, org: str) -> answers.TestedWebhook:
+        """Send the endpoint a test message; whether it took it."""
+        return self._answer(api.test_webhook(webhook_id, org))
+
+    def delete_webhook(self, webhook_id: str, org: str) -> answers.DeletedWebhook:
+        """Delete a webhook, with what it was still to be told."""
+        return self._answer(api.delete_webhook(webhook_id, org))
 
     def iter_jobs(
         self, org: str, *, status: str | None = None, experiment_name: str | None = None, page_size: int = 100

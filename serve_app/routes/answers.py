@@ -276,6 +276,42 @@ class Secrets(TypedDict):
     secrets: Annotated[list[SecretAnswer], _is("Without values.")]
 
 
+class WebhookAnswer(TypedDict):
+    """An endpoint that is told when jobs of its org end."""
+
+    webhook_id: Annotated[str, _id("Its id.")]
+    url: Annotated[str, _is("Where messages are posted.")]
+    events: Annotated[list[str], _is("Which: job.completed, job.failed, job.canceled.")]
+    created_at: Annotated[str, _time("When it was stored.")]
+
+
+class NewWebhook(WebhookAnswer):
+    """The same, with what only this answer ever shows."""
+
+    secret: Annotated[str, _is("Signs its messages: `whsec_` and the key in base64.")]
+
+
+class WebhookList(TypedDict):
+    """The org's webhooks."""
+
+    webhooks: Annotated[list[WebhookAnswer], _is("Newest first, without secrets.")]
+
+
+class TestedWebhook(TypedDict):
+    """What came of a test message."""
+
+    webhook_id: Annotated[str, _id("Its id.")]
+    delivered: Annotated[bool, _is("Whether the endpoint answered with a status of 200 to 299.")]
+    error: Annotated[str | None, _is("Else why not.")]
+
+
+class DeletedWebhook(TypedDict):
+    """A webhook that is gone."""
+
+    webhook_id: Annotated[str, _id("Its id.")]
+    deleted: Annotated[bool, _is("true.")]
+
+
 class Deleted(TypedDict):
     """A secret that is gone."""
 

@@ -52,6 +52,15 @@ NEW_SECRET = {
     "type": "aws",
     "data": {"access_key_id": "AKIA…", "secret_access_key": "…", "region": "us-west-2"},
 }
+WEBHOOK = {
+    "webhook_id": "b9d6f1a4-2f77-4c39-9d57-0b0a3a3a7a10",
+    "url": "https://hooks.example.com/tuneyard",
+    "events": ["job.canceled", "job.completed", "job.failed"],
+    "created_at": "2026-01-02T03:04:05.678Z",
+}
+WEBHOOK_ONCE = {**WEBHOOK, "secret": "whsec_…"}
+NEW_WEBHOOK = {"org": SPEC["org"], "url": WEBHOOK["url"], "events": ["job.completed", "job.failed"]}
+WEBHOOK_TESTED = {"webhook_id": WEBHOOK["webhook_id"], "delivered": False, "error": "it answered with status 404"}
 NAMED = {"org_id": SPEC["org"], "request_id": JOB_ID}
 _resolved = JobSpec.model_validate(SPEC).model_dump(mode="json")
 JOB: JobAnswer = {

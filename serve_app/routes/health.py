@@ -8,8 +8,9 @@ from fastapi import APIRouter, Response
 
 from serve_app.errors import ApiError
 from serve_app.routes.answers import Health, documented, reply
-from serve_app.routes.service import PAUSED, Here, wire_time
+from serve_app.routes.service import PAUSED, Here
 from serve_app.store import pauses
+from serve_app.store.tables import wire_time
 
 router = APIRouter(tags=["health"])
 NO_TOKEN: dict[str, Any] = {"security": []}

@@ -20,9 +20,10 @@ from serve_app.errors import ApiError
 from serve_app.lifecycle import FINAL
 from serve_app.routes import examples
 from serve_app.routes.answers import Artifacts, Events, Logs, Points, documented, reply
-from serve_app.routes.service import MAX_ID, Asking, Here, Service, find_job, wire_time
+from serve_app.routes.service import MAX_ID, Asking, Here, Service, find_job
 from serve_app.storage import artifacts
 from serve_app.store.jobs import Job
+from serve_app.store.tables import wire_time
 
 router = APIRouter(tags=["jobs"])
 FOLLOW_POLL_S = 1.0

@@ -9,9 +9,10 @@ from serve_app.body import read_fields, unknown_names
 from serve_app.errors import ApiError, beside, field_error, invalid
 from serve_app.routes import examples
 from serve_app.routes.answers import Deleted, SecretAnswer, Secrets, documented, reply
-from serve_app.routes.service import UUID_SCHEMA, Asking, Here, json_body, refusals_noted, uuid_of, wire_time
+from serve_app.routes.service import UUID_SCHEMA, Asking, Here, json_body, refusals_noted, uuid_of
 from serve_app.secret_types import TYPES, data_schema
 from serve_app.secrets import Secret
+from serve_app.store.tables import wire_time
 
 router = APIRouter(tags=["secrets"])
 MAX_NAME_CHARS = 128

@@ -22,6 +22,8 @@ from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
 from serve_app.store.audit import add_entry
 from serve_app.store.jobs import Conflict, Job, JobStore
+from serve_app.store.tables import wire_time
+from serve_app.webhooks import Webhooks
 from train_loop.spec import JobSpec
 
 
@@ -61,6 +63,8 @@ class Service:
     rate_limit: RateLimit
     plans: Places
     streams: Places
+    webhooks: Webhooks
+    webhook_tests: Places
 
 
 # These two take no thread: on cores that train, each waits for its turn.
@@ -140,9 +144,12 @@ def refusals_noted(here: Service, asking: Principal, action: str, org_id: Any, o
         raise
 
 
-def json_body(example: dict[str, Any], **properties: dict[str, Any]) -> dict[str, Any]:
-    """OpenAPI's description of a JSON object that a route reads by itself; every property is required, no other is taken."""
-    schema = {"type": "object", "required": list(properties), "properties": properties, "additionalProperties": False}
+def json_body(
+    example: dict[str, Any], optional: dict[str, dict[str, Any]] | None = None, **required: dict[str, Any]
+) -> dict[str, Any]:
+    """OpenAPI's description of a JSON object that a route reads by itself; no other property is taken."""
+    properties = {**required, **(optional or {})}
+    schema = {"type": "object", "required": list(required), "properties": properties, "additionalProperties": False}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema, "example": example}}}}
 
 
@@ -150,11 +157,6 @@ FRESH_S = 2.0
 PAUSED = "The operator has paused the service: nothing starts until it goes on."
 MAX_ID = 2**63 - 1  # the databases' largest integer
 UUID_SCHEMA = {"type": "string", "format": "uuid"}
-
-
-def wire_time(value: dt.datetime) -> str:
-    """RFC 3339, UTC, milliseconds."""
-    return value.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def told(job: Job) -> str:

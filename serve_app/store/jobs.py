@@ -26,6 +26,7 @@ from serve_app.store.audit import By, add_entry
 from serve_app.store.journal import Journal, Notes, add_event, add_notes
 from serve_app.store.pauses import PAUSED
 from serve_app.store.tables import capacity, idempotency, jobs, leases, quotas
+from serve_app.store.webhooks import announce
 from train_loop.errors import Cause
 from train_loop.spec import JobSpec
 
@@ -480,7 +481,7 @@ class JobStore:
                 values |= {"error_code": str(cause), "error_message": text}
             tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**values))
             add_event(tx, request_id, str(cause), text)
-            return _require(tx, request_id)
+            return _announced(tx, request_id)
 
     def refuse(self, request_id: str, code: str, message: str) -> Job:
         """QUEUED, or between two attempts → FAILED, for a job that no attempt can ever be made of. Raises StaleAttempt."""
@@ -493,7 +494,7 @@ class JobStore:
             ended = {"retry_at": None, "completed_at": now, "updated_at": now}
             tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**values, **ended))
             add_event(tx, request_id, "failed", message)
-            return _require(tx, request_id)
+            return _announced(tx, request_id)
 
     def cancel_ended(self, request_id: str, attempt: int, message: str) -> Job:
         """RUNNING with a wish to cancel → CANCELED, once nothing of the run is left; again is harmless. Raises StaleAttempt."""
@@ -507,7 +508,7 @@ class JobStore:
             ended = {"status": Status.CANCELED, "message": message, "retry_at": None, "completed_at": now, "updated_at": now}
             tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**ended))
             add_event(tx, request_id, "canceled", message)
-            return _require(tx, request_id)
+            return _announced(tx, request_id)
 
     def finish(self, request_id: str, attempt: int, status: Status, *, message: str, **fields: Any) -> Job:
         """An open attempt → a final state. Again with the same state changes nothing. Raises StaleAttempt, IllegalTransition."""
@@ -521,7 +522,7 @@ class JobStore:
             ended = {"status": status, "message": message, "completed_at": now, "updated_at": now, **fields}
             tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**ended))
             add_event(tx, request_id, status.lower(), message)
-            return _require(tx, request_id)
+            return _announced(tx, request_id)
 
     def ask_to_yield(self, request_id: str, attempt: int, message: str, by: By | None = None) -> Job:
         """Have a RUNNING job save and go back to the queue; the dispatcher sees to it. Again is harmless. Raises StaleAttempt."""
@@ -606,7 +607,7 @@ class JobStore:
             tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**values))
             add_event(tx, request_id, "cancel_requested", "cancel requested")
             _note(tx, by, "job.cancel", job)
-            return _require(tx, request_id)
+            return _announced(tx, request_id)
 
     # --- the dispatcher's lease ---
 
@@ -697,6 +698,14 @@ def _name_in_motion(name: str) -> Conflict:
 
 def _require(tx: Connection, request_id: str) -> Job:
     return _job(tx.execute(sa.select(jobs).where(jobs.c.request_id == request_id).with_for_update()).one())
+
+
+def _announced(tx: Connection, request_id: str) -> Job:
+    """The job that was just changed; if that ended it, the org's webhooks are to be told."""
+    job = _require(tx, request_id)
+    if job.status in FINAL:
+        announce(tx, job)
+    return job
 
 
 def _require_attempt(tx: Connection, request_id: str, attempt: int) -> Job:

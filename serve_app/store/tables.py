@@ -28,6 +28,11 @@ class UtcTime(sa.TypeDecorator[dt.datetime]):
         return stored.replace(tzinfo=dt.UTC) if stored.tzinfo is None else stored.astimezone(dt.UTC)
 
 
+def wire_time(value: dt.datetime) -> str:
+    """RFC 3339, UTC, milliseconds."""
+    return value.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 metadata = sa.MetaData(
     naming_convention={
         "ix": "ix_%(table_name)s_%(column_0_name)s",
@@ -125,6 +130,31 @@ secrets = sa.Table(
     sa.Column("type", sa.String(16), nullable=False),
     sa.Column("ciphertext", sa.LargeBinary, nullable=False),
     sa.Column("created_at", UtcTime, nullable=False),
+)
+
+webhooks = sa.Table(
+    "webhooks",
+    metadata,
+    sa.Column("webhook_id", sa.String(36), primary_key=True),
+    sa.Column("org_id", sa.String(36), nullable=False, index=True),
+    sa.Column("url", sa.Text, nullable=False),
+    sa.Column("events", sa.JSON, nullable=False),
+    sa.Column("ciphertext", sa.LargeBinary, nullable=False),
+    sa.Column("created_at", UtcTime, nullable=False),
+)
+
+# What endpoints are still to be told. A row goes when it was delivered, or is given up.
+webhook_messages = sa.Table(
+    "webhook_messages",
+    metadata,
+    sa.Column("seq", BigId, primary_key=True, autoincrement=True),
+    sa.Column("message_id", sa.String(64), nullable=False),
+    sa.Column("webhook_id", sa.String(36), nullable=False, index=True),
+    sa.Column("org_id", sa.String(36), nullable=False),
+    sa.Column("request_id", sa.String(36), nullable=False),
+    sa.Column("body", sa.Text, nullable=False),
+    sa.Column("created_at", UtcTime, nullable=False),
+    sa.Column("next_at", UtcTime, nullable=False, index=True),
 )
 
 leases = sa.Table(

@@ -79,6 +79,9 @@ def server() -> Iterator[Server]:
         def do_POST(self) -> None:
             self.answer()
 
+        def do_DELETE(self) -> None:
+            self.answer()
+
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
@@ -528,6 +531,38 @@ def test_secret_add_refuses_what_does_not_go_together(tmp_path: Path, arguments:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert "Traceback" not in done.stderr
+
+
+WEBHOOK = {
+    "webhook_id": "w",
+    "url": "https://h.example/\x1b[2J",
+    "events": ["job.failed"],
+    "created_at": "2026-01-02T03:04:05.678Z",
+}
+
+
+def test_webhooks_are_added_listed_tested_and_deleted(tmp_path: Path, server: Server) -> None:
+    where = ["--org", ORG, "--url", server.url, "--token", TOKEN]
+
+    def ask(answer: Any, *arguments: str) -> subprocess.CompletedProcess[str]:
+        server.answers = [Answer(200, answer)]
+        return tuneyard(tmp_path, "webhook", *arguments, *where)
+
+    made = ask(WEBHOOK | {"secret": "whsec_x"}, "add", "https://h.example/", "--event", "job.failed")
+    assert made.stdout == "w\nwhsec_x\n", made.stderr
+    assert json.loads(server.requests[-1][2]) == {"org": ORG, "url": "https://h.example/", "events": ["job.failed"]}
+    ask(WEBHOOK | {"secret": "whsec_x"}, "add", "https://h.example/")
+    assert json.loads(server.requests[-1][2]) == {"org": ORG, "url": "https://h.example/"}
+    listed = ask({"webhooks": [WEBHOOK]}, "list").stdout
+    assert listed.startswith("w  https://h.example/")
+    assert "\x1b" not in listed
+    tests = "POST /webhook/w/test?org_id=" + ORG
+    for error, code in ((None, 0), ("it answered with status 404", 1)):
+        done = ask({"webhook_id": "w", "delivered": error is None, "error": error}, "test", "w")
+        assert (done.returncode, server.requests[-1][0]) == (code, tests)
+        assert (error or "delivered") in done.stdout + done.stderr
+    assert "deleted" in ask({"webhook_id": "w", "deleted": True}, "delete", "w").stdout
+    assert server.requests[-1][0] == "DELETE /webhook/w?org_id=" + ORG
 
 
 def public(kind: type) -> set[str]:

@@ -26,6 +26,10 @@ ANSWERS = {
     "create_secret('', '', '', {})": "SecretAnswer",
     "list_secrets('')": "Secrets",
     "delete_secret('', '')": "Deleted",
+    "create_webhook('', '')": "NewWebhook",
+    "list_webhooks('')": "WebhookList",
+    "test_webhook('', '')": "TestedWebhook",
+    "delete_webhook('', '')": "DeletedWebhook",
 }
 ENTRIES = {
     "follow_events('', '')": "EventEntry",

@@ -311,6 +311,7 @@ def test_all_field_errors_come_at_once_with_their_names(http, store, job):
         ({"infra_config.node_count": 5}, "infra_config.node_count", "room for 8"),
         ({"dataset_config.preprocessing.prompt.max_length": 100_000}, "dataset_config.preprocessing.prompt.max_length", "8192"),
         ({"dataset_config.preprocessing.prompt.template": "{% if %}"}, "dataset_config.preprocessing.prompt.template", "line 1"),
+        ({TEMPLATE: "{{ 9 ** 9 ** 9 }}"}, TEMPLATE, "operator **"),
         ({"model_details.base_model": "a" * 300}, "model_details.base_model", "hub id"),
         ({"dataset_details.dataset_path": "bucket/key"}, "dataset_details.dataset_path", "s3://"),
         ({"dataset_details.secret_id": None}, "dataset_details.secret_id", "private dataset"),

@@ -155,7 +155,7 @@ def multipart(draw):
     return body + draw(st.sampled_from([b"--b--\r\n", b"", b"--b"]))
 
 
-@pytest.mark.parametrize("path", ["/job/", "/job/plan/", "/job/cancel/", "/job/resume/", "/secret/"])
+@pytest.mark.parametrize("path", ["/job/", "/job/plan/", "/job/cancel/", "/job/resume/", "/secret/", "/webhook/"])
 def test_no_body_is_a_server_error(http, path, halves):
     @some(halves, 30)
     @given(

@@ -119,7 +119,7 @@ def test_a_template_that_never_ends_is_503_in_time_and_its_process_ends(planner,
 
 
 def test_a_template_may_not_take_all_memory(planner, spec):
-    with pytest.raises(UserError, match="MemoryError"):
+    with pytest.raises(UserError, match="takes more memory"):
         planner.plan(spec({TEMPLATE: "{{ 'a' * 8589934592 }}"}), soon())
 
 

@@ -13,12 +13,14 @@ import httpx
 import psutil
 import pytest
 import yaml
+from standardwebhooks import Webhook
 
 from serve_app.client import FINAL, ApiError
 from serve_app.settings import write_private
 from tests.conftest import DOCUMENTED, ORG, TINY, rows, serving
 from tests.observed import DASHBOARDS, Prometheus, Spans, dashboard_queries, rules
 from tests.running import DATASETS, FINISH_S, Running, members
+from tests.serve_app.receivers import receiving, until
 
 pytestmark = pytest.mark.service
 REPO = Path(__file__).parent.parent.parent
@@ -64,6 +66,16 @@ def service(tmp_path_factory, mirror, spans, boards):
 
 
 def test_the_documented_job_on_four_workers(service):
+    with receiving() as receiver:
+        hook = service.client.create_webhook(ORG, receiver.url)
+        documented_job_on_four_workers(service)
+        until(lambda: receiver.got, "no webhook was told")
+    service.client.delete_webhook(hook["webhook_id"], ORG)
+    ((headers, body),) = receiver.got
+    assert Webhook(hook["secret"]).verify(body, headers)["data"]["experiment_name"] == "documented"
+
+
+def documented_job_on_four_workers(service):
     changes = {
         "infra_config": DOCUMENTED["infra_config"],
         "dataset_config.preprocessing.max_reject_ratio": 0.1,

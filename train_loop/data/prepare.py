@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from train_loop.data.bounds import bounded_memory
 from train_loop.data.formats import Conversation, Preference, RowRejected, each, parse, preferred
 from train_loop.data.gallery import Gallery
 from train_loop.data.image_source import image_source, shortened
@@ -383,7 +384,8 @@ def prepare_part(
             table, summary = parse_block(lines, part, len(done), spec, chat)
             done.append(_save(storage, run_path, table, summary))
 
-    patiently(go_on, f"reading {part.file.uri}")
+    with bounded_memory():
+        patiently(go_on, f"reading {part.file.uri}")
     return done
 
 

@@ -1,7 +1,8 @@
-"""Chat templates run as inference runs them, but given up when they flood.
+"""Chat templates run as inference runs them, but given up when they flood or don't end.
 
-transformers compiles them, in its sandbox. They are run from here, a piece at a time: a template of a few loops can make more
-text than there is memory.
+transformers compiles them, in its sandbox, which keeps them from the machine but not from its time and memory. They are run from
+here, a piece at a time: a template of a few loops can make more text than there is memory. What a single step of one takes of
+memory is the preparation's to bound (`train_loop.data.bounds`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from itertools import accumulate
 from typing import Any
 
 from jinja2 import nodes
+
+from train_loop.data.bounds import limited
 
 MAX_LAYOUT_CHARS = 1 << 20  # a template's own; longer texts must be mostly what the row says
 LAYOUT_PER_CHAR = 4
@@ -39,6 +42,10 @@ class Flood(Exception):
     """A template made far more text than the row holds."""
 
 
+class Refused(Exception):
+    """A template does what none needs; the message says what."""
+
+
 @dataclass(frozen=True)
 class Rendered:
     """A conversation's text, and which parts of it the template marks as generated: (start, end) in characters.
@@ -57,18 +64,18 @@ def render(
 ) -> Rendered:
     """Render messages, with the head of the next answer after them for a `prompt`. `names` are the special tokens.
 
-    Raises Flood, and whatever goes wrong in the template.
+    Raises Flood, Stalled, Refused, and whatever goes wrong in the template.
     """
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    compiled: Any = _compile_jinja_template(template)
+    if (wrong := needless(template)) is not None:
+        raise Refused(wrong)
+    compiled = _compiled(template)
     # As transformers does, for templates (gpt-oss) that know reasoning by its other name.
     said = [{"thinking": m["reasoning_content"], **m} if "reasoning_content" in m else m for m in messages]
     pieces: list[str] = []
     generated: list[tuple[int, int]] = []
     size, limit = 0, MAX_LAYOUT_CHARS
     heard = _Heard(said, pieces) if grows(template) else None
-    with ONE_AT_A_TIME, compiled.environment.activate_tracker(pieces, generated):
+    with ONE_AT_A_TIME, limited(), compiled.environment.activate_tracker(pieces, generated):
         for piece in compiled.generate(
             messages=heard or said, tools=tools, documents=None, add_generation_prompt=prompt, **names
         ):
@@ -98,16 +105,26 @@ class _Heard(list[Mapping[str, Any]]):
         self.asked_at.append(len(self.pieces))
 
 
+def _compiled(template: str) -> Any:
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return _compile_jinja_template(template)
+
+
+@cache
+def needless(template: str) -> str | None:
+    """What the template has that none needs, and that can't be ended once it runs: powers, which are one step of hours."""
+    tree: nodes.Template = _compiled(template).environment.parse(template)
+    return "it has the operator **, which no chat template needs" if tree.find(nodes.Pow) is not None else None
+
+
 @cache
 def grows(template: str) -> bool:
     """Whether what the template renders of a message surely depends on none after it, and what it renders after them on none.
 
     So it is where the template is one loop over the messages that looks at no other than the first, nor at what is to come.
     """
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    compiled: Any = _compile_jinja_template(template)
-    tree: nodes.Template = compiled.environment.parse(template)
+    tree: nodes.Template = _compiled(template).environment.parse(template)
     loops = [i for i, node in enumerate(tree.body) if isinstance(node, nodes.For)]
     if len(loops) != 1 or any(tree.find(kind) is not None for kind in OUT_OF_ORDER):
         return False

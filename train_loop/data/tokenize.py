@@ -18,10 +18,11 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from jinja2 import TemplateError
 
+from train_loop.data.bounds import MAX_RENDER_S, Stalled
 from train_loop.data.formats import Conversation, Message, RowRejected, each
 from train_loop.data.image_tokens import Expansion, ImageTokens, Span, whole_pictures
 from train_loop.data.pieces import Pieces, Tokens
-from train_loop.data.rendering import Flood, Rendered, render
+from train_loop.data.rendering import Flood, Refused, Rendered, render
 from train_loop.data.token_bounds import TokenBounds
 from train_loop.errors import DatasetError
 from train_loop.spec import JobSpec, Prompt
@@ -262,6 +263,12 @@ class ChatTokenizer:
             return render(template, messages, tools, self._names, prompt=prompt)
         except Flood:
             raise _at_fault("the chat template makes too much text of a short row") from None
+        except Stalled:
+            raise _at_fault(f"the chat template isn't done with a row after {MAX_RENDER_S:g} s") from None
+        except MemoryError:
+            raise _at_fault("the chat template takes more memory for a row than there is for it") from None
+        except Refused as error:
+            raise _at_fault(f"the chat template can't be used: {error}") from None
         except Exception as error:  # a template is a program of someone else's: whatever goes wrong in it is its fault
             if type(error) is TemplateError:  # its own raise_exception
                 raise RowRejected(f"the chat template refuses it: {str(error)[:MAX_REASON_CHARS]}") from error

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from train_loop.errors import ModelError, first_line
+from train_loop.errors import ModelError, why_unloadable
 from train_loop.model.attention import attend_by_document
 from train_loop.model.tokenizer import BASE_MODEL
 from train_loop.model.vision import FAMILIES, Family
@@ -175,9 +175,7 @@ def _config(spec: JobSpec, folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"base model {name} can't be loaded: {first_line(error, type(error).__name__)}", field=BASE_MODEL
-        ) from error
+        raise ModelError(f"base model {name} can't be loaded: {why_unloadable(error)}", field=BASE_MODEL) from error
     full = spec.train_config.train_type == "full"
     if _in_quantised_files(config) and (full or spec.model_details.quantization):
         remedy = "train an adapter" if full else "leave quantization out"
@@ -221,9 +219,7 @@ def load_base(spec: JobSpec, folder: Path, device: torch.device, at: torch.devic
             )
     except (OSError, ValueError, ImportError, SafetensorError) as error:  # the third: a kind of quantisation without its library
         name = spec.model_details.base_model
-        raise ModelError(
-            f"base model {name} can't be loaded: {first_line(error, type(error).__name__)}", field=BASE_MODEL
-        ) from error
+        raise ModelError(f"base model {name} can't be loaded: {why_unloadable(error)}", field=BASE_MODEL) from error
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in learning_part(model, spec.train_config.freeze).values() if full else ():

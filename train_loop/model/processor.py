@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from train_loop.errors import ModelError, first_line
+from train_loop.errors import ModelError, why_unloadable
 from train_loop.model.tokenizer import BASE_MODEL, load_tokenizer
 
 # What a processor is described by, besides the tokenizer; each base has some of them.
@@ -34,7 +34,7 @@ def load_processor(folder: Path) -> Any:
     except ModelError:
         raise
     except Exception as error:  # files that anyone may have written, read by code that expects its own
-        message = f"the base model's image processor can't be loaded: {first_line(error, type(error).__name__)}"
+        message = f"the base model's image processor can't be loaded: {why_unloadable(error)}"
         raise ModelError(message, field=BASE_MODEL) from error
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from train_loop.errors import ModelError, first_line
+from train_loop.errors import ModelError, why_unloadable
 
 BASE_MODEL = "model_details.base_model"
 OLD_TEMPLATE = "chat_template.json"  # where models that see had theirs, before it went into a file of its own
@@ -41,9 +41,7 @@ def load_tokenizer(folder: Path) -> Any:
         if tokenizer.chat_template is None and (folder / OLD_TEMPLATE).is_file():
             tokenizer.chat_template = json.loads((folder / OLD_TEMPLATE).read_text())["chat_template"]
     except Exception as error:  # tokenizers raises nothing narrower of a file that it can't read
-        raise ModelError(
-            f"the base model's tokenizer can't be loaded: {first_line(error, type(error).__name__)}", field=BASE_MODEL
-        ) from error
+        raise ModelError(f"the base model's tokenizer can't be loaded: {why_unloadable(error)}", field=BASE_MODEL) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
