@@ -74,7 +74,8 @@ def build_app(settings: Settings, store: JobStore, runtime: Runtime) -> FastAPI:
     vault, verifier = SecretVault.from_settings(store, settings), Verifier.from_settings(settings)
     plans = Places("plans", settings.max_plans_per_org, settings.max_plans)
     streams = Places("streams", settings.max_streams_per_org, MAX_STREAMS)
-    app.state.service = Service(store, settings, vault, runtime, verifier, RateLimit(settings.rate_limit), plans, streams)
+    rate = RateLimit(settings.rate_limit, settings.ingress_replicas or 1)
+    app.state.service = Service(store, settings, vault, runtime, verifier, rate, plans, streams)
     for room in ROOMS:
         app.include_router(room.router)
     for path in (app.docs_url, app.openapi_url):
