@@ -191,7 +191,9 @@ def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Te
 def _lengths(weight: torch.Tensor, quantised: Quantised, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
     """How long each row of W + scale * B @ A is, in float32."""
     with torch.autocast(weight.device.type, enabled=False):
-        return torch.linalg.norm(torch.addmm(_unpacked(weight, quantised, torch.float32), b, a, alpha=scale), dim=1)
+        adapted = torch.addmm(_unpacked(weight, quantised, torch.float32), b, a, alpha=scale)
+        length: torch.Tensor = torch.linalg.norm(adapted, dim=1)
+    return length
 
 
 def _state(base: Any) -> Quantised:
