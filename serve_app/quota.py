@@ -43,7 +43,9 @@ class RateLimit:
                 hits.append(now)
                 return
             wait_s = max(1, math.ceil(hits[0] + self._window_s - now))
-        raise ApiError(429, f"more than {self._item} requests; try again in {wait_s} s", headers={"Retry-After": str(wait_s)})
+        raise ApiError(
+            429, f"too many requests: the limit is {self._item}; try again in {wait_s} s", headers={"Retry-After": str(wait_s)}
+        )
 
 
 class Places:

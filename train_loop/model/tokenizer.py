@@ -145,13 +145,14 @@ def load_text_tokenizer(folder: Path, cache_bytes: int = cache.DEFAULT_BYTES) ->
     with contextlib.suppress(OSError), cache.entry(entry, cache_bytes):  # a disk that can't be written to keeps nothing
         with contextlib.suppress(FileNotFoundError, ValueError):  # none, or half of one
             return TextTokenizer.from_json((entry / KEPT).read_text())
+        made = TextTokenizer.from_json(text := _made(folder))
         part = entry.with_suffix(cache.PART)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
-        (part / KEPT).write_text(text := _made(folder))
+        (part / KEPT).write_text(text)
         shutil.rmtree(entry, ignore_errors=True)
         os.replace(part, entry)
-        return TextTokenizer.from_json(text)
+        return made
     return TextTokenizer.from_json(_made(folder))
 
 
