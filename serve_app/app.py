@@ -83,7 +83,8 @@ def build_app(settings: Settings, store: JobStore, runtime: Runtime) -> FastAPI:
     plans = Places("plans", settings.max_plans_per_org, settings.max_plans)
     streams = Places("streams", settings.max_streams_per_org, MAX_STREAMS)
     tests = Places("tests of webhooks", MAX_WEBHOOK_TESTS_PER_ORG, MAX_WEBHOOK_TESTS)
-    rate, told = RateLimit(settings.rate_limit), Webhooks.of(store, vault, settings)
+    rate = RateLimit(settings.rate_limit, settings.ingress_replicas or 1)
+    told = Webhooks.of(store, vault, settings)
     app.state.service = Service(store, settings, vault, runtime, verifier, rate, plans, streams, told, tests)
     for room in ROOMS:
         app.include_router(room.router)

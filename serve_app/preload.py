@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Mapping
 
 from train_loop.launch import TRAINS
 
@@ -16,6 +17,12 @@ FOR_HELPERS = ("serve_app.job_actor", "train_loop.trainer", "train_loop.data.pip
 # Of the kind of model that most are.
 FOR_WORKERS = ("ray.train.torch", "train_loop.loop", "peft", "transformers.models.llama.modeling_llama")
 
-if set(os.environ.get("RAY_JOB_ID", "")) == {"f"}:  # Ray's word for no job
+
+def is_of_no_job(environment: Mapping[str, str]) -> bool:
+    """Whether Ray has started the process with these variables for no job."""
+    return set(environment.get("RAY_JOB_ID", "")) == {"f"}
+
+
+if is_of_no_job(os.environ):
     for name in FOR_WORKERS if TRAINS in os.environ else FOR_HELPERS:
         importlib.import_module(name)

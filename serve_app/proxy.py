@@ -11,6 +11,8 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn import config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serve_app import metrics
 from serve_app.access import NO_ROUTE, RequestId, method_of
@@ -24,8 +26,20 @@ LINGER_S = 2.0
 
 
 def for_proxy() -> list[Middleware]:
-    """What Serve puts before its proxy, in whose process it calls this; the last one comes first."""
+    """What Serve puts before its proxy, in whose process it calls this before it listens; the last one comes first."""
+    config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{Protocol.__name__}"  # Serve lets nobody choose another one
     return [Middleware(Problems), Middleware(BodyLimit, limit_bytes=Settings.load().max_body_bytes), Middleware(RequestId)]
+
+
+class Protocol(HttpToolsProtocol):
+    """Answers a problem to what isn't HTTP, of which uvicorn tells nobody behind it."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Say so, and close the connection. `msg` is how uvicorn says it."""
+        answer = problem(ApiError(400, "this isn't HTTP/1.1: the first line, a header or a length of the body is malformed"))
+        headers = [b"%s: %s" % header for header in [*answer.raw_headers, (b"connection", b"close")]]
+        self.transport.write(b"\r\n".join([b"HTTP/1.1 400 Bad Request", *headers, b"", bytes(answer.body)]))
+        self.transport.close()
 
 
 class BodyLimit:

@@ -26,12 +26,16 @@ def default_quota(settings: Settings) -> Quota:
 class RateLimit:
     """A moving window per organisation, counted in this process. Thread-safe.
 
+    Where several processes answer, each has an equal share of the rate, and one request at least, so that together they let in no
+    more. One that is dealt more than its share refuses some a little earlier; a count that all share would cost every request a
+    write in the store.
     `limits` parses the rate; its own window in memory starts a thread with almost every request.
     """
 
-    def __init__(self, rate: str) -> None:
+    def __init__(self, rate: str, processes: int = 1) -> None:
         self._item: RateLimitItem = parse(rate)
         self._window_s: int = self._item.get_expiry()
+        self._share = max(1, self._item.amount // processes)
         self._hits = defaultdict[str, deque[float]](deque)  # by org, oldest first
         self._lock = threading.Lock()
 
@@ -42,11 +46,13 @@ class RateLimit:
             hits = self._hits[org_id]
             while hits and hits[0] <= now - self._window_s:
                 hits.popleft()
-            if len(hits) < self._item.amount:
+            if len(hits) < self._share:
                 hits.append(now)
                 return
             wait_s = max(1, math.ceil(hits[0] + self._window_s - now))
-        raise ApiError(429, f"more than {self._item} requests; try again in {wait_s} s", headers={"Retry-After": str(wait_s)})
+        raise ApiError(
+            429, f"too many requests: the limit is {self._item}; try again in {wait_s} s", headers={"Retry-After": str(wait_s)}
+        )
 
 
 class Places:

@@ -119,7 +119,10 @@ class Settings(BaseSettings):
     max_running_jobs_per_org: int | None = Field(None, ge=1, description="Jobs of one org running at once; default no limit.")
     max_gpus_per_org: int | None = Field(None, ge=1, description="Workers of one org's running jobs; default no limit.")
     max_queued_jobs_per_org: int = Field(1000, ge=1, description="Jobs of one org waiting; one more is a 429.")
-    rate_limit: str = Field("1200/minute", description="Requests of one org to one ingress replica, as <n>/<second|minute|hour>.")
+    rate_limit: str = Field(
+        "1200/minute",
+        description="Requests of one org, as <n>/<second|minute|hour>; each ingress replica has an equal share of them.",
+    )
     ingress_replicas: int | None = Field(
         None, ge=1, description="Processes that answer HTTP, all on the head; default 2 (a redeploy leaves one), embedded 1."
     )

@@ -33,6 +33,7 @@ MODELS = Path(os.environ.setdefault("TESTS_HOME", os.environ.get("TUNEYARD_HOME"
 # Whoever runs the tests may have a service of their own here, whose settings are none of theirs.
 _home = tempfile.TemporaryDirectory(prefix="tuneyard-tests-")
 os.environ["TUNEYARD_HOME"] = _home.name
+os.environ["TUNEYARD_MODEL_CACHE"] = f"{_home.name}/model-cache"
 ORG = "0bf00b43-430a-4ca3-a8b3-b13cc8dc6d4f"
 OTHER_ORG = "11111111-2222-4333-8444-555555555555"
 TINY = "tuneyard/tiny-random-llama"

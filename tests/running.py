@@ -31,6 +31,7 @@ class Running:
         self.env = clean | {
             "TUNEYARD_HOME": str(home),
             "TUNEYARD_MODEL_MIRROR": str(mirror),
+            "TUNEYARD_MODEL_CACHE": str(home / "model-cache"),
             "TUNEYARD_HUB_OFFLINE": "true",
             "TUNEYARD_ORG": ORG,
             **settings,

@@ -114,10 +114,11 @@ def _chat_tokenizer(spec: JobSpec, files: RunFiles) -> ChatTokenizer:
     from train_loop.model.processor import load_processor
     from train_loop.model.tokenizer import load_text_tokenizer, load_tokenizer
 
-    folder = model_folder(spec.model_details, files.models(spec), weights=False)
+    places = files.models(spec)
+    folder = model_folder(spec.model_details, places, weights=False)
     if spec.model_details.model_type == "vlm":
         return ChatTokenizer.of(spec, load_tokenizer(folder), ImageTokens(load_processor(folder)))
-    return ChatTokenizer.of(spec, load_text_tokenizer(folder))
+    return ChatTokenizer.of(spec, load_text_tokenizer(folder, places.cache_bytes))
 
 
 def launch(spec: JobSpec, request_id: str, files: RunFiles, placement: Placement, monitor: ActorMonitor) -> dict[str, Any]:
@@ -227,7 +228,10 @@ def _attempt(
 
 
 def _cache_key(spec: JobSpec, found: list[SourceFile], files: RunFiles) -> str:
-    return cache_key(preparation_key(spec, found), model_folder(spec.model_details, files.models(spec), weights=False))
+    from train_loop.model.tokenizer import tokenizer_hash
+
+    folder = model_folder(spec.model_details, files.models(spec), weights=False)
+    return cache_key(preparation_key(spec, found), tokenizer_hash(folder))
 
 
 def _is_there(storage: FileSystem, run_path: str, outcome: Mapping[str, Any]) -> bool:

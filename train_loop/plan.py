@@ -431,9 +431,7 @@ def _kept_by_adapters(spec: JobSpec, shape: ModelShape, width: int) -> float:
     inputs, outputs = (sum(sizes) / shape.num_layers for sizes in zip(*shape.adapted, strict=True)) if shape.adapted else (0, 0)
     masks = inputs if adapter.dropout else 0.0
     low = width * rank(adapter) * len(shape.adapted) / shape.num_layers
-    if adapter.use_dora:  # what comes out before it gets its length, and of each layer what dropout left and what it took
-        return low + width * outputs + masks * (1 + 2 * width)
-    return low + masks
+    return low + masks + (width * outputs if adapter.use_dora else 0.0)  # DoRA's: what comes out before it gets its length
 
 
 def bytes_per_weight(quantization: Quantization) -> float:

@@ -2,11 +2,57 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from serve_app.cli.common import die
+import typer
+
+from serve_app.cli.common import AsJson, Org, Token, Url, die, org_of
+
+FLAGS: dict[str, tuple[type, str]] = {  # what each is and what of the job it sets
+    "name": (str, "experiment_name"),
+    "base_model": (str, "model_details.base_model"),
+    "dataset": (str, "dataset_details.dataset_path"),
+    "secret_id": (str, "dataset_details.secret_id"),
+    "epochs": (float, "train_config.hyperparameters.num_epochs"),
+    "max_steps": (int, "train_config.hyperparameters.max_steps"),
+    "learning_rate": (float, "train_config.hyperparameters.learning_rate"),
+    "gpu_type": (str, "infra_config.gpu_type"),
+    "gpu_count": (int, "infra_config.gpu_count"),
+    "node_count": (int, "infra_config.node_count"),
+}
+
+
+def takes_job(command: Callable[[dict[str, Any], str | None, str | None, bool], None]) -> Callable[..., None]:
+    """A command line for `command(spec, url, token, as_json)`: a job's file, FLAGS, --set and whom to ask."""
+
+    def run(
+        file: Annotated[Path, typer.Argument(help="The job: the JSON body of POST /job/, as YAML or JSON.")],
+        assign: Annotated[list[str] | None, typer.Option("--set", help="Any field: a.b.c=value")] = None,
+        org: Org = None,
+        url: Url = None,
+        token: Token = None,
+        as_json: AsJson = False,
+        **flags: Any,
+    ) -> None:
+        overrides = {"org": org} | {field: flags[flag] for flag, (_, field) in FLAGS.items()}
+        spec = read_spec(file, overrides, assign or [])
+        spec["org"] = org_of(spec.get("org"))
+        command(spec, url, token, as_json)
+
+    file, *others, _ = inspect.signature(run, eval_str=True).parameters.values()
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    flags = [
+        inspect.Parameter(flag, keyword, default=None, annotation=Annotated[kind | None, typer.Option(help=field)])
+        for flag, (kind, field) in FLAGS.items()
+    ]
+    signature = inspect.Signature([file, *flags, *(other.replace(kind=keyword) for other in others)])
+    run.__signature__ = signature  # type: ignore[attr-defined]  # for typer, which would see no flags
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run
 
 
 def _yaml_loader() -> Any:

@@ -2,51 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from serve_app.cli.common import AsJson, Org, RequestId, Token, Url, app, client_for, org_of, plain, show, while_it_goes_on
-from serve_app.cli.job_file import read_spec
+from serve_app.cli.job_file import takes_job
 
 
 @app.command()
-def submit(
-    file: Annotated[Path, typer.Argument(help="The job: the JSON body of POST /job/, as YAML or JSON.")],
-    name: Annotated[str | None, typer.Option(help="experiment_name")] = None,
-    base_model: Annotated[str | None, typer.Option()] = None,
-    dataset: Annotated[str | None, typer.Option(help="dataset_path")] = None,
-    secret_id: Annotated[str | None, typer.Option()] = None,
-    epochs: Annotated[float | None, typer.Option()] = None,
-    max_steps: Annotated[int | None, typer.Option()] = None,
-    learning_rate: Annotated[float | None, typer.Option()] = None,
-    gpu_type: Annotated[str | None, typer.Option()] = None,
-    gpu_count: Annotated[int | None, typer.Option()] = None,
-    node_count: Annotated[int | None, typer.Option()] = None,
-    assign: Annotated[list[str] | None, typer.Option("--set", help="Any field: a.b.c=value")] = None,
-    org: Org = None,
-    url: Url = None,
-    token: Token = None,
-    as_json: AsJson = False,
-) -> None:
+@takes_job
+def submit(spec: dict[str, Any], url: str | None, token: str | None, as_json: bool) -> None:
     """Submit a job."""
-    hp = "train_config.hyperparameters"
-    overrides = {
-        "org": org,
-        "experiment_name": name,
-        "model_details.base_model": base_model,
-        "dataset_details.dataset_path": dataset,
-        "dataset_details.secret_id": secret_id,
-        f"{hp}.num_epochs": epochs,
-        f"{hp}.max_steps": max_steps,
-        f"{hp}.learning_rate": learning_rate,
-        "infra_config.gpu_type": gpu_type,
-        "infra_config.gpu_count": gpu_count,
-        "infra_config.node_count": node_count,
-    }
-    spec = read_spec(file, overrides, assign or [])
-    spec["org"] = org_of(spec.get("org"))
     answer = client_for(url, token, spec["org"]).submit(spec)
     if as_json:
         show(answer)

@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from serve_app.cli.common import AsJson, Org, Token, Url, app, client_for, org_of, plain, show
-from serve_app.cli.job_file import read_spec
+from serve_app.cli.common import app, client_for, plain, show
+from serve_app.cli.job_file import takes_job
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,17 +19,9 @@ APART = ("message", "memory", "warnings", "samples")
 
 
 @app.command()
-def plan(
-    file: Annotated[Path, typer.Argument(help="The job, as for submit.")],
-    assign: Annotated[list[str] | None, typer.Option("--set", help="Any field: a.b.c=value")] = None,
-    org: Org = None,
-    url: Url = None,
-    token: Token = None,
-    as_json: AsJson = False,
-) -> None:
+@takes_job
+def plan(spec: dict[str, Any], url: str | None, token: str | None, as_json: bool) -> None:
     """Say what a job would take: tokens, steps, memory, time, price; show samples with trained tokens marked."""
-    spec = read_spec(file, {"org": org}, assign or [])
-    spec["org"] = org_of(spec.get("org"))
     made = client_for(url, token, spec["org"]).plan(spec)
     show(made) if as_json else show_plan(made)
 

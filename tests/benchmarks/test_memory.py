@@ -18,6 +18,7 @@ pytestmark = pytest.mark.service
         (8, False, 512, 2, "lora"),
         (None, True, 1024, 2, "lora"),
         (None, False, 512, 2, "lora"),
+        (None, False, 512, 2, "dora"),
         (None, True, 512, 2, "full"),
         (None, False, 512, 2, "full"),
     ],

@@ -112,17 +112,22 @@ def tuneyard(home: Path, *arguments: str, typed: str = "", timeout_s: float = 60
     )
 
 
+def sent_job(headers: dict[str, str], body: bytes) -> dict[str, Any]:
+    """The job in a form whose parts are no files."""
+    head = f"Content-Type: {headers['Content-Type']}\r\n\r\n".encode()
+    parts = list(BytesParser(policy=HTTP).parsebytes(head + body).iter_parts())
+    assert all(p.get_filename() is None for p in parts)
+    sent = {str(p.get_param("name", header="Content-Disposition")): p.get_content() for p in parts}
+    return {k: json.loads(v) if k in SECTIONS else v for k, v in sent.items()}
+
+
 def test_submit_sends_the_documented_form(server: Server) -> None:
     server.answers = [Answer(200, {"request_id": JOB})]
     Client(server.url, TOKEN).submit(DOCUMENTED)
     (line, headers, body), *_ = server.requests
-    head = f"Content-Type: {headers['Content-Type']}\r\n\r\n".encode()
-    parts = list(BytesParser(policy=HTTP).parsebytes(head + body).iter_parts())
-    sent = {str(p.get_param("name", header="Content-Disposition")): p.get_content() for p in parts}
     assert line == "POST /job/"
     assert headers["Authorization"] == f"Bearer {TOKEN}"
-    assert {k: json.loads(v) if k in SECTIONS else v for k, v in sent.items()} == DOCUMENTED
-    assert all(p.get_filename() is None for p in parts)
+    assert sent_job(headers, body) == DOCUMENTED
 
 
 def test_a_retried_submission_carries_one_idempotency_key(server: Server) -> None:
@@ -432,6 +437,29 @@ def test_submit_json_prints_the_answer_alone(tmp_path: Path, server: Server) -> 
     path.write_text(json.dumps(DOCUMENTED))
     done = tuneyard(tmp_path, "submit", str(path), "--json", "--url", server.url, "--token", TOKEN)
     assert json.loads(done.stdout) == answer
+
+
+@pytest.mark.parametrize("command", ["submit", "plan"])
+def test_submit_and_plan_take_the_same_flags(tmp_path: Path, server: Server, command: str) -> None:
+    server.answers = [Answer(200, {"request_id": JOB})]
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps({"org": ORG, "experiment_name": "e", "dataset_details": {"dataset_type": "jsonl"}}))
+    flags = ["--name", "n", "--base-model", "m", "--dataset", "s3://b/k", "--secret-id", JOB, "--epochs", "0.5"]
+    flags += ["--max-steps", "3", "--learning-rate", "2e-4", "--gpu-type", "cpu", "--gpu-count", "2", "--node-count", "4"]
+    flags += ["--set", "dataset_config.split.type=none", "--json", "--url", server.url, "--token", TOKEN]
+    done = tuneyard(tmp_path, command, str(path), *flags)
+    assert json.loads(done.stdout) == {"request_id": JOB}
+    (line, headers, body), *_ = server.requests
+    assert line == {"submit": "POST /job/", "plan": "POST /job/plan/"}[command]
+    assert sent_job(headers, body) == {
+        "org": ORG,
+        "experiment_name": "n",
+        "model_details": {"base_model": "m"},
+        "dataset_details": {"dataset_type": "jsonl", "dataset_path": "s3://b/k", "secret_id": JOB},
+        "train_config": {"hyperparameters": {"num_epochs": 0.5, "max_steps": 3, "learning_rate": 2e-4}},
+        "infra_config": {"gpu_type": "cpu", "gpu_count": 2, "node_count": 4},
+        "dataset_config": {"split": {"type": "none"}},
+    }
 
 
 ROLE = "arn:aws:iam::123456789012:role/tuneyard"

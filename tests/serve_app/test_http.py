@@ -724,8 +724,10 @@ def test_a_busy_pool_is_503(settings, store, monkeypatch):
         assert client.get("/readyz").status_code == 503
 
 
-def test_more_requests_than_the_rate_allows_are_429(settings, store, monkeypatch):
-    monkeypatch.setenv("TUNEYARD_RATE_LIMIT", "3/hour")
+@pytest.mark.parametrize(("rate", "replicas"), [("3/hour", "1"), ("7/hour", "2")])
+def test_more_requests_than_the_rate_allows_are_429(settings, store, monkeypatch, rate, replicas):
+    monkeypatch.setenv("TUNEYARD_RATE_LIMIT", rate)
+    monkeypatch.setenv("TUNEYARD_INGRESS_REPLICAS", replicas)
     with TestClient(build_app(Settings.load(), store, Idle())) as client:
 
         def ask(org):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -11,7 +12,7 @@ import pytest
 import uvicorn
 
 from serve_app.access import RequestId
-from serve_app.proxy import BodyLimit, Problems
+from serve_app.proxy import BodyLimit, Problems, for_proxy
 
 LIMIT = 1000
 WAIT_S = 10
@@ -77,6 +78,43 @@ def test_what_is_declared_too_long_is_refused_before_anything_is_sent(counting, 
     with socket.create_connection((at.host, at.port), timeout=WAIT_S) as client:
         client.sendall(f"PUT / HTTP/1.1\r\nHost: x\r\nContent-Length: {declared}\r\nExpect: 100-continue\r\n\r\n".encode())
         assert client.recv(1 << 16).startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.fixture
+def hooked(monkeypatch):
+    """A server as Serve starts one after it has called the hook."""
+    monkeypatch.setattr(uvicorn.config, "HTTP_PROTOCOLS", dict(uvicorn.config.HTTP_PROTOCOLS))
+    for_proxy()
+    with served(count) as address:
+        yield address
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nbad header\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nX: a\0b\r\n\r\n",
+        b"PUT / HTTP/1.1\r\nHost: x\r\nContent-Length: x\r\n\r\n",
+        b"PUT / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nx\r\n",
+    ],
+    ids=["no request", "version", "header", "null byte", "length", "chunk"],
+)
+def test_what_is_not_http_is_a_problem(hooked, sent):
+    with socket.create_connection(hooked, timeout=WAIT_S) as client:
+        client.sendall(sent)
+        answer = b"".join(iter(lambda: client.recv(1 << 16), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    line, *headers = head.decode().split("\r\n")
+    assert line == "HTTP/1.1 400 Bad Request"
+    assert {"content-type: application/problem+json", f"content-length: {len(body)}", "connection: close"} <= set(headers)
+    assert json.loads(body)["status"] == 400
+
+
+def test_what_is_http_is_answered_as_before(hooked):
+    answer = httpx.post(f"http://{hooked[0]}:{hooked[1]}", content=b"xyz")
+    assert (answer.status_code, answer.text) == (200, "3")
 
 
 def test_an_answer_that_has_begun_stays_when_the_body_grows_too_long():

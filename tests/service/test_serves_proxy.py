@@ -86,6 +86,12 @@ def test_who_waits_to_be_told_to_go_on_is_told_no(service):
         assert problem_on(client) == 413
 
 
+def test_a_malformed_request_is_a_problem(service):
+    with request(service, "GET /healthz", "no header") as client:
+        status, headers, problem = answer_on(client)
+    assert (status, headers["content-type"], problem["status"]) == (400, "application/problem+json", 400)
+
+
 @pytest.mark.parametrize("line", ["POST /job/", "GET /healthz"])
 def test_a_body_without_an_end_is_cut_off_and_held_nowhere(service, replica, line):
     (proxy,) = titled(service, "ProxyActor")

@@ -15,6 +15,7 @@ from train_loop.data.sources import Credentials, filesystem_for, find_files
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import Stopped
 from train_loop.launch import launch_local
+from train_loop.model.tokenizer import tokenizer_hash
 from train_loop.run_files import Keys, RunFiles
 from train_loop.spec import JobSpec
 
@@ -122,15 +123,20 @@ def test_many_jobs_on_the_same_rows_at_once_all_get_them_while_entries_are_remov
     assert all(found == rows_of_first for found in got.values())
 
 
-@pytest.mark.parametrize("changed", ["chat_template.jinja", "tokenizer.json", "merges.txt"])
+@pytest.mark.parametrize(
+    "changed", ["chat_template.jinja", "tokenizer.json", "merges.txt", "additional_chat_templates/tool_use.jinja"]
+)
 def test_rows_are_of_the_tokenizer_that_judged_them(mirror, tmp_path, changed):
     shutil.copytree(mirror / TINY, tmp_path / "model")
     (tmp_path / "model/merges.txt").write_text("a b\n")
-    before = cache_key("x", tmp_path / "model")
-    assert cache_key("x", tmp_path / "model") == before != cache_key("y", tmp_path / "model")
+    (tmp_path / "model/additional_chat_templates").mkdir()
+    (tmp_path / "model/additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
+    before = tokenizer_hash(tmp_path / "model")
+    assert tokenizer_hash(tmp_path / "model") == before
+    assert len({cache_key(key, of) for key in "xy" for of in (before, "another")}) == 4
     with (tmp_path / "model" / changed).open("a") as file:
         file.write(" ")
-    assert cache_key("x", tmp_path / "model") != before
+    assert tokenizer_hash(tmp_path / "model") != before
 
 
 def test_rows_that_another_tokenizer_judged_are_prepared_anew(local_job, tmp_path, mirror):

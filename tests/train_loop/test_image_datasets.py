@@ -10,7 +10,7 @@ from pyarrow.fs import LocalFileSystem
 
 from tests.train_loop.zips import FIELDS, Chat, picture, row, zipped
 from train_loop.data import gallery, parts
-from train_loop.data.cache import cache_key, fetch, publish
+from train_loop.data.cache import fetch, publish
 from train_loop.data.image_tokens import ImageTokens
 from train_loop.data.prepare import preparation_key, prepare_local, prepared_before
 from train_loop.data.shards import PreparedDataset, ShardSet, fetch_shards
@@ -19,7 +19,7 @@ from train_loop.data.stored_file import StoredFile
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import DatasetError
 from train_loop.model.processor import load_processor
-from train_loop.model.tokenizer import load_tokenizer
+from train_loop.model.tokenizer import load_tokenizer, tokenizer_hash
 from train_loop.spec import JobSpec
 
 LOCAL = LocalFileSystem()
@@ -335,7 +335,7 @@ def test_rows_are_judged_and_tokenised_as_the_model_sees_their_pictures(spec_of,
 
 def test_the_entry_in_the_cache_depends_on_how_the_processor_cuts_pictures(tmp_path, mirror):
     shutil.copytree(mirror / TINY_VLM, tmp_path / "model")
-    before = cache_key("x", tmp_path / "model")
+    before = tokenizer_hash(tmp_path / "model")
     settings = next(p for p in (tmp_path / "model").glob("*processor*.json"))
     settings.write_text(settings.read_text() + " ")
-    assert cache_key("x", tmp_path / "model") != before
+    assert tokenizer_hash(tmp_path / "model") != before

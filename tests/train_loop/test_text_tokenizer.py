@@ -1,7 +1,9 @@
 """What rows are prepared with is the base model's tokenizer, without transformers' classes and without torch."""
 
 import json
+import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -30,12 +32,22 @@ CLASSES = {
     ]
 }
 WITHOUT_TORCH = """
-import pickle, sys
+import json, sys
 from pathlib import Path
 sys.modules["torch"] = None
 from train_loop.model.tokenizer import TextTokenizer, load_tokenizer
-made = [TextTokenizer.of(load_tokenizer(Path(folder))) for folder in sys.argv[2:]]
-Path(sys.argv[1]).write_bytes(pickle.dumps(made))
+made = [TextTokenizer.of(load_tokenizer(Path(folder))).to_json() for folder in sys.argv[2:]]
+Path(sys.argv[1]).write_text(json.dumps(made))
+"""
+AGAIN = """
+import subprocess, sys
+from pathlib import Path
+from train_loop.model.tokenizer import load_text_tokenizer
+started, real = [], subprocess.run
+subprocess.run = lambda command, **how: started.append(command) or real(command, **how)
+made = load_text_tokenizer(Path(sys.argv[1])).to_json()
+print(len(started), *(name for name in ("torch", "transformers") if name in sys.modules), file=sys.stderr)
+print(made)
 """
 FRESH = """
 import json, sys
@@ -60,6 +72,42 @@ def in_fresh_process(script, *args):
     done = subprocess.run([sys.executable, "-c", script, *map(str, args)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def loaded_again(folder, cache):
+    """What a fresh process says of how it came by the folder's tokenizer, and the tokenizer as JSON."""
+    env = os.environ | {"TUNEYARD_MODEL_CACHE": str(cache)}
+    done = subprocess.run([sys.executable, "-c", AGAIN, str(folder)], capture_output=True, text=True, check=True, env=env)
+    return done.stderr.splitlines()[-1], done.stdout.strip()
+
+
+MADE, KEPT = "1", "0"  # processes started
+
+
+def test_what_was_made_before_is_taken_from_the_disk_without_transformers(mirror, tmp_path):
+    folder, cache = tmp_path / "model", tmp_path / "cache"
+    shutil.copytree(mirror / "tuneyard/tiny-random-llama", folder)
+    how, first = loaded_again(folder, cache)
+    assert how == MADE
+    assert first == TextTokenizer.of(load_tokenizer(folder)).to_json()
+    assert loaded_again(folder, cache) == (KEPT, first)
+
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    how, changed = loaded_again(folder, cache)
+    assert (how, json.loads(changed)["chat_template"]) == (MADE, template.read_text())
+
+    for entry in cache.glob("tokenizer-*/*"):
+        entry.write_text(entry.read_text()[:100])  # as a machine may leave them that lost its power
+    assert loaded_again(folder, cache) == (MADE, changed)
+    assert loaded_again(folder, cache) == (KEPT, changed)
+
+
+def test_a_disk_that_takes_nothing_keeps_nothing(mirror, tmp_path):
+    (tmp_path / "cache").write_text("no folder")
+    folder = mirror / "tuneyard/tiny-random-llama"
+    for _ in range(2):
+        assert loaded_again(folder, tmp_path / "cache") == (MADE, TextTokenizer.of(load_tokenizer(folder)).to_json())
 
 
 @pytest.mark.parametrize("lazy", [True, False])
@@ -89,9 +137,9 @@ def folders(tmp_path_factory, tokenizer, mirror):
 
 @pytest.fixture(scope="module")
 def without_torch(folders, tmp_path_factory):
-    file = tmp_path_factory.mktemp("made") / "tokenizers.pickle"
+    file = tmp_path_factory.mktemp("made") / "tokenizers.json"
     in_fresh_process(WITHOUT_TORCH, file, *folders.values())
-    return dict(zip(folders, pickle.loads(file.read_bytes()), strict=True))
+    return dict(zip(folders, map(TextTokenizer.from_json, json.loads(file.read_text())), strict=True))
 
 
 @pytest.mark.parametrize("name", [*(f.name for f in FAMILIES), *CLASSES, "smollm2 itself"])

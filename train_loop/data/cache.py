@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train_loop.data.prepare import INDEX
@@ -24,15 +23,11 @@ if TYPE_CHECKING:
 FOLDER = "data-cache"
 USED = "used"  # written again by every run that takes the entry: its time is the last use
 COPIES_AT_ONCE = 16
-TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt")
 
 
-def cache_key(preparation_key: str, tokenizer: Path) -> str:
-    """The entry's name. `tokenizer` is the folder of the one that judged the rows."""
-    digest = hashlib.sha256(preparation_key.encode())
-    for file in sorted(p for p in tokenizer.iterdir() if p.suffix in TOKENIZER_FILES and p.is_file()):
-        digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()
+def cache_key(preparation_key: str, tokenizer_hash: str) -> str:
+    """The entry's name. The second is of the files of the tokenizer that judged the rows."""
+    return hashlib.sha256(f"{preparation_key} {tokenizer_hash}".encode()).hexdigest()
 
 
 def publish(storage: FileSystem, run_path: str, key: str, prepared: PreparedDataset) -> None:

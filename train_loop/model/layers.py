@@ -65,6 +65,61 @@ class _LoraLinear(torch.autograd.Function):
         return of_x, None, None, None, of_a, of_b, None, None
 
 
+class _DoraLinear(torch.autograd.Function):
+    """`(x - d) @ W.T + bias + d @ (W + scale * B @ A).T * magnitude / length` with d = dropout(x), as PEFT has it.
+
+    magnitude[out] is learned; length[out] is that of the rows of W + scale * B @ A, and has no gradient.
+    Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, with section 4.3.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        quantised: Quantised,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+        dropout: float,
+        magnitude: torch.Tensor,
+        length: torch.Tensor,
+    ) -> torch.Tensor:
+        mask, share = _kept(x, dropout) if dropout else (None, 1.0)
+        unit = length * share
+        masked = _masked(x, mask)
+        low = masked @ a.t()  # [n, r]
+        long = _base_of(masked, weight, quantised, None).addmm_(low, b.t(), alpha=scale)  # [n, out]
+        y = (long * (magnitude / unit)).to(x.dtype)  # not rounded first: a magnitude moves by less than bfloat16 can tell
+        if mask is not None:
+            y += _base_of(torch.sub(x, masked, alpha=1 / share), weight, quantised, None)
+        if bias is not None:
+            y += bias
+        ctx.save_for_backward(x, weight, a, b, low, mask, long, magnitude, unit)
+        ctx.quantised, ctx.scale, ctx.share = quantised, scale, share
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, a, b, low, mask, long, magnitude, unit = ctx.saved_tensors
+        of_y = grads[0]
+        of_magnitude = (of_y.to(unit.dtype) * long).sum(0) / unit
+        of_long = (of_y * (magnitude / unit)).to(of_y.dtype)
+        of_low = (of_long @ b) * ctx.scale
+        of_b = (of_long.t() @ low) * ctx.scale
+        of_a = of_low.t() @ _masked(x, mask)
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            unpacked = _unpacked(weight, ctx.quantised, x.dtype)
+            of_x = (of_long @ unpacked).addmm_(of_low, a)
+            if mask is not None:
+                of_rest = of_y @ unpacked
+                of_x = of_rest + _masked(of_x.sub_(of_rest, alpha=1 / ctx.share), mask)
+        return of_x, None, None, None, of_a, of_b, None, None, of_magnitude, None
+
+
 def _kept(x: torch.Tensor, dropout: float) -> tuple[torch.Tensor, float]:
     """A byte for each value of x, 0 with about the probability `dropout` and else 1, and the share that is kept."""
     if x.is_cuda:
@@ -122,41 +177,23 @@ def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Te
     a, b, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
     dropout = layer.lora_dropout[name]
     drops = dropout.p if layer.training and isinstance(dropout, torch.nn.Dropout) else 0.0
-    flat = x.to(dtype).reshape(-1, x.shape[-1])
+    flat, state = x.to(dtype).reshape(-1, x.shape[-1]), _state(base)
+    inputs = flat, base.weight, state, bias, a.to(dtype), b.to(dtype), scale, drops
     y: torch.Tensor
     if is_dora:
-        y = _dora(flat, base.weight, _state(base), bias, a, b, scale, drops, layer.lora_magnitude_vector[name].weight)
+        y = _DoraLinear.apply(*inputs, layer.lora_magnitude_vector[name].weight, _lengths(base.weight, state, a, b, scale))
     else:
-        y = _LoraLinear.apply(flat, base.weight, _state(base), bias, a.to(dtype), b.to(dtype), scale, drops)
+        y = _LoraLinear.apply(*inputs)
     return y.view(*x.shape[:-1], -1)
 
 
-def _dora(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    quantised: Quantised,
-    bias: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scale: float,
-    dropout: float,
-    magnitude: torch.Tensor,
-) -> torch.Tensor:
-    """As `_LoraLinear`, with the rows of W + scale * B @ A made as long as magnitude[out] says. What dropout takes from the
-    adapter's input goes through W alone, as with PEFT.
-
-    Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024; by its section 4.3 the length has no gradient.
-    """
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+@torch.no_grad()
+def _lengths(weight: torch.Tensor, quantised: Quantised, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """How long each row of W + scale * B @ A is, in float32."""
+    with torch.autocast(weight.device.type, enabled=False):
         adapted = torch.addmm(_unpacked(weight, quantised, torch.float32), b, a, alpha=scale)
-        length = torch.linalg.norm(adapted, dim=1)
-    low_rank = a.to(x.dtype), b.to(x.dtype)
-    dropped = F.dropout(x, dropout)
-    y: torch.Tensor = _LoraLinear.apply(dropped, weight, quantised, None, *low_rank, scale, 0.0)
-    y = (y * (magnitude / length)).to(x.dtype)  # not rounded first: a magnitude moves by less than bfloat16 can tell
-    if dropout:
-        y = y + _LoraLinear.apply(x - dropped, weight, quantised, None, *(t.detach() for t in low_rank), 0.0, 0.0)
-    return y if bias is None else y + bias
+        length: torch.Tensor = torch.linalg.norm(adapted, dim=1)
+    return length
 
 
 def _state(base: Any) -> Quantised:

@@ -1,26 +1,34 @@
 """The base model's tokenizer: transformers' own, and what making tokens needs of it.
 
 transformers tells a tokenizer's class by the model's, for which it imports torch: seconds, and hundreds of MB in every process
-that prepares rows. It does without where there is no torch, so a process that has none yet asks one that can't have any.
+that prepares rows. It does without where there is no torch, so a process that has none yet asks one that can't have any. That
+takes seconds too: the answer is kept on this machine's disk, under a name that tells what it was made of.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
-import pickle
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
 from train_loop.errors import ModelError, why_unloadable
+from train_loop.model import cache
 
 BASE_MODEL = "model_details.base_model"
 OLD_TEMPLATE = "chat_template.json"  # where models that see had theirs, before it went into a file of its own
+FILES = {".json", ".jinja", ".model", ".txt"}  # that say how a base model makes tokens
+MAKERS = ("tuneyard", "transformers", "tokenizers")
+KEPT = "text_tokenizer.json"
 WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None  # not to be imported
@@ -79,6 +87,16 @@ class TextTokenizer:
             tokenizer.split_special_tokens,
         )
 
+    def to_json(self) -> str:
+        """All of it."""
+        return json.dumps(vars(self) | {"backend_tokenizer": self.backend_tokenizer.to_str()})
+
+    @classmethod
+    def from_json(cls, text: str) -> TextTokenizer:
+        """What `to_json` wrote."""
+        fields = json.loads(text)
+        return cls(**fields | {"backend_tokenizer": Tokenizer.from_str(fields["backend_tokenizer"])})
+
     @property
     def eos_token(self) -> str | None:
         """What ends a text."""
@@ -116,25 +134,52 @@ class TextTokenizer:
         return {"input_ids": made.ids} | ({"offset_mapping": made.offsets} if return_offsets_mapping else {})
 
 
-def load_text_tokenizer(folder: Path) -> TextTokenizer:
+def load_text_tokenizer(folder: Path, cache_bytes: int = cache.DEFAULT_BYTES) -> TextTokenizer:
     """The same for text alone, without importing torch. Raises ModelError."""
-    if "torch" not in sys.modules:
-        made = subprocess.run(
-            [sys.executable, "-c", WITHOUT_TORCH, str(folder)],
-            # The modules that this process finds, wherever Ray told it to look for them.
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            check=False,
-        )
-        if made.returncode == 0 and made.stdout:  # where signals of children are ignored, any end looks like a good one
-            found: TextTokenizer = pickle.loads(made.stdout)
-            return found
-    return TextTokenizer.of(load_tokenizer(folder))
+    if "torch" in sys.modules:
+        return TextTokenizer.of(load_tokenizer(folder))
+    made_by = " ".join([tokenizer_hash(folder), *map(version, MAKERS)])
+    entry = cache.root() / f"tokenizer-{hashlib.sha256(made_by.encode()).hexdigest()[:24]}"
+    with contextlib.suppress(OSError), cache.entry(entry, cache_bytes):  # a disk that can't be written to keeps nothing
+        with contextlib.suppress(FileNotFoundError, ValueError):  # none, or half of one
+            return TextTokenizer.from_json((entry / KEPT).read_text())
+        made = TextTokenizer.from_json(text := _made(folder))
+        part = entry.with_suffix(cache.PART)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        (part / KEPT).write_text(text)
+        shutil.rmtree(entry, ignore_errors=True)
+        os.replace(part, entry)
+        return made
+    return TextTokenizer.from_json(_made(folder))
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """sha256 over the files of a base model that its tokenizer may be made of."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in folder.rglob("*") if p.suffix in FILES and p.is_file()):
+        digest.update(str(file.relative_to(folder)).encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _made(folder: Path) -> str:
+    """The folder's TextTokenizer as JSON, by a process of its own."""
+    made = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, str(folder)],
+        # The modules that this process finds, wherever Ray told it to look for them.
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        check=False,
+        text=True,
+    )
+    if made.returncode == 0 and made.stdout:  # where signals of children are ignored, any end looks like a good one
+        return made.stdout
+    return TextTokenizer.of(load_tokenizer(folder)).to_json()
 
 
 def hand_over(folder: str) -> None:
-    """Write the folder's TextTokenizer to standard output, pickled."""
-    with os.fdopen(os.dup(1), "wb") as out:
+    """Write the folder's TextTokenizer to standard output."""
+    with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)  # libraries may print
-        pickle.dump(TextTokenizer.of(load_tokenizer(Path(folder))), out)
+        out.write(TextTokenizer.of(load_tokenizer(Path(folder))).to_json())
