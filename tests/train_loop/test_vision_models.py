@@ -23,8 +23,9 @@ from train_loop.data.tokenize import IGNORE_INDEX, Sample
 from train_loop.errors import ModelError
 from train_loop.loss import supervised_loss
 from train_loop.metrics import MetricLog
-from train_loop.model import load
+from train_loop.model import attention, load
 from train_loop.model.adapters import add_adapter, parameter_groups, trainable
+from train_loop.model.attention import attend_by_document
 from train_loop.model.load import load_base
 from train_loop.model.merge import write_merged
 from train_loop.model.processor import load_processor
@@ -184,6 +185,49 @@ def test_the_loss_is_that_of_transformers_padded_packed_and_one_by_one(name, fol
         packed = micro_batch(base, processor, packing=True)
         assert len(packed.input_ids) < len(ROWS)
         assert float(supervised_loss(model, packed)) == pytest.approx(padded, rel=1e-5)
+
+
+PACKED = [name for name in FAMILIES if name not in NOT_PACKED]
+
+
+@pytest.mark.parametrize("name", PACKED)
+@torch.no_grad()
+def test_each_document_of_a_pack_attends_to_itself_alone_without_a_mask(name, folders, spec_of, monkeypatch):
+    from transformers.integrations import sdpa_attention
+
+    _, base, processor = seeing(name, folders, spec_of)
+    batch = micro_batch(base, processor, packing=True)
+    calls, real = [], sdpa_attention.sdpa_attention_forward
+    monkeypatch.setattr(attention, "FEW_TOKENS", 0)
+    monkeypatch.setattr(
+        sdpa_attention,
+        "sdpa_attention_forward",
+        lambda m, q, k, v, mask, **kw: calls.append((q.shape[2], mask is None)) or real(m, q, k, v, mask, **kw),
+    )
+    packed = float(supervised_loss(base.model.eval(), batch))
+    ends = ((positions == 0).nonzero()[1:, 0].tolist() for positions in batch.position_ids)  # padding counts as one
+    lengths = [b - a for row in ends for a, b in itertools.pairwise([0, *row, batch.input_ids.shape[1]])]
+    assert {len(sample.input_ids) for sample in samples(processor, base.model.config)} <= set(lengths)
+    assert calls == [(n, True) for n in lengths] * base.model.config.get_text_config().num_hidden_layers
+    monkeypatch.undo()
+    assert packed == pytest.approx(float(supervised_loss(base.model, micro_batch(base, processor))), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_on_a_gpu_documents_are_told_apart_by_their_edges(name, folders, spec_of, monkeypatch):
+    """On the CPU, where the flash kernel isn't: all but the kernel is what a GPU runs."""
+    _, base, processor = seeing(name, folders, spec_of)
+    batch = micro_batch(base, processor, packing=base.family.packs)
+    expected = float(supervised_loss(base.model.eval(), batch))
+    reader, told, dense = base.model.get_decoder(), [], attention._dense
+    reader.set_attn_implementation("sdpa")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    attend_by_document(base.model, torch.device("cuda"))
+    monkeypatch.setattr(attention, "_dense", lambda edges, *shape: told.append(edges) or dense(edges, *shape))
+    assert float(supervised_loss(base.model, batch)) == pytest.approx(expected, rel=1e-5)
+    # Gemma 3's images see what comes after them.
+    assert bool(told) is (name != "gemma3")
 
 
 ALIGNERS = {"gemma3": {f"{ADAPTER}.modules_to_save": ["multi_modal_projector"]}}  # it has no linear layer
