@@ -44,7 +44,7 @@ def summary(job: JobAnswer) -> str:
     if metrics.get("eval_loss_before") is not None and metrics.get("eval_loss_after") is not None:
         lines.append(f"eval loss {metrics['eval_loss_before']:.4f} -> {metrics['eval_loss_after']:.4f}")
     if job.get("output_model_path"):
-        lines.append(f"adapter: {job['output_model_path']}")
+        lines.append(f"output: {job['output_model_path']}")
     return "\n".join(map(plain, "\n".join(lines).splitlines()))
 
 

@@ -58,8 +58,9 @@ class Comparison:
         base, is_adapter = load(base_folder), (trained_folder / ADAPTER_CONFIG).is_file()
         if is_adapter:
             base = PeftModel.from_pretrained(base, trained_folder).eval()
-        images = ImageTokens(load_processor(trained_folder)) if sees else None
-        chat = ChatTokenizer(load_tokenizer(trained_folder), prompt, "right", "assistant", images)
+        tokenizer = load_tokenizer(trained_folder)
+        images = ImageTokens(load_processor(trained_folder, tokenizer)) if sees else None
+        chat = ChatTokenizer(tokenizer, prompt, "right", "assistant", images)
         return cls(base, base if is_adapter else load(trained_folder), chat)
 
     def asked(self, prompt: str, pictures: Sequence[Picture] = ()) -> Any:

@@ -117,7 +117,8 @@ def _chat_tokenizer(spec: JobSpec, files: RunFiles) -> ChatTokenizer:
     places = files.models(spec)
     folder = model_folder(spec.model_details, places, weights=False)
     if spec.model_details.model_type == "vlm":
-        return ChatTokenizer.of(spec, load_tokenizer(folder), ImageTokens(load_processor(folder)))
+        tokenizer = load_tokenizer(folder)
+        return ChatTokenizer.of(spec, tokenizer, ImageTokens(load_processor(folder, tokenizer)))
     return ChatTokenizer.of(spec, load_text_tokenizer(folder, places.cache_bytes))
 
 

@@ -94,9 +94,10 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
     ctx.beat("slow")
 
     tokenizer = load_tokenizer(ctx.model_folder)
+    sees = spec.model_details.model_type == "vlm"
+    images = ImageTokens(load_processor(ctx.model_folder, tokenizer)) if sees else None
     if pre.prompt.template is not None:
         tokenizer.chat_template = pre.prompt.template  # exported with the adapter: inference must render as training did
-    images = ImageTokens(load_processor(ctx.model_folder)) if spec.model_details.model_type == "vlm" else None
     chat = None if prepared.eager else ChatTokenizer.of(spec, tokenizer, images)
     rows = RowReader(ctx.open_source, spec.dataset_details.dataset_format) if pre.streaming else None
     fetch = partial(fetch_shards, prepared, ctx.storage, f"{ctx.run_path}/data", ctx.scratch / "data")

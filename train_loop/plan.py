@@ -37,7 +37,7 @@ from train_loop.model.processor import load_processor
 from train_loop.model.source import ModelPlaces, model_folder
 from train_loop.model.tokenizer import load_tokenizer
 from train_loop.parallel import BUCKET_BYTES
-from train_loop.sight import NUM_BATCHES, Sight, Size, image_spans, largest_sum, patches_per_token
+from train_loop.sight import NUM_BATCHES, Sight, Size, image_spans, image_tokens, largest_sum, patches_per_token
 from train_loop.spec import JobSpec, Quantization, RandomSplit
 
 if TYPE_CHECKING:
@@ -185,8 +185,9 @@ def _patches(sample: DatasetSample, shape: ModelShape, images: ImageTokens | Non
     sizes = [size for row in sample.images for size in row]
     if images is None or shape.sight is None or not sizes:
         return [0.0] * len(sample.images)
-    ratio = patches_per_token(images, shape.sight.config, max(sizes, key=math.prod))
-    return [ratio * sum(len(images.expansion(*size)) for size in row) for row in sample.images]
+    config = shape.sight.config
+    ratio = patches_per_token(images, config, max(sizes, key=math.prod))
+    return [ratio * sum(image_tokens(images, config, size) for size in row) for row in sample.images]
 
 
 def _described(spec: JobSpec, folder: Path) -> tuple[ModelShape, ChatTokenizer]:
@@ -198,8 +199,9 @@ def _described(spec: JobSpec, folder: Path) -> tuple[ModelShape, ChatTokenizer]:
     except Exception as error:  # transformers has no kind of its own for what it can't read
         said = f"transformers can't use the config.json of {spec.model_details.base_model} ({why_unloadable(error)})."
         raise ModelError(said, field="model_details.base_model") from error
-    images = ImageTokens(load_processor(folder)) if shape.sight is not None else None
-    return shape, ChatTokenizer.of(spec, load_tokenizer(folder), images)
+    tokenizer = load_tokenizer(folder)
+    images = ImageTokens(load_processor(folder, tokenizer)) if shape.sight is not None else None
+    return shape, ChatTokenizer.of(spec, tokenizer, images)
 
 
 def model_shape(spec: JobSpec, folder: Path) -> ModelShape:

@@ -34,6 +34,7 @@ class Sight:
     num_layers: int  # of the tower
     hidden: int
     intermediate: int
+    gated: bool  # its MLP multiplies two such widths
 
     @classmethod
     def of(cls, spec: JobSpec, model: Any, family: Family) -> Sight:
@@ -62,11 +63,12 @@ class Sight:
             num_layers=getattr(config, "num_hidden_layers", None) or config.depth,
             hidden=hidden,
             intermediate=getattr(config, "intermediate_size", None) or 4 * hidden,
+            gated=any(name.endswith("gate_proj") for name, _ in model.get_submodule(family.tower).named_modules()),
         )
 
     def activation_bytes(self, patches: float, width: int, *, recomputes: bool) -> float:
         """What of so many patches is held at once, in numbers of `width` bytes."""
-        block = 8 * self.hidden + width * (7 * self.hidden + 4 * self.intermediate)
+        block = 8 * self.hidden + width * (7 * self.hidden + (4 if self.gated else 2) * self.intermediate)
         if not self.tower_learns:
             return patches * block  # one block after the other
         return patches * (self.num_layers * self.hidden * width + 1.5 * block if recomputes else self.num_layers * block)
@@ -84,8 +86,13 @@ def patches_per_token(images: ImageTokens, config: Any, size: Size) -> float:
     file = io.BytesIO()
     Image.new("RGB", size).save(file, "PNG")
     pixels = images.inputs([Picture(file.getvalue(), *size)])[0]["pixel_values"]
-    tokens = int((images.expansion(*size).ids == config.image_token_id).sum())
+    tokens = image_tokens(images, config, size)
     return float(pixels.numel() / (3 * patch**2 * getattr(vision, "temporal_patch_size", 1)) / max(1, tokens))
+
+
+def image_tokens(images: ImageTokens, config: Any, size: Size) -> int:
+    """How many tokens the tower's output takes the place of, of an image of this size: without the marks around them."""
+    return int((images.expansion(*size).ids == config.image_token_id).sum())
 
 
 def largest_sum(counts: Sequence[float], batch_size: int) -> float:

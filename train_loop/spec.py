@@ -62,7 +62,8 @@ class Preprocessing(Section):
     streaming: bool = Field(
         False,
         strict=True,
-        description="Keep no copy of the rows: workers read them from the dataset as they need them; needs max_steps.",
+        description="Keep no copy of the rows: workers read them from the dataset as they need them; needs max_steps, and "
+        "jsonl or json.",
     )
     packing: bool = Field(
         True, strict=True, description="Put several short samples in one row, isolated from each other; same loss."

@@ -3,6 +3,9 @@
 import pytest
 
 from benchmarks.memory import job, measure, write_rows
+from tests.conftest import with_fields
+from tests.train_loop import vision_models
+from tests.train_loop.zips import FIELDS, picture, row, zipped
 from train_loop.model.source import ModelPlaces
 from train_loop.plan import make_plan, this_machine
 from train_loop.spec import JobSpec
@@ -30,3 +33,25 @@ def test_the_planned_peak_is_within_15_percent_of_the_measured_one(
     spec = job(tmp_path / "rows.jsonl", bits, checkpointing, max_length, batch, False, trains)
     planned = make_plan(JobSpec.model_validate(spec), ModelPlaces(str(mirror)), this_machine())["memory"]["total_bytes"]
     assert planned == pytest.approx(measure(spec, str(mirror)), rel=0.15)
+
+
+def test_so_is_that_of_a_model_whose_vision_tower_learns(tmp_path, tokenizer, monkeypatch):
+    """16 images a step, of 5 tiles and 80 patches each; a tower that is larger than the language model."""
+    for sizes, changes in (
+        (vision_models.TEXT, {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "head_dim": 64}),
+        (vision_models.TOWER, {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8}),
+    ):
+        for name, value in changes.items():
+            monkeypatch.setitem(sizes, name, value)
+    vision_models.make("idefics3", tmp_path / "tuneyard/vlm", tokenizer)
+    shown = {f"{i}.png": picture(i, (64, 64)) for i in range(16)}
+    rows = [row(*[f"{(i + k) % 16}.png" for k in range(4)], answer="Some words are said here of it. " * 10) for i in range(16)]
+    (tmp_path / "it.zip").write_bytes(zipped(rows, shown))
+    of_images = FIELDS | {
+        "model_details.base_model": "tuneyard/vlm",
+        "train_config.torch_dtype": "float32",
+        "train_config.freeze": {"vision": False, "aligner": False},
+    }
+    spec = with_fields(job(tmp_path / "it.zip", None, False, 1024, 4, False), of_images)
+    planned = make_plan(JobSpec.model_validate(spec), ModelPlaces(str(tmp_path)), this_machine())["memory"]["total_bytes"]
+    assert planned == pytest.approx(measure(spec, str(tmp_path)), rel=0.15)

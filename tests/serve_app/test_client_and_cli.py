@@ -306,6 +306,14 @@ def test_without_a_terminal_watch_prints_a_line_for_each_change() -> None:
     assert last is failed
 
 
+@pytest.mark.parametrize("folder", ["adapter", "merged"])
+def test_where_the_outcome_is_is_told_whichever_kind_it_is(folder: str) -> None:
+    screen = io.StringIO()
+    done = job("COMPLETED", "done", progress=1.0, output_model_path=f"s3://b/run/{folder}")
+    follow(iter([done]), Console(file=screen))
+    assert screen.getvalue().splitlines()[-1] == f"output: s3://b/run/{folder}"
+
+
 def test_help_is_quick_and_names_every_command(tmp_path: Path) -> None:
     heavy = "import sys, serve_app.cli; sys.exit(any(m in sys.modules for m in ('torch', 'ray', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", heavy], check=False).returncode == 0

@@ -310,7 +310,8 @@ def test_a_zip_with_another_image_is_another_dataset(bucket, spec_of, tmp_path):
 
 def test_rows_are_judged_and_tokenised_as_the_model_sees_their_pictures(spec_of, tmp_path, mirror):
     folder = mirror / TINY_VLM
-    images = ImageTokens(load_processor(folder))
+    tokenizer = load_tokenizer(folder)
+    images = ImageTokens(load_processor(folder, tokenizer))
     data = zipped(
         [row("a.png", answer="A cat."), row(answer="No cat."), row("line.png")],
         {"a.png": picture(0, (40, 30)), "line.png": picture(0, (200, 1))},
@@ -318,7 +319,7 @@ def test_rows_are_judged_and_tokenised_as_the_model_sees_their_pictures(spec_of,
     made = {}
     for lazy in (True, False):
         spec = spec_of(data, {"dataset_config.preprocessing.lazy_tokenize": lazy, "model_details.base_model": TINY_VLM})
-        chat = ChatTokenizer.of(spec, load_tokenizer(folder), images)
+        chat = ChatTokenizer.of(spec, tokenizer, images)
         prepared = prepared_in(spec, tmp_path / str(lazy), chat)
         shards = ShardSet(prepared, tmp_path / str(lazy) / "data")
         for i in range(prepared.num_rows):

@@ -25,6 +25,7 @@ from train_loop.data.shards import BYTES_PER_IMAGE, IMAGES, LAZY, PreparedDatase
 from train_loop.data.tokenize import IGNORE_INDEX, ChatTokenizer
 from train_loop.errors import DatasetError, RunFault
 from train_loop.model.processor import load_processor
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.model.vision import Family
 from train_loop.spec import Prompt
 
@@ -76,7 +77,7 @@ def folders(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="module")
 def processors(folders):
-    return {family: load_processor(folder) for family, folder in folders.items()}
+    return {family: load_processor(folder, load_tokenizer(folder)) for family, folder in folders.items()}
 
 
 @pytest.fixture(scope="module")

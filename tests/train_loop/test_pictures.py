@@ -116,11 +116,15 @@ def test_a_row_whose_picture_is_missing_is_in_the_plan_as_it_will_be_in_the_run(
 
 def test_a_job_on_pictures_runs_from_a_file_and_what_it_trained_answers_about_them(job, mirror, pictures, tmp_path):
     path = tmp_path / "job.json"
-    path.write_text(json.dumps(job({f"{HP}.max_steps": 2, f"{HP}.eval_steps": 2, f"{HP}.logging_steps": 1})))
+    twice_half = {f"{HP}.max_steps": 2, f"{HP}.per_device_train_batch_size": 20}
+    its = job(twice_half | {f"{HP}.eval_steps": 2, f"{HP}.logging_steps": 1})
+    path.write_text(json.dumps(its))
     assert main([str(path), "--local", "--storage", str(tmp_path / "runs"), "--mirror", str(mirror)]) == 0
     run = next((tmp_path / "runs").glob("*/*/manifest.json")).parent
     metrics = json.loads((run / "manifest.json").read_text())["metrics"]
     assert metrics["eval_loss_after"] < metrics["eval_loss_before"]
+    points = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert planned(its, mirror)["tokens"]["trained_on"] == sum(point.get("tokens", 0) for point in points)
 
     details = ModelDetails(base_model=VLM, model_type="vlm")
     both = Comparison.load(mirror / VLM, run / "merged", details, Prompt())
@@ -142,7 +146,8 @@ def test_a_question_about_pictures_is_put_as_in_training(prompt, mirror, picture
     picture = admit(zipfile.ZipFile(pictures / "train.zip").read("pictures/00000.png"))
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which is larger?"}]
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "neither"}]
-    chat = ChatTokenizer(load_tokenizer(mirror / VLM), prompt, "right", "assistant", ImageTokens(load_processor(mirror / VLM)))
+    tokenizer = load_tokenizer(mirror / VLM)
+    chat = ChatTokenizer(tokenizer, prompt, "right", "assistant", ImageTokens(load_processor(mirror / VLM, tokenizer)))
     trained_on = chat.encode({"messages": turns}, [(picture.width, picture.height)] * 2)
     details = ModelDetails(base_model=VLM, model_type="vlm")
     asked = Comparison.load(mirror / VLM, mirror / VLM, details, prompt).asked("Which is larger?", [picture, picture])

@@ -17,19 +17,22 @@ from tests.train_loop.group import on_workers
 from tests.train_loop.vision_models import FAMILIES, NOT_PACKED, make
 from train_loop import export, weights
 from train_loop.chat import Comparison
+from train_loop.data.image_tokens import ImageTokens
 from train_loop.data.images import admit
 from train_loop.data.packing import collate
 from train_loop.data.tokenize import IGNORE_INDEX, Sample
 from train_loop.errors import ModelError
 from train_loop.loss import supervised_loss
 from train_loop.metrics import MetricLog
-from train_loop.model import load
+from train_loop.model import attention, load
 from train_loop.model.adapters import add_adapter, parameter_groups, trainable
+from train_loop.model.attention import attend_by_document
 from train_loop.model.load import load_base
 from train_loop.model.merge import write_merged
 from train_loop.model.processor import load_processor
 from train_loop.model.tokenizer import load_tokenizer
 from train_loop.optim import build_optimizer
+from train_loop.plan import DatasetSample, _patches, model_shape
 from train_loop.sharding import whole
 from train_loop.spec import JobSpec, ModelDetails, Prompt
 from train_loop.trainee import load_trainee, make_trainable
@@ -150,7 +153,9 @@ def seeing(family, folders, spec_of, **changes):
     return spec, load_base(spec, folders(family), CPU), processor_of(folders(family))
 
 
-processor_of = functools.cache(load_processor)
+@functools.cache
+def processor_of(folder):
+    return load_processor(folder, load_tokenizer(folder))
 
 
 def their_loss(model, processor, rows=ROWS):
@@ -184,6 +189,49 @@ def test_the_loss_is_that_of_transformers_padded_packed_and_one_by_one(name, fol
         packed = micro_batch(base, processor, packing=True)
         assert len(packed.input_ids) < len(ROWS)
         assert float(supervised_loss(model, packed)) == pytest.approx(padded, rel=1e-5)
+
+
+PACKED = [name for name in FAMILIES if name not in NOT_PACKED]
+
+
+@pytest.mark.parametrize("name", PACKED)
+@torch.no_grad()
+def test_each_document_of_a_pack_attends_to_itself_alone_without_a_mask(name, folders, spec_of, monkeypatch):
+    from transformers.integrations import sdpa_attention
+
+    _, base, processor = seeing(name, folders, spec_of)
+    batch = micro_batch(base, processor, packing=True)
+    calls, real = [], sdpa_attention.sdpa_attention_forward
+    monkeypatch.setattr(attention, "FEW_TOKENS", 0)
+    monkeypatch.setattr(
+        sdpa_attention,
+        "sdpa_attention_forward",
+        lambda m, q, k, v, mask, **kw: calls.append((q.shape[2], mask is None)) or real(m, q, k, v, mask, **kw),
+    )
+    packed = float(supervised_loss(base.model.eval(), batch))
+    ends = ((positions == 0).nonzero()[1:, 0].tolist() for positions in batch.position_ids)  # padding counts as one
+    lengths = [b - a for row in ends for a, b in itertools.pairwise([0, *row, batch.input_ids.shape[1]])]
+    assert {len(sample.input_ids) for sample in samples(processor, base.model.config)} <= set(lengths)
+    assert calls == [(n, True) for n in lengths] * base.model.config.get_text_config().num_hidden_layers
+    monkeypatch.undo()
+    assert packed == pytest.approx(float(supervised_loss(base.model, micro_batch(base, processor))), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_on_a_gpu_documents_are_told_apart_by_their_edges(name, folders, spec_of, monkeypatch):
+    """On the CPU, where the flash kernel isn't: all but the kernel is what a GPU runs."""
+    _, base, processor = seeing(name, folders, spec_of)
+    batch = micro_batch(base, processor, packing=base.family.packs)
+    expected = float(supervised_loss(base.model.eval(), batch))
+    reader, told, dense = base.model.get_decoder(), [], attention._dense
+    reader.set_attn_implementation("sdpa")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    attend_by_document(base.model, torch.device("cuda"))
+    monkeypatch.setattr(attention, "_dense", lambda edges, *shape: told.append(edges) or dense(edges, *shape))
+    assert float(supervised_loss(base.model, batch)) == pytest.approx(expected, rel=1e-5)
+    # Gemma 3's images see what comes after them.
+    assert bool(told) is (name != "gemma3")
 
 
 ALIGNERS = {"gemma3": {f"{ADAPTER}.modules_to_save": ["multi_modal_projector"]}}  # it has no linear layer
@@ -294,7 +342,7 @@ def test_what_is_handed_out_loads_with_transformers_and_sees_the_same(name, trai
         log = MetricLog(1)
         (tmp_path / "out").mkdir()
         name_of_it = export.write(tmp_path / "out", spec, model, tensors, tokenizer, log, folders(name))
-        again = load_processor(tmp_path / "out")
+        again = processor_of(tmp_path / "out")
         same, _ = theirs(again, base.model.config)
         if name == "llava":  # transformers' own loader wants torchvision for most others
             AutoProcessor.from_pretrained(tmp_path / "out")
@@ -321,7 +369,25 @@ def test_the_chat_template_of_an_old_processor_is_the_tokenizers(folders, tmp_pa
     template = (folder / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").unlink()
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    assert load_tokenizer(folder).chat_template == template == load_processor(folder).chat_template
+    assert load_tokenizer(folder).chat_template == template == processor_of(folder).chat_template
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_the_plan_counts_the_patches_that_the_tower_looks_at(name, folders, spec_of):
+    shape, processor = model_shape(spec_of(name), folders(name)), processor_of(folders(name))
+    sizes = [[size for size in shown if size == (64, 64)] for _, _, shown in ROWS]
+    sample = DatasetSample(4, True, [9] * 4, [1] * 4, 0, 4, [], sizes, 0)
+    side = shape.sight.config.vision_config.patch_size
+    a_patch = 3 * side**2 * getattr(shape.sight.config.vision_config, "temporal_patch_size", 1)
+    of_each = [sum(one["pixel_values"].numel() for one in row) / a_patch for row in pictures(processor, ROWS[-1:])]
+    assert _patches(sample, shape, ImageTokens(processor)) == pytest.approx([0, 0, 0, *of_each])
+
+
+def test_what_a_processor_adds_to_its_tokenizer_is_in_none_that_is_handed_out(folders, tokenizer):
+    before = (tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map)
+    processor = load_processor(folders("idefics3"), tokenizer)  # whose own this isn't
+    assert "<fake_token_around_image>" in processor.tokenizer.get_vocab()
+    assert (tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map) == before
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -351,7 +417,7 @@ def test_workers_that_share_a_model_sum_the_gradients_of_those_that_see(folders,
 
 def compare(ctx, job):
     spec = JobSpec.model_validate(job)
-    base, processor = load_base(spec, ctx.model_folder, CPU), load_processor(ctx.model_folder)
+    base, processor = load_base(spec, ctx.model_folder, CPU), processor_of(ctx.model_folder)
     trainee = load_trainee(spec, ctx)
     # Unsharded, of both ranks' rows: none of the second's has an image.
     batches = [micro_batch(base, processor, rows) for rows in (ROWS[:2], ROWS[2:3])]

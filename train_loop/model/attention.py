@@ -21,21 +21,25 @@ Span = tuple[int, int, bool]  # of positions [start, end); whether they are one 
 
 
 def attend_by_document(model: Any, device: torch.device) -> None:
-    """Have a model that attends by torch's own kernels do so document by document on `device`, in place."""
+    """Have a model that attends by torch's own kernels do so document by document on `device`, in place.
+
+    Of one that sees, only what reads and writes text: it looks at an image's patches as it did.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     reads_only = model.config is model.config.get_text_config()
-    if not (reads_only and model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation()):
+    reader = model if reads_only else model.get_decoder()
+    if not (reader.config._attn_implementation == "sdpa" and reader._can_set_attn_implementation()):
         return
     if device.type == "cpu":
         AttentionInterface.register(NAME, _attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
-        model.set_attn_implementation(NAME)
+        reader.set_attn_implementation(NAME)
     elif torch.cuda.get_device_capability(device) >= (8, 0):  # Ampere, the first that the flash kernel runs on
         AttentionInterface.register(NAME_VARLEN, _flash_attention)
         AttentionMaskInterface.register(NAME_VARLEN, _edges)
-        model.set_attn_implementation(NAME_VARLEN)
+        reader.set_attn_implementation(NAME_VARLEN)
 
 
 def _attention(

@@ -6,23 +6,25 @@ together without those for videos, which no job has.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from train_loop.errors import ModelError, why_unloadable
-from train_loop.model.tokenizer import BASE_MODEL, load_tokenizer
+from train_loop.model.tokenizer import BASE_MODEL
 
 # What a processor is described by, besides the tokenizer; each base has some of them.
 FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
-def load_processor(folder: Path) -> Any:
+def load_processor(folder: Path, tokenizer: Any) -> Any:
     """The base model's processor for text and images. Raises ModelError where it has none.
 
-    It has the base's chat template, and the tokenizer that `load_tokenizer` gives. Images are processed by Pillow, whatever
-    else is installed, so that a machine with torchvision makes the same tensors.
+    It has the base's chat template, and a copy of the `tokenizer` that `load_tokenizer` gives: some add tokens of theirs to it,
+    which what is handed out goes without. Images are processed by Pillow, whatever else is installed, so that a machine with
+    torchvision makes the same tensors.
     """
     from transformers import AutoImageProcessor
 
@@ -30,7 +32,7 @@ def load_processor(folder: Path) -> Any:
         images = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
         kind = _for_images(_class(folder))
         described, _ = kind.get_processor_dict(folder)
-        return kind.from_args_and_dict([images, load_tokenizer(folder)], described, video_processor=None)
+        return kind.from_args_and_dict([images, copy.deepcopy(tokenizer)], described, video_processor=None)
     except ModelError:
         raise
     except Exception as error:  # files that anyone may have written, read by code that expects its own
