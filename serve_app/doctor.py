@@ -186,7 +186,7 @@ def _token_key(settings: Settings) -> Iterator[Finding]:
     try:
         Verifier.from_settings(settings)
     except RuntimeError as error:
-        yield Finding(name, Level.FAIL, str(error), "see docs/guide.md, Tokens")
+        yield Finding(name, Level.FAIL, str(error), "see docs/operations.md, Tokens")
         return
     if settings.jwt_jwks_url:
         import jwt

@@ -26,6 +26,7 @@ from serve_app.errors import field_error, invalid
 from serve_app.outbound import Poster, Unreached, target_of
 from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
+from serve_app.store.audit import By
 from serve_app.store.jobs import Conflict, JobStore, utc_now
 from serve_app.store.webhooks import Message, Webhook, WebhookStore, message_body, new_message_id
 from train_loop.errors import DatasetError
@@ -51,7 +52,7 @@ class Webhooks:
         """Those of this service."""
         return cls(store, vault, settings.allowed_webhook_hosts, Poster())
 
-    def create(self, org_id: str, url: str, events: Sequence[str]) -> tuple[Webhook, str]:
+    def create(self, org_id: str, url: str, events: Sequence[str], by: By | None = None) -> tuple[Webhook, str]:
         """Store an endpoint; and its secret, which is shown this once. Raises ApiError 422, Conflict."""
         try:
             target_of(url, self._allowed)
@@ -59,7 +60,7 @@ class Webhooks:
             raise invalid([field_error("url", str(error))]) from None
         secret = PREFIX + base64.b64encode(secrets.token_bytes(SECRET_BYTES)).decode()
         webhook = Webhook(str(uuid.uuid4()), org_id, url, list(events), self._vault.seal(secret), utc_now())
-        if not self._kept.add(webhook, MAX_PER_ORG):
+        if not self._kept.add(webhook, MAX_PER_ORG, by):
             raise Conflict(f"this org has {MAX_PER_ORG} webhooks, as many as it may: delete one first")
         return webhook, secret
 
@@ -71,9 +72,9 @@ class Webhooks:
         """The webhook, or None when the org has no such one."""
         return self._kept.find(org_id, webhook_id)
 
-    def delete(self, org_id: str, webhook_id: str) -> bool:
+    def delete(self, org_id: str, webhook_id: str, by: By | None = None) -> bool:
         """Remove it; False when the org has no such one."""
-        return self._kept.remove(org_id, webhook_id)
+        return self._kept.remove(org_id, webhook_id, by)
 
     def test(self, webhook: Webhook) -> str | None:
         """Send a message of type webhook.test at once; why the endpoint didn't take it, or None."""

@@ -12,7 +12,7 @@ from serve_app.errors import ApiError, beside, field_error, invalid
 from serve_app.outbound import MAX_URL_CHARS
 from serve_app.routes import examples
 from serve_app.routes.answers import DeletedWebhook, NewWebhook, TestedWebhook, WebhookAnswer, WebhookList, documented, reply
-from serve_app.routes.service import UUID_SCHEMA, Asking, Here, json_body, uuid_of
+from serve_app.routes.service import UUID_SCHEMA, Asking, Here, json_body, refusals_noted, uuid_of
 from serve_app.store.tables import wire_time
 from serve_app.store.webhooks import EVENTS, Webhook
 
@@ -60,7 +60,7 @@ async def create(request: Request, asking: Asking, here: Here) -> Response:
     errors = beside(wrong, [*errors, *unknown_names(payload, ("org", "url", "events"))])
     if errors:
         raise invalid(errors)
-    webhook, secret = await run_in_threadpool(here.webhooks.create, org, str(url), events)
+    webhook, secret = await run_in_threadpool(here.webhooks.create, org, str(url), events, asking.by)
     return reply({**_render(webhook), "secret": secret})
 
 
@@ -101,7 +101,9 @@ def delete(asking: Asking, here: Here, webhook_id: str, org_id: str) -> Response
     """Delete a webhook, with what it was still to be told."""
     asking.require_scope(SCOPE)
     org = uuid_of(org_id, "org_id")
-    asking.require_org(org)
-    if not here.webhooks.delete(org, uuid_of(webhook_id, "webhook_id")):
-        raise ApiError(404, f"no webhook {webhook_id}")
+    named = uuid_of(webhook_id, "webhook_id")
+    with refusals_noted(here, asking, "webhook.delete", org, named):
+        asking.require_org(org)
+        if not here.webhooks.delete(org, named, asking.by):
+            raise ApiError(404, f"no webhook {webhook_id}")
     return reply({"webhook_id": webhook_id, "deleted": True})

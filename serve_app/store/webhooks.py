@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from serve_app.lifecycle import Status
+from serve_app.store.audit import By, add_entry
 from serve_app.store.journal import add_event
 from serve_app.store.tables import jobs, webhook_messages, webhooks, wire_time
 
@@ -99,7 +100,7 @@ class WebhookStore:
     def __init__(self, store: JobStore) -> None:
         self._store = store
 
-    def add(self, webhook: Webhook, most: int) -> bool:
+    def add(self, webhook: Webhook, most: int, by: By | None = None) -> bool:
         """Store it; False where the org has `most` already."""
         row = {"webhook_id": webhook.webhook_id, "org_id": webhook.org_id, "url": webhook.url, "events": webhook.events}
         with self._store.write() as tx:
@@ -107,6 +108,8 @@ class WebhookStore:
             if tx.execute(mine).scalar_one() >= most:
                 return False
             tx.execute(sa.insert(webhooks).values(**row, ciphertext=webhook.sealed, created_at=webhook.created_at))
+            if by is not None:
+                add_entry(tx, by, "webhook.add", webhook.webhook_id, org_id=webhook.org_id)
             return True
 
     def of_org(self, org_id: str) -> list[Webhook]:
@@ -122,13 +125,15 @@ class WebhookStore:
             row = tx.execute(sa.select(webhooks).where(mine)).one_or_none()
         return None if row is None else _webhook(row)
 
-    def remove(self, org_id: str, webhook_id: str) -> bool:
+    def remove(self, org_id: str, webhook_id: str, by: By | None = None) -> bool:
         """Remove it with what it was still to be told; False when the org has no such one."""
         mine = (webhooks.c.org_id == org_id) & (webhooks.c.webhook_id == webhook_id)
         with self._store.write() as tx:
             if tx.execute(sa.delete(webhooks).where(mine)).rowcount == 0:
                 return False
             tx.execute(sa.delete(webhook_messages).where(webhook_messages.c.webhook_id == webhook_id))
+            if by is not None:
+                add_entry(tx, by, "webhook.delete", webhook_id, org_id=org_id)
             return True
 
     def due(self, now: dt.datetime, busy: Collection[str]) -> list[Message]:

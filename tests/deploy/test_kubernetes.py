@@ -174,7 +174,6 @@ def test_serve_accepts_its_configuration(rendered):
     assert variables.items() >= CALLBACK.items()
 
 
-@pytest.mark.skipif(not SERVE_YAML.exists(), reason="there is no deploy/serve.yaml")
 def test_serve_s_configuration_is_the_one_of_serve_deploy(rendered):
     text = service_of(rendered["overlays/gpu"])["spec"]["serveConfigV2"]
     assert yaml.safe_load(text) == yaml.safe_load(SERVE_YAML.read_text())

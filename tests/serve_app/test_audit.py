@@ -31,6 +31,8 @@ def test_what_is_done_by_http_is_in_the_log_once_with_who_and_from_where(http, j
     for call in ("cancel", "cancel", "resume"):
         assert http.post(f"/job/{call}/", json=named).status_code == 200
     assert http.delete(f"/secret/{secret_id}", params={"org_id": ORG}).status_code == 200
+    webhook_id = http.post("/webhook/", json={"org": ORG, "url": "https://example.com/told"}).json()["webhook_id"]
+    assert http.delete(f"/webhook/{webhook_id}", params={"org_id": ORG}).status_code == 200
     assert made[0] == made[1]
     found = entries(store)
     assert short(found) == [
@@ -39,6 +41,8 @@ def test_what_is_done_by_http_is_in_the_log_once_with_who_and_from_where(http, j
         ("tester", "job.cancel", made[0], "done"),
         ("tester", "job.resume", made[0], "done"),
         ("tester", "secret.delete", secret_id, "done"),
+        ("tester", "webhook.add", webhook_id, "done"),
+        ("tester", "webhook.delete", webhook_id, "done"),
     ]
     assert {(e.org_id, e.address) for e in found} == {(ORG, "testclient")}
     assert CANARY not in repr(found)
