@@ -113,9 +113,9 @@ def _database(settings: Settings) -> Iterator[Finding]:
             yield Finding(name, Level.FAIL, f"there is no {url.database}", "run tuneyard db upgrade, or tuneyard up")
             return
     store = JobStore.open(settings.database_url)
-    try:
-        store.ping()
-    except sa.exc.ProgrammingError:
+    with store.read() as tx:
+        found = schema.revision_of(tx)
+    if found is None:
         yield Finding(name, Level.FAIL, "it has no tables", "run tuneyard db upgrade")
         return
     try:
@@ -124,7 +124,6 @@ def _database(settings: Settings) -> Iterator[Finding]:
         yield Finding(name, Level.FAIL, str(error), "see there")
         return
     with store.read() as tx:
-        found = schema.revision_of(tx)
         expires = tx.execute(sa.select(leases.c.expires_at).where(leases.c.name == DISPATCHER)).scalar()
     with contextlib.suppress(_Undone), store.write() as tx:
         tx.execute(
