@@ -136,6 +136,11 @@ class Service(Running):
         pages = self.s3().get_paginator("list_objects_v2").paginate(Bucket="tuneyard", Prefix=prefix)
         return {entry["Key"].removeprefix(prefix) for page in pages for entry in page.get("Contents", [])}
 
+    def has_begun(self, request_id: str) -> bool:
+        """Whether the job's present attempt has written anything down."""
+        job = self.store.get(request_id)
+        return job is not None and job.heartbeat_at is not None
+
     def newest_checkpoint(self, request_id: str) -> int:
         """The step of the newest whole one; 0 without one."""
         return max(checkpoints(self.run_files(request_id), whole=True), default=0)
@@ -319,20 +324,24 @@ class Left:
 def strike(service: Service, request_id: str, phase: str, victims: Sequence[Victim]) -> Left | None:
     """Wait for the phase, kill the victims, and wait for what is restarted; what the attempt left, if it ended by that."""
 
+    ends_the_attempt = any(victim.restarts for victim in victims)
+
     def there(job: dict[str, Any]) -> bool:
         late_enough = phase not in IN_TRAINING or job["step"] >= SAVED_STEP
-        return job["phase"] == phase and late_enough and all(victim.find(service) for victim in victims)
+        if job["phase"] != phase or not late_enough or not all(victim.find(service) for victim in victims):
+            return False
+        # Killed before its actor has said a word, an attempt is launched again, and is still the same one.
+        return not ends_the_attempt or service.has_begun(request_id)
 
     before = service.until(request_id, there, f"phase {phase} with {', '.join(v.name for v in victims)}")
     for victim in victims:
         assert victim.kill(service), f"no {victim.name} to kill in phase {phase}"
         if victim.mend is not None:
             victim.mend(service)
-    if any(victim.restarts for victim in victims):
+    if ends_the_attempt:
         files = service.run_files(request_id)
         left = 0 if "outcome.json" in files else max(checkpoints(files, whole=True), default=0)
         assert left or phase not in IN_TRAINING or "outcome.json" in files, f"no checkpoint in phase {phase}: {sorted(files)}"
-        # Killed before the attempt's actor has said a word, it is launched again, and is still the same attempt.
         service.until(
             request_id,
             lambda job: job["attempt"] > before["attempt"] or job["phase"] != phase,

@@ -42,6 +42,8 @@ def main(home: Path) -> None:
     from serve_app.deployment import deploy
 
     http_port, dashboard_port = free_ports(2)
+    # Ray writes there which cluster is the machine's, wherever its own folder is, and takes it for granted.
+    Path("/tmp/ray").mkdir(exist_ok=True)
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
