@@ -120,8 +120,9 @@ def test_a_newer_deployment_puts_its_dispatcher_in_the_place_of_an_older_one_and
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda _: have_dispatcher("tuneyard", deployment), range(3)))
         dispatcher = ray.get_actor(DISPATCHER, namespace="tuneyard")
-        assert len(_pids()) == 1
-        return dispatcher, ray.get(dispatcher.deployment.remote())
+        deployment = ray.get(dispatcher.deployment.remote())
+        until(lambda: len(_pids()) == 1, "it alone is there")
+        return dispatcher, deployment
 
     first, deployment = after(2)
     assert deployment == 2
