@@ -38,7 +38,7 @@ def invocations(program):
     """Every use of a program in the pages: the page, and the words after it, as a shell takes them."""
     for page in PAGES:
         for text in [*blocks(page), *spans(page.read_text())]:
-            if text.startswith("kubectl "):  # has a namespace and a service that are named tuneyard
+            if "kubectl " in text:  # has a namespace and a service that are named tuneyard
                 continue
             for found in re.finditer(rf"(?:^|[\s(])(?:\.venv/bin/)?{program}(\s[^()|;&…]*|$)", text):
                 words = found[1].replace("<", "").replace(">", "").partition(" #")[0]
