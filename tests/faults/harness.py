@@ -36,6 +36,7 @@ SAVE_STEPS = 4
 # By then the second checkpoint is under way, which waits for the first one: whoever is killed later has one to go on from.
 SAVED_STEP = 2 * SAVE_STEPS + 1
 IN_TRAINING = PHASES[PHASES.index("training") :]
+PASS_S = 3.0  # of the dispatcher, on a busy machine
 LOOK_S = 0.01  # between two looks at a job's phase: some phases of a tiny job last tens of milliseconds
 HP = "train_config.hyperparameters"
 
@@ -158,6 +159,7 @@ class Service(Running):
     def held(self) -> Iterator[None]:
         """No job is started meanwhile: somebody else has the dispatcher's lease."""
         hold_dispatcher(self.store)
+        time.sleep(PASS_S)  # a pass that is under way still starts what it finds
         try:
             yield
         finally:
@@ -323,7 +325,6 @@ class Left:
 
 def strike(service: Service, request_id: str, phase: str, victims: Sequence[Victim]) -> Left | None:
     """Wait for the phase, kill the victims, and wait for what is restarted; what the attempt left, if it ended by that."""
-
     ends_the_attempt = any(victim.restarts for victim in victims)
 
     def there(job: dict[str, Any]) -> bool:
