@@ -43,8 +43,6 @@ TABLES = [table for table in metadata.sorted_tables if table.name not in LIVE]
 class BackupError(UserError):
     """The file can't be made, or what is in it can't be restored here."""
 
-    code = "backup_error"
-
 
 def back_up(store: JobStore, path: Path) -> dict[str, int]:
     """Write all that the store holds at one moment to a new file, which only its owner may read; rows by table.

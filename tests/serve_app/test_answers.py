@@ -67,6 +67,8 @@ def test_every_answer_holds_what_the_document_says_and_nothing_else(http, store,
     by_path = [{"path": {"request_id": i}} for i in (waiting, running, failed, completed)]
     keys = {"access_key_id": "x", "secret_access_key": CANARY}
     again = {"org_id": ORG, "request_id": failed}
+    webhook = {"org": ORG, "url": "http://127.0.0.1:9/nobody-listens"}
+    named = {"path": {"webhook_id": http.post("/webhook/", json=webhook).json()["webhook_id"]}, "params": {"org_id": ORG}}
     requests = {
         "GET /healthz": [{}],
         "GET /readyz": [{}],
@@ -86,6 +88,10 @@ def test_every_answer_holds_what_the_document_says_and_nothing_else(http, store,
         "POST /secret/": [{"json": {"org": ORG, "name": "n", "type": "aws", "data": keys}}],
         "GET /secret/list/": [{"params": {"org_id": ORG}}],
         "DELETE /secret/{secret_id}": [{"path": {"secret_id": secret_id}, "params": {"org_id": ORG}}],
+        "POST /webhook/": [{"json": webhook}],
+        "GET /webhook/list/": [{"params": {"org_id": ORG}}],
+        "POST /webhook/{webhook_id}/test": [dict(named)],
+        "DELETE /webhook/{webhook_id}": [dict(named)],
     }
     operations = {f"{m.upper()} {path}": o for path, methods in document["paths"].items() for m, o in methods.items()}
     assert requests.keys() == operations.keys()
@@ -117,15 +123,16 @@ def test_the_examples_of_the_document_are_answers(http):
                 TypeAdapter(model).validate_json(json.dumps(content["example"]), extra="forbid")
             else:
                 without.add(f"{method} {path}")
-    assert without == {"get /healthz", "get /readyz", "delete /secret/{secret_id}"}
+    assert without == {"get /healthz", "get /readyz", "delete /secret/{secret_id}", "delete /webhook/{webhook_id}"}
 
 
 def test_the_examples_of_requests_are_what_the_service_takes(http, store):
     posts = {p: o["post"] for p, o in http.get("/openapi.json").json()["paths"].items() if "post" in o}
     bodies = {p: o["requestBody"]["content"]["application/json"] for p, o in posts.items() if "requestBody" in o}
     example = {path: body["example"] for path, body in bodies.items()}
-    assert example.keys() == {"/job/", "/job/plan/", "/job/cancel/", "/job/resume/", "/secret/"}
+    assert example.keys() == {"/job/", "/job/plan/", "/job/cancel/", "/job/resume/", "/secret/", "/webhook/"}
     assert http.post("/secret/", json=example["/secret/"]).status_code == 200
+    assert http.post("/webhook/", json=example["/webhook/"]).status_code == 200
     for path in ("/job/cancel/", "/job/resume/"):
         assert http.post(path, json=example[path]).status_code == 404  # understood; there is just no such job
 

@@ -18,6 +18,7 @@ from serve_app.store.jobs import JobStore
 from serve_app.store.journal import Notes
 from serve_app.store.quotas import Quota, all_quotas, set_quota
 from serve_app.store.tables import metadata
+from serve_app.webhooks import Webhooks
 from tests.conftest import CANARY, DOCUMENTED, ORG, with_fields
 from train_loop.spec import JobSpec
 
@@ -55,12 +56,14 @@ def spec(name):
 def filled(store, settings):
     """A store with something in every table; what is in it."""
     done, waits = (store.insert(spec(name), "queued", name, "hash", by=ME)[0] for name in ("done", "waits"))
+    vault = SecretVault.from_settings(store, settings)
+    Webhooks.of(store, vault, settings).create(ORG, "https://hooks.example.com/x", ["job.completed"], ME)
     store.start_attempt(done.request_id, 0, 2)
     notes = Notes([("a", "grüße 🙂")], [{"step": 1, "loss": 2.5}, {"step": 2, "loss": None}], [(0, 1.5, "line"), (1, 2.5, "")])
     store.report(done.request_id, 1, notes, step=2, metrics={"last": {"loss": 2.5}}, ran_s=3.0)
     store.finish(done.request_id, 1, Status.COMPLETED, message="ok")
     keys = {"access_key_id": "AK", "secret_access_key": CANARY}
-    SecretVault.from_settings(store, settings).create(ORG, "keys", "aws", keys, ME)
+    vault.create(ORG, "keys", "aws", keys, ME)
     store.acquire_lease("dispatcher", "me", -1)
     store.set_capacity({"h100": 8})
     with store.write() as tx:
@@ -96,7 +99,7 @@ def test_all_comes_back_in_either_kind_of_database_and_goes_on(store, other, set
     assert (contents(other), counts["jobs"], counts["job_logs"]) == (held, 2, 2)
     other.require_current()
     with other.read() as tx:
-        assert [e.action for e in read_entries(tx)] == ["job.submit", "job.submit", "secret.add", "admin.restore"]
+        assert [e.action for e in read_entries(tx)] == ["job.submit", "job.submit", "webhook.add", "secret.add", "admin.restore"]
         assert all_quotas(tx) == {ORG: Quota(max_gpus=3)}
     (secret,) = SecretVault.from_settings(other, settings).list(ORG)
     assert SecretVault.from_settings(other, settings).reveal(ORG, secret.secret_id)["secret_access_key"] == CANARY

@@ -147,7 +147,7 @@ def closed_routes(app):
 
 
 def test_every_route_but_the_open_ones_wants_a_token(http):
-    names = {"request_id": str(uuid.uuid4()), "secret_id": str(uuid.uuid4())}
+    names = {name: str(uuid.uuid4()) for name in ("request_id", "secret_id", "webhook_id")}
     del http.headers["Authorization"]
     closed = list(closed_routes(http.app))
     assert len(closed) > 30
@@ -844,15 +844,17 @@ def test_a_job_larger_than_a_quota_is_refused_unless_it_can_do_with_less(setting
 
 def test_another_org_learns_nothing_on_any_route(http, settings, job, secret_id):
     ours = http.post("/job/", json=job).json()["request_id"]
+    hook = http.post("/webhook/", json={"org": ORG, "url": "https://hooks.example.com/x"}).json()["webhook_id"]
     stranger = {"Authorization": f"Bearer {mint_token(settings, OTHER_ORG, 'x', 60, scope='admin')}"}
     reached = set()
 
-    def ask(method, path, org, request_id, secret):
-        names = {"request_id": request_id, "secret_id": secret}
+    def ask(method, path, org, request_id, secret, webhook):
+        names = {"request_id": request_id, "secret_id": secret, "webhook_id": webhook}
         body = {
             "/job": job | {"org": org},
             "/job/plan": job | {"org": org},
             "/secret": {"org": org, "name": "n", "type": "s3"},
+            "/webhook": {"org": org, "url": "https://hooks.example.com/x"},
         }
         sent = body.get(path.rstrip("/"), {"org_id": org, "request_id": request_id}) if method == "POST" else None
         answer = http.request(
@@ -860,21 +862,21 @@ def test_another_org_learns_nothing_on_any_route(http, settings, job, secret_id)
         )
         reached.add(answer.status_code)
         text = answer.text
-        for name in (request_id, secret):
+        for name in (request_id, secret, webhook):
             text = text.replace(name, "<id>")
         return answer.status_code, text
 
     for method, path in closed_routes(http.app):
         if "{request_id}" not in path:
-            assert ask(method, path, ORG, ours, secret_id)[0] == 403, path
-        if path.rstrip("/") not in ("/job", "/job/plan", "/secret", "/job/list", "/secret/list"):
-            nobody = str(uuid.uuid4())
-            there, not_there = (ask(method, path, OTHER_ORG, *ids) for ids in ((ours, secret_id), (nobody, nobody)))
+            assert ask(method, path, ORG, ours, secret_id, hook)[0] == 403, path
+        if path.rstrip("/") not in ("/job", "/job/plan", "/secret", "/webhook", "/job/list", "/secret/list", "/webhook/list"):
+            there, not_there = (ask(method, path, OTHER_ORG, *ids) for ids in ((ours, secret_id, hook), [str(uuid.uuid4())] * 3))
             assert there == not_there, path  # not even a hint that it exists
             assert there[0] == 404, path
     assert reached == {403, 404}
     assert http.get(f"/job/{ours}").json()["status"] == "QUEUED"
     assert [s["secret_id"] for s in http.get("/secret/list/", params={"org_id": ORG}).json()["secrets"]] == [secret_id]
+    assert [w["webhook_id"] for w in http.get("/webhook/list/", params={"org_id": ORG}).json()["webhooks"]] == [hook]
 
 
 def test_what_the_cluster_can_never_hold_is_refused_with_what_it_has(http, store, job):

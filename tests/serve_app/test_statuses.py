@@ -12,6 +12,7 @@ from serve_app.app import build_app
 from serve_app.auth import mint_token
 from serve_app.lifecycle import Status
 from serve_app.store.jobs import JobStore
+from serve_app.webhooks import MAX_PER_ORG
 from tests.conftest import ORG, Idle, with_fields
 from tests.serve_app.conftest import documented_statuses
 from train_loop.section import models_in
@@ -48,12 +49,14 @@ class Refusing:
             case "/secret/":
                 data = {"access_key_id": "a", "secret_access_key": "b"}
                 return {"org": ORG, "name": "n", "type": "aws", "data": data}
+            case "/webhook/":
+                return {"org": ORG, "url": "https://hooks.example.com/x"}
         return None
 
     def ask(self, request_id=None, http=None, org=ORG, **changes):
         request_id = request_id or str(uuid.uuid4())
         named = {"org_id": org, "request_id": request_id}
-        path = self.path.format(request_id=request_id, secret_id=request_id)
+        path = self.path.format(request_id=request_id, secret_id=request_id, webhook_id=request_id)
         how = {"params": named} | ({"json": self.body or named} if self.method == "POST" else {}) | changes
         return (http or self.http).request(self.method, path, **how)
 
@@ -93,6 +96,10 @@ class Refusing:
     def answer_409(self):
         if self.path == "/job/":
             self.insert(self.job["experiment_name"])
+            return self.ask()
+        if self.path == "/webhook/":
+            for _ in range(MAX_PER_ORG):
+                self.ask()
             return self.ask()
         return self.ask(self.insert("ended", completed=True))
 
