@@ -286,7 +286,7 @@ def test_a_job_goes_on_while_the_service_is_replaced_and_taken_off(head, s3):
 
     upload(s3, "\n".join(json.dumps(row) for row in rows(40)).encode())
     secret_id = client.create_secret(ORG, "of-the-job", "s3", head.s3_keys)["secret_id"]
-    request_id = client.submit(job(secret_id, "on-a-cluster"))["request_id"]
+    request_id = client.submit(job(secret_id, "on-a-cluster", max_steps=1000))["request_id"]  # longer than both deployments
     until(lambda: client.get(request_id, ORG)["status"] == "RUNNING", "running")
     (actor,), before, leader = until(lambda: head.pids("JobActor"), "an actor"), head.pids("Dispatcher"), head.leader()
     head.serve()
@@ -321,14 +321,14 @@ def upload(s3, content: bytes) -> None:
     client.put_object(Bucket=BUCKET, Key="rows.jsonl", Body=content)
 
 
-def job(secret_id: str, name: str, gpu_count: int = 1):
+def job(secret_id: str, name: str, gpu_count: int = 1, max_steps: int = 60):
     changes = {
         "experiment_name": name,
         "model_details.base_model": TINY,
         "dataset_details.secret_id": secret_id,
         "dataset_details.dataset_path": f"s3://{BUCKET}/rows.jsonl",
         "dataset_config.preprocessing.prompt.max_length": 128,
-        f"{HP}.max_steps": 60,
+        f"{HP}.max_steps": max_steps,
         f"{HP}.logging_steps": 20,
         f"{HP}.dataloader_num_workers": 0,
         "infra_config": {"gpu_type": "cpu", "gpu_count": gpu_count, "infra_type": "simplismart", "node_count": 1},

@@ -344,7 +344,14 @@ def test_a_ray_job_is_stopped_with_a_checkpoint_and_gone_on_with_and_its_keys_sh
         where = ["--address", dashboard, "--submission-id", id_, "--working-dir", str(working_dir)]
         entrypoint = ["--", sys.executable, "-m", "train_loop", "job.json", *run]
         command = [*ray, "submit", "--runtime-env", str(REPO / "examples" / "ray_job.yaml"), *where, *entrypoint]
-        return subprocess.Popen(command, env=service.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            command,
+            env=service.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+        )
 
     def asked(*arguments):
         command = [*ray, *arguments, "--address", dashboard]
