@@ -29,8 +29,9 @@ def test_jobs_go_on_after_the_whole_service_was_away(service, table, end, reques
     finished = list(service.client.iter_jobs(ORG, status="COMPLETED"))
     assert finished
     running = service.submit(f"{name}-running")
-    service.until(running, lambda job: job["phase"] == "training" and job["step"] >= SAVED_STEP, "a checkpoint")
+    service.until(running, lambda job: job["status"] == "RUNNING", "its start")
     with service.held():
+        service.until(running, lambda job: job["phase"] == "training" and job["step"] >= SAVED_STEP, "a checkpoint")
         queued = service.submit(f"{name}-queued")
         end(service)
         service.start()
