@@ -25,7 +25,9 @@ class Slow(http.server.BaseHTTPRequestHandler):
     """An object storage without any object, which takes as many seconds to say so as the path has in it."""
 
     def do_HEAD(self) -> None:
-        time.sleep(float(self.path.rpartition("-")[2]))
+        _, mark, seconds = self.path.rpartition("-")
+        if mark:  # else it is the bucket that is asked about
+            time.sleep(float(seconds))
         self._nothing()
 
     def do_GET(self) -> None:
