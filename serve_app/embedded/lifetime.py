@@ -35,6 +35,7 @@ HEAD_READY_TIMEOUT_S = 180
 HEAD_STOP_TIMEOUT_S = 30
 HEAD_TRIES = 3  # starts in a row that fail before the supervisor gives up
 WATCH_S = 0.5
+FULL_BYTES = 1 << 20  # less is no room
 SAME_S = 2.0  # /proc tells the time of boot in whole seconds
 INSTANCE = "TUNEYARD_INSTANCE"
 PUBLIC = ("url", "dashboard_url", "s3_endpoint_url", "s3_access_key_id", "s3_secret_access_key", "s3_bucket")
@@ -182,9 +183,14 @@ def _supervise(home: Path, json_output: bool) -> int:
             "s3_secret_access_key": s3.secret_access_key,
             "s3_bucket": BUCKET,
         }
-        failures = 0
+        failures, was_full = 0, False
         head = _Head(ray_dir)
         while not stop.wait(WATCH_S):
+            is_full = shutil.disk_usage(home).free < FULL_BYTES
+            if was_full and not is_full:
+                sys.stderr.write("the disk was full and has room again: the embedded S3 server must start anew\n")
+                s3.stop()  # its index takes no writes any more once one has failed
+            was_full = is_full
             if s3.process.poll() is not None:
                 s3 = _start_s3_again(home, s3, stop)
             if head.ended():
