@@ -286,7 +286,7 @@ def test_a_job_goes_on_while_the_service_is_replaced_and_taken_off(head, s3):
 
     upload(s3, "\n".join(json.dumps(row) for row in rows(40)).encode())
     secret_id = client.create_secret(ORG, "of-the-job", "s3", head.s3_keys)["secret_id"]
-    request_id = client.submit(job(secret_id, "on-a-cluster", max_steps=1000))["request_id"]  # longer than both deployments
+    request_id = client.submit(job(secret_id, "on-a-cluster", max_steps=300))["request_id"]  # longer than both deployments
     until(lambda: client.get(request_id, ORG)["status"] == "RUNNING", "running")
     (actor,), before, leader = until(lambda: head.pids("JobActor"), "an actor"), head.pids("Dispatcher"), head.leader()
     head.serve()
