@@ -109,7 +109,7 @@ def nodes(tmp_path_factory, mirror, postgres):
 
 
 def submit(nodes, name, save_steps=100_000, **infra):
-    """A job on two nodes that may not fail, and lasts longer than a notice; by default it saves after the best evaluations only."""
+    """A job on two nodes that may not fail and lasts longer than a notice; by default only the best evaluations are saved."""
     infra = {"gpu_type": "cpu", "gpu_count": 1, "node_count": 2, "max_retries": 0} | infra
     steps = {f"{HP}.max_steps": 120, f"{HP}.save_steps": save_steps}
     return nodes.submit(name, {f"infra_config.{key}": value for key, value in infra.items()} | steps)
