@@ -35,7 +35,7 @@ from serve_app.store import schema
 from serve_app.store.jobs import JobStore
 from serve_app.store.tables import leases, secrets
 from train_loop.data.sources import filesystem_for
-from train_loop.errors import DatasetError
+from train_loop.errors import DatasetError, first_line
 from train_loop.model.mirror import COMPLETE
 
 LIMIT_S = 20.0
@@ -229,7 +229,7 @@ def _storage(settings: Settings) -> Iterator[Finding]:
 
 
 def _short(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return first_line(error, type(error).__name__)[:200]
 
 
 def _models(settings: Settings) -> Iterator[Finding]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 
+from train_loop.errors import first_line
+
 CONNECT_S = 5.0
 
 
@@ -33,5 +35,4 @@ def connect(address: str, namespace: str | None = None) -> None:
             "this Ray cluster asks for its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token to the token"
         ) from None
     except (RayError, OSError, RuntimeError, ValueError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CannotReach(f"Ray can't be reached: {said}") from None
+        raise CannotReach(f"Ray can't be reached: {first_line(error, type(error).__name__)}") from None
