@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serve_app import errors, logs, openapi, traces
 from serve_app.access import Access
 from serve_app.auth import Verifier
-from serve_app.cluster import DISPATCHER, actor_name, poke_dispatcher
+from serve_app.cluster import actor_name, dispatcher_answers, poke_dispatcher
 from serve_app.planner import Planner
 from serve_app.quota import Places, RateLimit
 from serve_app.routes import health, jobs, journal, secrets, webhooks
@@ -30,6 +30,7 @@ from train_loop.spec import JobSpec
 ROOMS = (health, journal, jobs, secrets, webhooks)
 MAX_ONGOING = 200  # requests at one replica
 MAX_WEBHOOK_TESTS, MAX_WEBHOOK_TESTS_PER_ORG = 8, 2  # each may take ten seconds of a thread
+DISPATCHER_S = 5.0  # that it has to answer
 MAX_STREAMS = 150  # of those, for the others are to be answered while as many follow their jobs
 
 
@@ -61,11 +62,8 @@ class RayRuntime:
         return self._planner.plan(spec, deadline)
 
     def not_ready(self) -> str | None:
-        try:
-            ray.get(ray.get_actor(DISPATCHER, namespace=self._settings.ray_namespace).ping.remote(), timeout=5)
-        except (ValueError, RayError):
-            return "the dispatcher doesn't answer"
-        return None
+        answers = dispatcher_answers(self._settings.ray_namespace, DISPATCHER_S)
+        return None if answers else "the dispatcher doesn't answer"
 
 
 def build_app(settings: Settings, store: JobStore, runtime: Runtime) -> FastAPI:

@@ -121,6 +121,15 @@ def poke_dispatcher(namespace: str) -> None:
         ray.get_actor(DISPATCHER, namespace=namespace).poke.remote()
 
 
+def dispatcher_answers(namespace: str, timeout_s: float) -> bool:
+    """Whether it is there and answers in time."""
+    try:
+        ray.get(ray.get_actor(DISPATCHER, namespace=namespace).ping.remote(), timeout=timeout_s)
+    except (ValueError, RayError):
+        return False
+    return True
+
+
 def bundle_of(profile: Profile) -> dict[str, float]:
     """The Ray resources that one worker takes."""
     kind = profile.accelerator_type

@@ -15,20 +15,15 @@ DISPATCHER_S = 10.0
 def probe(address: str, namespace: str) -> dict[str, Any]:
     """Nodes with their resources, and whether the dispatcher answers; or an error in words."""
     import ray
-    from ray.exceptions import RayError
 
-    from serve_app.cluster import DISPATCHER, RayCluster
+    from serve_app.cluster import RayCluster, dispatcher_answers
     from serve_app.reach import CannotReach, TokenRefused, connect
 
     try:
         connect(address, namespace)
     except (CannotReach, TokenRefused) as error:
         return {"error": str(error), "token": isinstance(error, TokenRefused)}
-    try:
-        ray.get(ray.get_actor(DISPATCHER, namespace=namespace).ping.remote(), timeout=DISPATCHER_S)
-        dispatcher = True
-    except (ValueError, RayError):
-        dispatcher = False
+    dispatcher = dispatcher_answers(namespace, DISPATCHER_S)
     nodes = [{"resources": dict(node.resources), "draining": node.draining} for node in RayCluster(namespace).nodes()]
     return {"ray": ray.__version__, "nodes": nodes, "dispatcher": dispatcher}
 
