@@ -28,7 +28,7 @@ from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
 from serve_app.store import pauses
 from serve_app.store.jobs import STORE_AWAY, Job, JobStore, StaleAttempt, utc_now
-from serve_app.store.quotas import Quota, all_quotas
+from serve_app.store.quotas import NO_QUOTA, Quota, all_quotas
 from serve_app.webhooks import Deliverer, Webhooks
 from train_loop.errors import Cause
 
@@ -346,12 +346,12 @@ class Passes:
 
     def _limits(self) -> Limits:
         s = self.settings
-        of_orgs = {org: (quota.max_running_jobs, quota.max_gpus) for org in self._quotas for quota in [self._quota(org)]}
+        own = {org: self._quota(org) for org in self._quotas}
+        of_orgs = {org: (quota.max_running_jobs, quota.max_gpus) for org, quota in own.items()}
         return Limits(s.max_running_jobs, s.max_running_jobs_per_org, s.max_workers, s.max_gpus_per_org, of_orgs)
 
     def _quota(self, org_id: str) -> Quota:
-        default = default_quota(self.settings)
-        return self._quotas[org_id].over(default) if org_id in self._quotas else default
+        return self._quotas.get(org_id, NO_QUOTA).over(default_quota(self.settings))
 
     def _gang(self, job: Job) -> Gang:
         infra = job.spec["infra_config"]

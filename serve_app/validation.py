@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
-from jinja2.nodes import Pow
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import ValidationError
 
 from serve_app.aws import is_arn
 from serve_app.errors import beside, field_error, invalid, validation_errors
 from serve_app.lifecycle import Status
+from serve_app.quota import default_quota
 from serve_app.run_keys import model_keys
 from serve_app.secret_types import OPENS, TRACKERS
 from serve_app.secrets import Secret, SecretVault
@@ -23,6 +23,7 @@ from serve_app.storage import WHILE_ASKED, storage_credentials
 from serve_app.store.jobs import JobStore
 from serve_app.store.quotas import quota_of
 from train_loop.advice import advice
+from train_loop.data.rendering import needless
 from train_loop.errors import Cause, DatasetError, ModelError, RunFault, UserError
 from train_loop.model.mirror import COMPLETE
 from train_loop.model.source import (
@@ -108,12 +109,11 @@ def _right_ones(payload: dict[str, Any], error: ValidationError) -> dict[str, An
 
 def _max_gpus(spec: JobSpec, right: Set[str], settings: Settings, jobs: JobStore) -> int | None:
     """How many workers the org may have, if it is known which org it is."""
-    if "org" in right:
-        with jobs.read() as tx:
-            own = quota_of(tx, spec.org).max_gpus
-        if own is not None:
-            return own
-    return settings.max_gpus_per_org
+    default = default_quota(settings)
+    if "org" not in right:
+        return default.max_gpus
+    with jobs.read() as tx:
+        return quota_of(tx, spec.org).over(default).max_gpus
 
 
 def _infra_errors(spec: JobSpec, settings: Settings, capacity: Mapping[str, int], max_gpus: int | None) -> list[dict[str, Any]]:
@@ -177,15 +177,15 @@ def _template_errors(spec: JobSpec) -> list[dict[str, Any]]:
         return []
     try:
         plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # transformers' own tag
-        has_power = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(plain).find(Pow) is not None
+        wrong = needless(ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(plain))
     except TemplateSyntaxError as error:
         message = f"isn't a Jinja template: {error.message} in line {error.lineno}"
     except (RecursionError, ValueError) as error:  # nesting without end; numbers of thousands of digits
         message = f"isn't a Jinja template that can be used ({type(error).__name__})"
     else:
-        if not has_power:
+        if wrong is None:
             return []
-        message = "has the operator **, which no chat template needs"
+        message = wrong
     return [field_error("dataset_config.preprocessing.prompt.template", message)]
 
 

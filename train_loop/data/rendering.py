@@ -66,8 +66,8 @@ def render(
 
     Raises Flood, Stalled, Refused, and whatever goes wrong in the template.
     """
-    if (wrong := needless(template)) is not None:
-        raise Refused(wrong)
+    if (wrong := _needless(template)) is not None:
+        raise Refused(f"it {wrong}")
     compiled = _compiled(template)
     # As transformers does, for templates (gpt-oss) that know reasoning by its other name.
     said = [{"thinking": m["reasoning_content"], **m} if "reasoning_content" in m else m for m in messages]
@@ -111,11 +111,14 @@ def _compiled(template: str) -> Any:
     return _compile_jinja_template(template)
 
 
+def needless(tree: nodes.Template) -> str | None:
+    """What a template has that none needs, and that can't be ended once it runs: powers, which are one step of hours."""
+    return "has the operator **, which no chat template needs" if tree.find(nodes.Pow) is not None else None
+
+
 @cache
-def needless(template: str) -> str | None:
-    """What the template has that none needs, and that can't be ended once it runs: powers, which are one step of hours."""
-    tree: nodes.Template = _compiled(template).environment.parse(template)
-    return "it has the operator **, which no chat template needs" if tree.find(nodes.Pow) is not None else None
+def _needless(template: str) -> str | None:
+    return needless(_compiled(template).environment.parse(template))
 
 
 @cache
