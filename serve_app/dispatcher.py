@@ -109,7 +109,7 @@ class Dispatcher:
             time.sleep(READY_S)
             try:
                 if self.leads and not self.passes.starting:
-                    ready.top_up()
+                    ready.top_up(one_by_one=self.passes.running)
             except Exception:
                 log.warning("no processes can be kept ready; trying again", exc_info=True)
 
@@ -151,7 +151,8 @@ class Passes:
         self._passed = now(), awake_s()
         self._pause: pauses.Pause | None = None
         self._quotas: dict[str, Quota] = {}  # of orgs that have their own
-        self.starting = False  # whether a job was on the way to its first step, or to its start, in the last pass
+        # In the last pass: whether a job ran, and whether one was on the way to its first step, or to its start.
+        self.running = self.starting = False
         self.forget()
 
     def forget(self) -> None:
@@ -287,6 +288,7 @@ class Passes:
         empty = Room.of(node.resources for node in taking)
         self._look_at_capacity(empty, now)
         started = {gang.request_id for gang, _ in decision.starts}
+        self.running = bool(started or open_jobs)
         self.starting = bool(started) or any(job.phase in NOTHING_TO_SAVE for job in open_jobs)
         # While the operator has the service paused, machines may be away for as long as it takes.
         left = [job for job in waiting if job.request_id not in started] if self._pause is None else []

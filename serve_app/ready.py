@@ -47,8 +47,8 @@ class Pool:
         self._coming = list[tuple[str, float]]()  # until when, oldest first
         self._seen = set[Hashable]()
 
-    def ask(self, found: Iterable[Found], now: float) -> Counter[str]:
-        """What to start now, when these are there."""
+    def ask(self, found: Iterable[Found], now: float, *, one_by_one: bool = False) -> Counter[str]:
+        """What to start now, when these are there; one, and none while one comes, where the machine has other work."""
         there = {f.process: f for f in found}
         come = Counter(f.environment for process, f in there.items() if process not in self._seen)
         self._seen = set(there)
@@ -60,6 +60,8 @@ class Pool:
                 left.append((environment, until))
         waiting = Counter(f.environment for f in there.values() if f.waits)
         missing = Counter(self._wanted) - waiting - Counter(environment for environment, _ in left)
+        if one_by_one:
+            missing = Counter([] if left else list(missing)[:1])
         self._coming = left + [(environment, now + START_S) for environment in missing.elements()]
         return missing
 
@@ -76,8 +78,11 @@ class ReadyProcesses:
         self._on = PRELOADS in os.environ
         self._pool = Pool({NO_ENVIRONMENT: HELPERS, self._of_workers: num_workers})
 
-    def top_up(self) -> None:
-        """Have as many as wanted, a while later. Raises grpc.RpcError."""
+    def top_up(self, *, one_by_one: bool) -> None:
+        """Have as many as wanted, a while later. Raises grpc.RpcError.
+
+        One by one takes longer and leaves a job that trains, and who asks for its status, their share of the cores.
+        """
         from ray._private.grpc_utils import init_grpc_channel
         from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
 
@@ -87,7 +92,8 @@ class ReadyProcesses:
         node = next(node for node in ray.nodes() if node["NodeID"] == here)
         with init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:
             raylet = NodeManagerServiceStub(channel)
-            for environment, number in self._pool.ask(self._found(raylet), time.monotonic()).items():
+            asked = self._pool.ask(self._found(raylet), time.monotonic(), one_by_one=one_by_one)
+            for environment, number in asked.items():
                 _start(raylet, environment, number)
 
     def _found(self, raylet: Any) -> Iterator[Found]:

@@ -45,5 +45,14 @@ def test_one_environment_is_none_of_the_other_s():
     assert pool.ask(found(taken="a") + found("b", environment=WORKER), 3.0) == {HELPER: 1}
 
 
+def test_one_after_the_other_while_the_machine_has_other_work():
+    pool = Pool({HELPER: 2, WORKER: 1})
+    assert pool.ask(found(), 0.0, one_by_one=True) == {HELPER: 1}
+    assert pool.ask(found(), 3.0, one_by_one=True) == {}
+    assert pool.ask(found("a"), 6.0, one_by_one=True) == {HELPER: 1}
+    assert pool.ask(found("ab"), 9.0, one_by_one=True) == {WORKER: 1}
+    assert pool.ask(found("ab") + found("c", environment=WORKER), 12.0, one_by_one=True) == {}
+
+
 def test_more_than_wanted_are_left_alone(pool):
     assert pool.ask(found("abc"), 0.0) == {}
