@@ -16,7 +16,9 @@ import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +41,20 @@ CUT_OFF = "it was cut off while it was written"
 
 
 class Checkpoints:
-    """The checkpoints of a run, as one of its ranks sees them. Close it: an upload may be under way."""
+    """The checkpoints of a run, as one of its ranks sees them. Close it: something may be on its way to storage."""
 
     def __init__(self, ctx: RunContext, keep: int) -> None:
         self._ctx = ctx
         self._keep = keep
         self._root = f"{ctx.run_path}/{CHECKPOINTS}"
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._upload: Future[None] | None = None
+        self._under_way: Future[None] | None = None
         self._newest: int | None = None
 
-    def save(self, step: int, model: Any, optimizer: torch.optim.Optimizer, metrics: MetricLog) -> None:
-        """Take a checkpoint after `step` steps. Collective. It is whole once `wait` has returned.
+    def save(
+        self, step: int, model: Any, optimizer: torch.optim.Optimizer, metrics: MetricLog, first: Callable[[], None]
+    ) -> None:
+        """Take a checkpoint after `step` steps, uploaded after `first` has run. Collective. It is whole once `wait` has returned.
 
         Raises what the upload of the one before failed with.
         """
@@ -69,13 +73,18 @@ class Checkpoints:
         torch.save(random_states, folder / RANDOM)
         (folder / STATE).write_text(json.dumps({"step": step, "world_size": self._ctx.world_size, "log": metrics.state()}))
         best = metrics.best["step"] if metrics.best else None
-        self._upload = self._thread.submit(self._publish, folder, step, best)
+        self.behind(first, partial(self._publish, folder, step, best))
+
+    def behind(self, *uploads: Callable[[], None]) -> None:
+        """Have these run in turn behind the next steps, once what is under way is done. Raises what that failed with."""
+        self.wait()
+        self._under_way = self._thread.submit(_in_turn, uploads)
 
     def wait(self) -> None:
-        """Return when what was saved is in storage. Raises what its upload failed with."""
-        upload, self._upload = self._upload, None
-        if upload is not None:
-            upload.result()
+        """Return when all is in storage. Raises what the upload failed with."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
 
     def close(self) -> None:
         """End the thread, after the upload that it may be in."""
@@ -199,6 +208,11 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError):
             return f"{MARKER} can't be read"
         return None
+
+
+def _in_turn(uploads: Iterable[Callable[[], None]]) -> None:
+    for upload in uploads:
+        upload()
 
 
 def _random_state(device: torch.device) -> torch.Tensor:

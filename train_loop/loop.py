@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -145,7 +146,7 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
             said = f"eval loss {loss:.4f} after {step} steps" if is_number else f"the eval loss isn't a number after {step} steps"
             ctx.event("evaluated", said)
         report()
-        publish_metrics()
+        checkpoints.behind(metrics_upload())
         ctx.phase("training")
 
     def report() -> None:
@@ -161,16 +162,19 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
             }
         )
 
-    def publish_metrics() -> None:
-        if ctx.rank == 0:
-            write_bytes(ctx.storage, f"{ctx.run_path}/{METRICS}", log.lines().encode())
-            write_bytes(ctx.storage, f"{ctx.run_path}/{TENSORBOARD}", event_file(log.points))
+    def metrics_upload() -> Callable[[], None]:
+        files = {METRICS: log.lines().encode(), TENSORBOARD: event_file(log.points)} if ctx.rank == 0 else {}  # as they are now
+
+        def upload() -> None:
+            for name, content in files.items():
+                write_bytes(ctx.storage, f"{ctx.run_path}/{name}", content)
+
+        return upload
 
     def save(*, wait: bool = False) -> None:
         ctx.phase("saving")
         ctx.beat("slow")
-        publish_metrics()
-        checkpoints.save(step, model, optimizer, log)
+        checkpoints.save(step, model, optimizer, log, first=metrics_upload())
         if wait:
             checkpoints.wait()
         ctx.beat()
@@ -262,7 +266,7 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
     tensors = weights.handed_out(model, keep=ctx.rank == 0)
     written: dict[str, Any] = {}
     if ctx.rank == 0:
-        publish_metrics()
+        metrics_upload()()
         ctx.require_current()
         with tempfile.TemporaryDirectory(dir=ctx.scratch) as folder:
             name = export.write(Path(folder), spec, model, tensors, tokenizer, log, ctx.model_folder)

@@ -1,6 +1,7 @@
 """A run that ends at any point goes on as if it hadn't, and only from a checkpoint that is whole."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from train_loop.data.shards import PreparedDataset
 from train_loop.errors import Cause, RunFault, Stopped
 from train_loop.loop import run
 from train_loop.spec import JobSpec
-from train_loop.storage import write_json
+from train_loop.storage import write_bytes, write_json
 
+HANG_S = 30.0
 SAVED = (2, 3, 4)  # of a short job, before its end: every second step, and the best evaluation
 
 
@@ -178,6 +180,28 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path, mirror):
     checkpoints.close()
     # What is newer than step 12 belongs to what came before a fall-back: the run gets there again.
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [f"step-{s:08d}" for s in (4, 10, 12, 14)]
+
+
+def test_steps_go_on_while_what_was_saved_is_on_its_way_to_storage(local_job, launch, monkeypatch):
+    class Steps(Watcher):
+        third = threading.Event()
+
+        def on_progress(self, progress):
+            super().on_progress(progress)
+            if self.seen == 3:
+                self.third.set()
+
+    monitor, came = Steps(), []
+
+    def write(storage, path, content):
+        if monitor.seen == 2:  # what is written while the second step is the last
+            came.append(monitor.third.wait(HANG_S))
+        write_bytes(storage, path, content)
+
+    monkeypatch.setattr("train_loop.loop.write_bytes", write)
+    monkeypatch.setattr("train_loop.storage.write_bytes", write)
+    launch(short(local_job), monitor=monitor)
+    assert all(came)
 
 
 def test_rows_prepared_by_an_earlier_attempt_are_used_again_unless_they_changed(local_job, tmp_path, launch):
