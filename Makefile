@@ -6,7 +6,7 @@ PROMETHEUS := .prometheus/usr/bin/promtool
 TOOLS := .tools
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo demo-vlm test service faults faults-full check format bench docs image sbom audit clean
+.PHONY: setup demo demo-vlm test service memory faults faults-full check format bench docs image sbom audit clean
 
 # The lock holds every package with its version, so nothing is left for pip to resolve; the second line adds what torch's CUDA
 # build needs besides, where that is the one pip found.
@@ -36,12 +36,16 @@ demo-vlm: setup
 test: setup $(PROMETHEUS)
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
-# Whole jobs on Ray, and the whole service: some minutes.
+# Whole jobs on Ray, and the whole service: twenty minutes.
 service: setup $(PROMETHEUS)
-	$(BIN)/python -m pytest -m service
+	$(BIN)/python -m pytest -m service --ignore tests/benchmarks
+
+# The memory that plans promise, against what a worker takes: two minutes.
+memory: setup
+	$(BIN)/python -m pytest -m service tests/benchmarks
 
 # Kills every process of a running service at least once, and in every phase of a job, and plays hundreds of histories of dispatchers
-# that die anywhere: half an hour.
+# that die anywhere: a quarter of an hour.
 faults: setup
 	TUNEYARD_MODEL_RUNS=200 $(BIN)/python -m pytest tests/serve_app/test_dispatcher_model.py
 	$(BIN)/python -m pytest -m 'faults and not faults_full' tests/faults

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -51,6 +52,7 @@ def _start_ray(settings: Settings, ray_dir: str, num_cpus: int) -> tuple[str, st
     # Read when Ray is imported: only as a one-machine Ray, its default outside Linux, does it stay off the network.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
+    from ray._private import parameter
 
     from serve_app.deployment import deploy
     from serve_app.proxy import CALLBACK
@@ -70,6 +72,8 @@ def _start_ray(settings: Settings, ray_dir: str, num_cpus: int) -> tuple[str, st
     os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")
     # What serve_app.ready has Ray start is of use; what Ray would start by itself now would load all that for the ingress.
     os.environ |= {PRELOADS: "serve_app.preload", "RAY_prestart_worker_first_driver": "0"}
+    # Ray's own choice is one port for every Ray of the machine: on the second of them no `ray job submit` finds an agent.
+    parameter.RayParams = partial(parameter.RayParams, dashboard_agent_listen_port=0)
     http_port, dashboard_port = remembered_ports(settings.home / "ports.json", 2)
     context = ray.init(
         address="local",

@@ -216,21 +216,45 @@ def test_a_plan_creates_nothing_and_refuses_what_would_fail(service):
     assert service.client.list_jobs(ORG) == before
 
 
-def test_what_is_wrong_with_a_dataset_is_said_in_a_sentence(service):
-    wrong = service.client.create_secret(ORG, "wrong", "s3", service.keys | {"secret_access_key": "wrong"})["secret_id"]
+@pytest.fixture(scope="module")
+def unreachable(service):
+    """A job whose dataset's storage doesn't answer, which is waited for longer than the next test takes."""
     away = service.client.create_secret(ORG, "away", "s3", service.keys | {"endpoint_url": "http://127.0.0.1:1"})["secret_id"]
+    job = service.job("storage_unreachable", {"dataset_details.secret_id": away})
+    return service.client.submit(job)["request_id"]
+
+
+def test_a_second_service_runs_beside_the_first_and_a_killed_one_comes_back(service, unreachable, mirror, tmp_path):
+    """Meanwhile the job of the next test waits for its storage."""
+    other = Running(tmp_path / "other", mirror)
+    other.start()
+    try:
+        assert other.up["url"] != service.up["url"]
+        psutil.Process(other.state()["pid"]).kill()
+        other.start()
+        assert other.client.list_jobs(ORG)["jobs"] == []
+        by_ray = httpx.post(f"{other.up['dashboard_url']}/api/jobs/", json={"entrypoint": "true"}, timeout=FINISH_S)
+        assert by_ray.status_code == 200, by_ray.text
+    finally:
+        other.down()
+    listed = {s["secret_id"] for s in service.client.list_secrets(ORG)["secrets"]}
+    assert service.secret_id in listed  # the first one still answers, from its own store
+
+
+def test_what_is_wrong_with_a_dataset_is_said_in_a_sentence(service, unreachable):
+    wrong = service.client.create_secret(ORG, "wrong", "s3", service.keys | {"secret_access_key": "wrong"})["secret_id"]
     cases = {
         "object_not_found": {"dataset_details.dataset_path": f"s3://{DATASETS}/missing.jsonl"},
         "bucket_not_found": {"dataset_details.dataset_path": "s3://no-such-bucket/rows.jsonl"},
         "storage_access_denied": {"dataset_details.secret_id": wrong},
-        "storage_unreachable": {"dataset_details.secret_id": away},
         "dataset_empty": {"dataset_details.dataset_path": f"s3://{DATASETS}/empty.jsonl"},
         "no_usable_rows": {"dataset_details.dataset_path": f"s3://{DATASETS}/unusable.jsonl"},
         "too_many_rejects": {"dataset_config.preprocessing.max_reject_ratio": 0},
     }
     ids = {code: service.client.submit(service.job(code, changes))["request_id"] for code, changes in cases.items()}
+    ids["storage_unreachable"] = unreachable
     jobs = {code: service.wait(request_id) for code, request_id in ids.items()}
-    assert {code: (job["status"], job["error_code"]) for code, job in jobs.items()} == {code: ("FAILED", code) for code in cases}
+    assert {code: (job["status"], job["error_code"]) for code, job in jobs.items()} == {code: ("FAILED", code) for code in ids}
     for job in jobs.values():
         assert job["attempt"] == 1  # another one would find the same
         assert job["message"] == job["error_message"]
@@ -376,20 +400,6 @@ def test_a_ray_job_is_stopped_with_a_checkpoint_and_gone_on_with_and_its_keys_sh
     assert "resumed from the checkpoint of step" in out
     assert '"status": "COMPLETED"' in out
     assert "succeeded" in asked("status", "second")
-
-
-def test_a_second_service_runs_beside_the_first_and_a_killed_one_comes_back(service, mirror, tmp_path):
-    other = Running(tmp_path / "other", mirror)
-    other.start()
-    try:
-        assert other.up["url"] != service.up["url"]
-        psutil.Process(other.state()["pid"]).kill()
-        other.start()
-        assert other.client.list_jobs(ORG)["jobs"] == []
-    finally:
-        other.down()
-    listed = {s["secret_id"] for s in service.client.list_secrets(ORG)["secrets"]}
-    assert service.secret_id in listed  # the first one still answers, from its own store
 
 
 def test_the_command_line(service, tmp_path):
