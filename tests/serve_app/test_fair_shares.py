@@ -95,12 +95,11 @@ def test_fifty_jobs_of_ten_orgs_that_end_between_two_passes_start_in_turns(store
     for number, org in enumerate(ORGS):
         for i in range(5):
             play.submit(org, 0.2 + 0.3 * ((number + 3 * i) % 5))
-    for _ in range(50):
-        play.run_pass()
+    while len(play.starts) < 50:
+        assert play.run_pass()
         play.go_on(POLL_S)
         if restarts:
             play.restart()
-    assert len(play.starts) == 50
     for count in range(10, 51, 10):
         had = Counter(play.starts[:count])
         assert all(abs(had[org] - count / 10) <= 1 for org in ORGS), had
@@ -108,41 +107,40 @@ def test_fifty_jobs_of_ten_orgs_that_end_between_two_passes_start_in_turns(store
 
 @pytest.mark.parametrize("restarts", [False, True])
 def test_orgs_with_jobs_of_any_length_have_the_same_worker_seconds(play, restarts):
-    """Ten orgs on four workers, each with more waiting than it can have. By jobs, the last would have five times the first's."""
-    had, waiting, began = defaultdict(float), Counter(), {}
-    lengths = {org: 12.0 + 5.0 * number for number, org in enumerate(ORGS)}
-    for passed in range(900):
+    """Ten orgs on four workers, each with more waiting than it can have. By jobs, the last would have three times the first's."""
+    had, waiting, began, every_s, passes = defaultdict(float), Counter(), [], 4.0, 300
+    lengths = {org: 11.0 + 2.5 * number for number, org in enumerate(ORGS)}
+    for passed in range(passes):
         for org in ORGS:
             while waiting[org] < 2:
                 play.submit(org, lengths[org])
                 waiting[org] += 1
         for job in play.run_pass():
             waiting[job.org_id] -= 1
-            began[job.request_id] = job
-        play.go_on(POLL_S)
-        if restarts and passed % 100 == 50:
+            began.append(job.request_id)
+        play.go_on(every_s)
+        if restarts and passed % 50 == 25:
             for job in play.store.running():
                 play.store.report(job.request_id, job.attempt, ran_s=(play.world.now - job.started_at).total_seconds())
             play.restart()
-    for request_id in began:
-        job = play.store.get(request_id)
+    for job in map(play.store.get, began):
         had[job.org_id] += ((job.completed_at or play.world.now) - job.started_at).total_seconds()
     fair = sum(had.values()) / len(ORGS)
     assert all(abs(had[org] - fair) < 0.1 * fair for org in ORGS), had
-    assert sum(had.values()) > 0.9 * NODES * GPUS * 900 * POLL_S  # all the workers were used
+    assert sum(had.values()) > 0.8 * NODES * GPUS * passes * every_s  # a worker that is free waits for the next pass
 
 
 def test_an_org_whose_jobs_all_end_at_once_leaves_the_others_their_share(play):
     """What its starts cost isn't the fraction of a second that each of them holds a worker for."""
     broken, fine, starts = ORGS[0], ORGS[1], Counter()
-    for _ in range(300):
+    for _ in range(150):
         for org, length_s in ((broken, 0.1), (fine, 30.0)):
             for _ in range(4 - len([job for job in play.store.waiting(9) if job.org_id == org])):
                 play.submit(org, length_s)
         starts.update(job.org_id for job in play.run_pass())
         play.go_on(POLL_S)
     assert starts[broken] < 1.3 * starts[fine] * 30.0 / LEAST_S, starts
-    assert starts[fine] * 30.0 > 0.4 * NODES * GPUS * 300 * POLL_S
+    assert starts[fine] * 30.0 > 0.4 * NODES * GPUS * 150 * POLL_S
 
 
 def completes(play, request_id, attempt):
