@@ -108,7 +108,7 @@ def test_fifty_jobs_of_ten_orgs_that_end_between_two_passes_start_in_turns(store
 @pytest.mark.parametrize("restarts", [False, True])
 def test_orgs_with_jobs_of_any_length_have_the_same_worker_seconds(play, restarts):
     """Ten orgs on four workers, each with more waiting than it can have. By jobs, the last would have three times the first's."""
-    had, waiting, began, every_s, passes = defaultdict(float), Counter(), [], 4.0, 300
+    had, waiting, began, every_s, passes = defaultdict(float), Counter(), [], 6.0, 200
     lengths = {org: 11.0 + 2.5 * number for number, org in enumerate(ORGS)}
     for passed in range(passes):
         for org in ORGS:
@@ -119,7 +119,7 @@ def test_orgs_with_jobs_of_any_length_have_the_same_worker_seconds(play, restart
             waiting[job.org_id] -= 1
             began.append(job.request_id)
         play.go_on(every_s)
-        if restarts and passed % 50 == 25:
+        if restarts and passed % 40 == 20:
             for job in play.store.running():
                 play.store.report(job.request_id, job.attempt, ran_s=(play.world.now - job.started_at).total_seconds())
             play.restart()
@@ -127,7 +127,7 @@ def test_orgs_with_jobs_of_any_length_have_the_same_worker_seconds(play, restart
         had[job.org_id] += ((job.completed_at or play.world.now) - job.started_at).total_seconds()
     fair = sum(had.values()) / len(ORGS)
     assert all(abs(had[org] - fair) < 0.1 * fair for org in ORGS), had
-    assert sum(had.values()) > 0.8 * NODES * GPUS * passes * every_s  # a worker that is free waits for the next pass
+    assert sum(had.values()) > 0.75 * NODES * GPUS * passes * every_s  # a worker that is free waits for the next pass
 
 
 def test_an_org_whose_jobs_all_end_at_once_leaves_the_others_their_share(play):
