@@ -11,7 +11,6 @@ import datetime as dt
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import structlog
@@ -23,7 +22,7 @@ from serve_app.lifecycle import BEFORE_WORKERS, NOTHING_TO_SAVE
 from serve_app.meter import QueueMeter
 from serve_app.quota import default_quota
 from serve_app.ready import ReadyProcesses
-from serve_app.scheduler import EPSILON, HALF_LIFE_S, Bundle, Decision, Gang, Limits, Room, Run, Shares, decide
+from serve_app.scheduler import EPSILON, HALF_LIFE_S, LEAST_S, Bundle, Decision, Gang, Limits, Room, Run, Shares, decide
 from serve_app.secrets import SecretVault
 from serve_app.settings import Settings
 from serve_app.store import pauses
@@ -160,6 +159,7 @@ class Passes:
         self._since = self._now()  # a heartbeat can't be older than a store that could be written
         self._seen_at = self._since
         self._shares: Shares | None = None
+        self._counted: dict[Attempt, dt.datetime] = {}  # of each attempt under way: up to when it is in the shares
         self._unplaceable: dict[str, dt.datetime] = {}
         self._capacity: dict[str, int] | None = None
         self._capacity_at = self._since
@@ -280,7 +280,7 @@ class Passes:
         free = [node.free for node in taking]
         decision = decide([self._gang(j) for j in due.values()], running, free, self._limits(), shares, now)
         for gang, num_nodes in decision.starts:
-            self._start(due[gang.request_id], num_nodes)
+            self._start(due[gang.request_id], num_nodes, shares)
         self._clear &= {(job.request_id, job.attempt) for job in waiting}
         told = {job.request_id: job.queue_position for job in waiting}
         self.store.set_queue_positions({k: place for k, place in decision.positions.items() if told[k] != place})
@@ -319,10 +319,12 @@ class Passes:
             self._clear.add(attempt)
         return clear
 
-    def _start(self, job: Job, num_nodes: int) -> None:
+    def _start(self, job: Job, num_nodes: int, shares: Shares) -> None:
         began_ns = time.time_ns()
         started = self.store.start_attempt(job.request_id, job.attempt, num_nodes)
         if started is not None:
+            shares.add(started.org_id, started.num_workers, LEAST_S)
+            self._counted[started.request_id, started.attempt] = started.updated_at + dt.timedelta(seconds=LEAST_S)
             log.info("starting", request_id=job.request_id, attempt=started.attempt, workers=started.num_workers)
             kind = job.spec["infra_config"]["gpu_type"]
             metrics.ATTEMPTS.record(1, gpu_type=kind)
@@ -331,20 +333,30 @@ class Passes:
             traces.launched(job, began_ns)
 
     def _shares_now(self, open_jobs: list[Job], now: dt.datetime) -> Shares:
+        """What each org has had by now. An attempt counts from its start to its end, also one that no pass has seen under way."""
         if self._shares is None:
-            self._shares = Shares()
-            for job in self.store.worked_since(now - dt.timedelta(seconds=3 * HALF_LIFE_S)):
-                ago_s = (now - (job.completed_at or now)).total_seconds()
-                self._shares.add(job.org_id, job.ran_s * job.num_workers, ago_s)
-            for job in open_jobs:
-                self._shares.add(job.org_id, job.ran_s * job.num_workers)
+            self._shares = self._shares_so_far(now)
         else:
-            workers = Counter[str]()
-            for job in open_jobs:
-                workers[job.org_id] += job.num_workers
-            self._shares.pass_time((now - self._seen_at).total_seconds(), workers)
+            self._shares.pass_time((now - self._seen_at).total_seconds())
+        under_way = {(job.request_id, job.attempt): job for job in open_jobs}
+        for attempt, until in self._counted.items():
+            job = under_way.get(attempt) or self.store.get(attempt[0])
+            if job is not None and (end := _end(job, now)) > until:
+                self._shares.add(job.org_id, job.num_workers, (end - until).total_seconds())
+        self._counted = {attempt: max(now, self._counted.get(attempt, now)) for attempt in under_way}
         self._seen_at = now
         return self._shares
+
+    def _shares_so_far(self, now: dt.datetime) -> Shares:
+        """As far as the store knows; what was canceled or failed and then resumed counts from there."""
+        shares = Shares()
+        for job in self.store.worked_since(now - dt.timedelta(seconds=3 * HALF_LIFE_S)):
+            ago_s = (now - _end(job, now)).total_seconds()
+            shares.add(job.org_id, job.num_workers, max(job.ran_s, LEAST_S), ago_s)
+            if job.open:
+                ahead_s = max(0.0, LEAST_S - job.ran_s)
+                self._counted[job.request_id, job.attempt] = now + dt.timedelta(seconds=ahead_s)
+        return shares
 
     def _limits(self) -> Limits:
         s = self.settings
@@ -425,6 +437,11 @@ class Passes:
         if found != self._capacity:
             self.store.set_capacity(found)
         self._capacity, self._capacity_at = found, now
+
+
+def _end(job: Job, now: dt.datetime) -> dt.datetime:
+    """When the job's last attempt ended; now, if it is under way."""
+    return now if job.open else min(now, job.completed_at or job.updated_at)
 
 
 def _held(node: Node, names: Sequence[str]) -> Bundle:

@@ -2,6 +2,9 @@
 
 Order: effective priority (a step up for every AGING_S waited), then the org that has had least, then age. An org's use is the
 worker-seconds of its recent past, halved every HALF_LIFE_S, so shares even out over time and not only over what runs this moment.
+No start counts for less than LEAST_S: a worker takes longer than that to come up, so only jobs that fail or are canceled before
+they train hold their room for less, and how much less is chance. Counted by the second, an org whose jobs all fail at once would
+start dozens of them for each that another org runs; this way they cost it its turn.
 
 Gangs are whole: a job starts when all its workers (elastic: those of at least min_node_count nodes) have room, or not at all.
 A job that has no room is passed by later ones that have, until it has waited for RESERVE_AFTER_S: from then on nothing that
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import datetime as dt
 import heapq
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +24,7 @@ from dataclasses import dataclass, field
 AGING_S = 1800.0
 RESERVE_AFTER_S = 600.0
 HALF_LIFE_S = 3600.0
+LEAST_S = 10.0  # what each worker of a start counts as at least
 QUANTUM_S = 60.0  # what a worker just started counts as, so that the orgs take turns within a pass
 EPSILON = 1e-6
 
@@ -81,16 +86,16 @@ class Shares:
     def __init__(self) -> None:
         self._had: dict[str, float] = defaultdict(float)
 
-    def add(self, org_id: str, worker_seconds: float, ago_s: float = 0.0) -> None:
-        """Count work that ended `ago_s` seconds ago."""
-        self._had[org_id] += worker_seconds * 0.5 ** (ago_s / HALF_LIFE_S)
+    def add(self, org_id: str, workers: int, seconds: float, ago_s: float = 0.0) -> None:
+        """Count that many workers for `seconds` that ended `ago_s` seconds ago, as faded as they are by now."""
+        mean_life_s = HALF_LIFE_S / math.log(2)
+        left = -math.expm1(-seconds / mean_life_s) * mean_life_s  # of each worker, by the end: the first second is the most faded
+        self._had[org_id] += workers * left * 0.5 ** (ago_s / HALF_LIFE_S)
 
-    def pass_time(self, seconds: float, workers: Mapping[str, int]) -> None:
-        """Let time go by in which the orgs had that many workers."""
+    def pass_time(self, seconds: float) -> None:
+        """Let what was counted fade."""
         fade = 0.5 ** (seconds / HALF_LIFE_S)
         self._had = defaultdict(float, {org: had * fade for org, had in self._had.items() if had * fade > 1e-3})
-        for org, count in workers.items():
-            self._had[org] += count * seconds
 
     def of(self, org_id: str) -> float:
         """Worker-seconds, faded."""

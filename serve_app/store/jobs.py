@@ -358,9 +358,11 @@ class JobStore:
             return [_job(row) for row in tx.execute(query)]
 
     def worked_since(self, since: dt.datetime) -> list[Job]:
-        """Jobs that have ended since then."""
+        """Jobs that had an attempt since then: under way, between two, back in the queue, or ended."""
+        live = jobs.c.status.in_([Status.QUEUED, Status.RUNNING]) & (jobs.c.updated_at >= since)
+        query = sa.select(jobs).where(jobs.c.attempt > 0, (jobs.c.completed_at >= since) | live)
         with self.read() as tx:
-            return [_job(row) for row in tx.execute(sa.select(jobs).where(jobs.c.completed_at >= since))]
+            return [_job(row) for row in tx.execute(query)]
 
     def queue_positions(self, page: Sequence[Job]) -> dict[str, int]:
         """By request_id, for those that wait: 1 starts next; by order of arrival until the dispatcher has seen a job."""

@@ -88,6 +88,8 @@ jobs = sa.Table(
 LIVE = sa.text("status IN ('QUEUED', 'RUNNING', 'COMPLETED')")
 sa.Index("uq_jobs_live_name", jobs.c.org_id, jobs.c.experiment_name, unique=True, sqlite_where=LIVE, postgresql_where=LIVE)
 sa.Index("ix_jobs_status", jobs.c.status, jobs.c.seq)
+ENDED = sa.text("completed_at IS NOT NULL")
+sa.Index("ix_jobs_completed_at", jobs.c.completed_at, sqlite_where=ENDED, postgresql_where=ENDED)
 sa.Index("ix_jobs_org", jobs.c.org_id, jobs.c.seq)
 sa.Index("ix_jobs_org_status", jobs.c.org_id, jobs.c.status, jobs.c.seq)
 

@@ -1,5 +1,7 @@
 """The whole service goes away, in order or by SIGKILL: what ran goes on, what waited runs, what was finished is still there."""
 
+from pathlib import Path
+
 import psutil
 import pytest
 
@@ -33,8 +35,11 @@ def test_jobs_go_on_after_the_whole_service_was_away(service, table, end, reques
     with service.held():
         service.until(running, lambda job: job["phase"] == "training" and job["step"] >= SAVED_STEP, "a checkpoint")
         queued = service.submit(f"{name}-queued")
+        temporary = Path(service.state()["ray_dir"])
+        assert temporary.exists()
         end(service)
         service.start()
+        assert not temporary.exists()
     service.wait_ready()
     for job in finished:
         assert service.client.get(job["request_id"], ORG)["status"] == "COMPLETED"

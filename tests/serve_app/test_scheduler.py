@@ -1,7 +1,7 @@
 """Who starts when: the scheduler's promises, on queues that hypothesis makes."""
 
 import datetime as dt
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import replace
 from random import Random
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.scheduler import AGING_S, RESERVE_AFTER_S, Gang, Limits, Room, Run, Shares, decide, order
+from serve_app.scheduler import AGING_S, HALF_LIFE_S, RESERVE_AFTER_S, Gang, Limits, Room, Run, Shares, decide, order
 
 NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 GPU = {"GPU": 1.0}
@@ -92,7 +92,7 @@ def test_orgs_take_turns():
     queue = [gang(i, org="flood") for i in range(5)] + [gang(10, org="b"), gang(11, org="c")]
     assert [g.org_id for g in order(queue, Shares(), {}, NOW)][:3] == ["flood", "b", "c"]
     had = Shares()
-    had.add("b", 1000.0)
+    had.add("b", 1, 1000.0)
     assert [g.org_id for g in order(queue, had, {}, NOW)][-1] == "b"
 
 
@@ -103,7 +103,9 @@ def test_shares_even_out_over_time():
     while queue:
         made = decide(queue, [], nodes(1, gpus=2), ANY, shares, NOW)
         began += [g.org_id for g, _ in made.starts]
-        shares.pass_time(30.0, Counter(g.org_id for g, _ in made.starts))
+        shares.pass_time(30.0)
+        for g, _ in made.starts:
+            shares.add(g.org_id, 1, 30.0)
         queue = [g for g in queue if g not in [s for s, _ in made.starts]]
     for turn in range(5):
         assert len(set(began[10 * turn : 10 * turn + 10])) == 10
@@ -125,7 +127,9 @@ def test_orgs_with_jobs_of_any_size_and_length_get_alike(seed):
         busy = Counter()
         for g, _ in running:
             busy[g.org_id] += g.per_node
-        shares.pass_time(20.0, busy)
+        shares.pass_time(20.0)
+        for org, workers in busy.items():
+            shares.add(org, workers, 20.0)
         had.update({org: 20 * workers for org, workers in busy.items()})
         assert len({g.org_id for g in queue}) == 10
     fair = had.total() / 10
@@ -203,8 +207,19 @@ def test_kinds_of_machine_are_told_apart():
 
 def test_what_an_org_had_fades():
     shares = Shares()
-    shares.add("a", 100.0)
-    shares.pass_time(3600.0, defaultdict(int))
-    assert shares.of("a") == 50.0
-    shares.add("b", 100.0, ago_s=3600.0)
-    assert shares.of("b") == 50.0
+    shares.add("a", 2, 10.0)
+    assert shares.of("a") == pytest.approx(20.0, rel=0.01)
+    shares.add("b", 2, 10.0, ago_s=HALF_LIFE_S)
+    shares.pass_time(HALF_LIFE_S)
+    assert shares.of("a") == pytest.approx(10.0, rel=0.01)
+    assert shares.of("b") == pytest.approx(5.0, rel=0.01)
+
+
+@given(st.floats(1.0, 10 * HALF_LIFE_S), st.integers(1, 50))
+def test_work_counts_alike_as_it_goes_on_and_all_at_once(seconds, count):
+    as_it_goes, at_once = Shares(), Shares()
+    for _ in range(count):
+        as_it_goes.pass_time(seconds / count)
+        as_it_goes.add("a", 3, seconds / count)
+    at_once.add("a", 3, seconds)
+    assert as_it_goes.of("a") == pytest.approx(at_once.of("a"))

@@ -85,6 +85,27 @@ def test_a_job_lives_from_queued_to_completed(store):
     assert [e.kind for e in store.journal.events(job.request_id)] == ["queued", "started", "completed"]
 
 
+def test_the_work_of_the_last_hours_is_that_of_every_job_that_had_an_attempt_then(store):
+    start = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    clock = [start]
+    store = JobStore(store.engine, lambda: clock[0])
+    names = ("ended-long-ago", "ended", "never-began", "canceled-in-the-queue", "under-way", "between-two", "given-back")
+    ids = {name: submit(store, name).request_id for name in names}
+    store.start_attempt(ids["ended-long-ago"], 0, 1)
+    store.finish(ids["ended-long-ago"], 1, Status.COMPLETED, message="ok")
+    since = clock[0] = start + dt.timedelta(hours=1)
+    for name in ("ended", "under-way", "between-two", "given-back"):
+        store.start_attempt(ids[name], 0, 1)
+    store.finish(ids["ended"], 1, Status.FAILED, message="no")
+    store.request_cancel(ids["canceled-in-the-queue"])
+    store.record_fault(ids["between-two"], 1, Cause.WORKER_DIED, "died.")
+    store.ask_to_yield(ids["given-back"], 1, "asked")
+    store.give_back(ids["given-back"], 1)
+    worked = {"ended", "under-way", "between-two", "given-back"}
+    assert {job.request_id for job in store.worked_since(since)} == {ids[name] for name in worked}
+    assert store.worked_since(since + dt.timedelta(seconds=1)) == []
+
+
 def test_an_older_attempt_can_not_write(store):
     job = submit(store)
     store.start_attempt(job.request_id, 0, 1)
