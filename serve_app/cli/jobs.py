@@ -6,7 +6,20 @@ from typing import Annotated, Any
 
 import typer
 
-from serve_app.cli.common import AsJson, Org, RequestId, Token, Url, app, client_for, org_of, plain, show, while_it_goes_on
+from serve_app.cli.common import (
+    AsJson,
+    Org,
+    RequestId,
+    Token,
+    Url,
+    app,
+    client_for,
+    nothing,
+    org_of,
+    plain,
+    show,
+    while_it_goes_on,
+)
 from serve_app.cli.job_file import takes_job
 
 
@@ -51,10 +64,13 @@ def list_(
 ) -> None:
     """List jobs, newest first."""
     org = org_of(org)
+    status = status and status.upper()
     page = client_for(url, token, org).list_jobs(org, status=status, experiment_name=name, limit=limit, cursor=cursor)
     if as_json:
         show(page)
         return
+    if not page["jobs"]:
+        nothing("such jobs" if status or name else "jobs yet")
     for job in page["jobs"]:
         typer.echo(f"{job['request_id']}  {job['status']:<9} {job['created_at'][:19]}  {job['experiment_name']}")
     if page["next_cursor"]:
