@@ -56,7 +56,7 @@ async def create(request: Request, asking: Asking, here: Here) -> Response:
     if not isinstance(url, str) or not url:
         errors.append(field_error("url", "must be a URL" if url else "this field is required"))
     if not _are_events(events):
-        errors.append(field_error("events", "must be a list of different events, at least one", allowed=ALL))
+        errors.append(field_error("events", f"must be a list of different events, some of {', '.join(ALL)}", allowed=ALL))
     errors = beside(wrong, [*errors, *unknown_names(payload, ("org", "url", "events"))])
     if errors:
         raise invalid(errors)

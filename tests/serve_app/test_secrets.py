@@ -192,7 +192,8 @@ def account(**changes):
         ("wandb", {"api_key": CANARY}, "data.project", "required"),
         ("wandb", WANDB | {"project": "a/b"}, "data.project", "pattern"),
         ("wandb", WANDB | {"base_url": "http://metadata.google.internal"}, "data.base_url", "operator's list"),
-        ("azure", KEYS, "type", "unknown type"),
+        ("azure", KEYS, "type", "unknown type of secret: it must be aws, gcs, hf, mlflow, s3 or wandb"),
+        ("gcp", KEYS, "type", "did you mean gcs?"),
     ],
 )
 def test_bad_data_is_refused_by_field_and_without_its_values(http, type_, data, field, said):
