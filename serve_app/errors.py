@@ -26,7 +26,7 @@ from starlette.exceptions import HTTPException
 from serve_app import metrics
 from serve_app.store.jobs import STORE_AWAY, Conflict, QueueFull
 from train_loop.errors import Cause, RunFault, UserError
-from train_loop.section import Marker, models_in, section_of
+from train_loop.section import BUILT_IN, Marker, models_in, section_of
 from train_loop.spec import DatasetDetails, JobSpec
 
 log = structlog.get_logger()
@@ -65,12 +65,18 @@ def beside(errors: Sequence[dict[str, Any]], more: Iterable[dict[str, Any]]) -> 
 def unknown(name: str, known: Iterable[str], homes: Mapping[str, Sequence[str]] = MappingProxyType({})) -> str:
     """The message for a name that isn't `known` here: where it belongs, by `homes`, or the nearest one that is known."""
     elsewhere, known = " or ".join(homes.get(name, ())), list(known)
-    near = difflib.get_close_matches(name, known, n=1) or [k for k in known if len(name) > 2 and name in k]
+    near = difflib.get_close_matches(name, known, n=1) or [k for k in known if _is_short_for(name, k)]
     if elsewhere and (len(homes[name]) == 1 or not near):
         return f"unknown field here: it belongs in {elsewhere}"
     if near:
         return f"unknown field, did you mean {near[0]}?"
-    return f"unknown field; there are {', '.join(known)}" if 0 < len(known) <= SHOWN_NAMES else "unknown field"
+    there_are = f"; there are {', '.join(known)}" if len(known) <= SHOWN_NAMES else "; /docs lists those that there are"
+    return f"unknown field{there_are if known else ''}"
+
+
+def _is_short_for(name: str, whole: str) -> bool:
+    """As batch_size is a part of per_device_train_batch_size, and lr the initials of learning_rate."""
+    return (len(name) > 2 and name in whole) or name == "".join(word[:1] for word in whole.split("_"))
 
 
 def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
@@ -102,7 +108,7 @@ def _translate(error: Any, model: type[BaseModel], echo: bool) -> dict[str, Any]
             tags = [tag for option in options for tag in typing.get_args(option.model_fields["type"].annotation)]
             given = error["input"].get("type") if isinstance(error["input"], dict) else None
             return field_error(f"{path}.type", "this field is required" if given is None else one_of(tags, given), allowed=tags)
-        case kind if error["input"] is None and kind != "missing" and isinstance(error["loc"][-1], str):
+        case kind if kind in BUILT_IN and error["input"] is None and isinstance(error["loc"][-1], str):
             return field_error(path, "this field is required")  # where null is no default
         case kind if kind in NO_OBJECT:
             # Neither this one's: the text may hold what a section does.
@@ -121,7 +127,7 @@ def offered(section: type[BaseModel], name: str, values: Iterable[Any]) -> list[
 def one_of(values: Sequence[Any], given: Any = None) -> str:
     """The message for what is none of the values, with the nearest of them."""
     *others, last = map(str, values)
-    near = difflib.get_close_matches(str(given).lower(), [str(v).lower() for v in values], n=1)
+    near = difflib.get_close_matches(str(given).lower(), [str(v).lower() for v in values], n=1) if others else []
     meant = next((f", did you mean {v}?" for v in values if [str(v).lower()] == near), "")
     return f"must be {', '.join(others)}{' or ' if others else ''}{last}{meant}"
 
@@ -144,11 +150,18 @@ def _homes(model: type[BaseModel]) -> dict[str, list[str]]:
     return dict(found)
 
 
+def _in_our_words(said: str) -> str:
+    """A sentence of pydantic's, which begins with what it calls the value."""
+    said = re.sub(r"^(Input|List|String) should ", "must ", said.removeprefix("Value error, "))
+    said = said.replace(" after validation", "").partition(", unable to")[0]
+    return said.replace("a valid integer", "an integer").replace("a valid ", "a ")
+
+
 def _entry(error: Any, path: str, echo: bool = True, section: type[BaseModel] | None = None) -> dict[str, Any]:
     if error["type"] == "missing":
         return field_error(path, "this field is required")
     context, given = error.get("ctx") or {}, error.get("input")
-    message = error["msg"].removeprefix("Value error, ").replace(" after validation", "")
+    message = _in_our_words(error["msg"])
     more: dict[str, Any] = {}
     if "expected" in context:  # pydantic's sentence of the values
         values = [ast.literal_eval(value) for value in re.split(r", | or ", context["expected"])]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from serve_app.errors import field_error, invalid, one_of, validation_errors
+from serve_app.errors import ApiError, field_error, invalid, one_of, validation_errors
 from train_loop.spec import AWS_REGION
 
 MAX_VALUE_CHARS = 8192
@@ -234,6 +234,15 @@ def parse(type_: str, data: Mapping[str, Any]) -> SecretData:
     if isinstance(parsed, SecretData):
         return parsed
     raise invalid([e | {"field": f"data.{e['field']}"} for e in parsed])
+
+
+def faults(type_: str, data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What is wrong with the data of a secret of this type, by field."""
+    try:
+        parse(type_, data)
+    except ApiError as error:
+        return error.errors
+    return []
 
 
 def parse_untyped(data: Mapping[str, Any]) -> SecretData | None:

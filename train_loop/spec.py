@@ -582,7 +582,7 @@ def _org(value: str) -> str:
     try:
         return str(uuid.UUID(value))
     except ValueError:
-        raise PydanticCustomError("uuid", "org must be a UUID") from None
+        raise PydanticCustomError("uuid", "must be a UUID") from None
 
 
 def _experiment_name(value: str) -> str:

@@ -23,6 +23,7 @@ from serve_app.settings import Profile, Settings
 from serve_app.store.jobs import JobStore
 from serve_app.store.journal import Journal, Notes
 from tests.conftest import CANARY, ORG, OTHER_ORG, Idle, fields, with_fields
+from tests.docs.test_site import Page
 from train_loop.errors import UserError
 from train_loop.spec import JobSpec
 
@@ -135,7 +136,7 @@ def test_more_gpus_than_a_node_has_are_refused(http, settings, job):
     assert (found["message"], found["allowed"]) == ("a node of h100 has 1 GPU", {"le": 1})
 
 
-OPEN_TO_ALL = {"/healthz", "/readyz", "/docs", "/openapi.json"}
+OPEN_TO_ALL = {"/healthz", "/readyz", "/docs", "/docs/swagger-ui-bundle.js", "/docs/swagger-ui.css", "/openapi.json"}
 
 
 def closed_routes(app):
@@ -310,6 +311,11 @@ CORRECTED = {  # what is asked, where the error is, what it says
         f"{HP}.batch_size",
         "unknown field, did you mean per_device_train_batch_size?",
     ),
+    "the initials of a name": ({f"{HP}.lr": 1e-4}, f"{HP}.lr", "unknown field, did you mean learning_rate?"),
+    "a name like none of many": ({f"{HP}.fp16": True}, f"{HP}.fp16", "unknown field; /docs lists those that there are"),
+    "too much": ({"infra_config.gpu_count": 17}, "infra_config.gpu_count", "must be less than or equal to 16"),
+    "text for a number": ({f"{HP}.max_steps": "9"}, f"{HP}.max_steps", "must be an integer"),
+    "too few": ({SPLIT: {"type": "random", "ratios": [1]}}, f"{SPLIT}.ratios", "must have at least 2 items, not 1"),
     "a name of elsewhere": (
         {"train_config.learning_rate": 1e-4},
         "train_config.learning_rate",
@@ -346,6 +352,11 @@ CORRECTED = {  # what is asked, where the error is, what it says
         {"train_config": '{"secret_access_key": "' + CANARY},
         "train_config",
         "must be an object: in a JSON body a section is no text",
+    ),
+    "null where a rule asks for more": (
+        {"model_details.ownership": "private"},
+        "model_details.secret_id",
+        "a private model needs secret_id: the id of keys that POST /secret/ has stored",
     ),
     "null where no default is": ({"model_details": None}, "model_details", "this field is required"),
     "null for a name": ({"infra_config.gpu_type": None}, "infra_config.gpu_type", "this field is required"),
@@ -580,6 +591,17 @@ def test_health_and_docs_need_no_token(http):
     assert open_to_all == {"/healthz", "/readyz"}
     assert "multipart/form-data" in schema["paths"]["/job/"]["post"]["requestBody"]["content"]
     assert "learning_rate" in schema["components"]["schemas"]["Hyperparameters"]["properties"]
+
+
+@pytest.mark.parametrize("path", ["/docs", "/docs/"])
+def test_all_that_the_page_of_the_document_loads_is_the_services_own(http, path):
+    del http.headers["Authorization"]
+    page = Page(http.get(path).text)
+    assert len(page.loads) == 3
+    for url in page.loads:
+        assert url == "data:," or http.get(url).status_code == 200
+    assert "SwaggerUIBundle" in http.get("/docs/swagger-ui-bundle.js").text
+    assert "url: '/openapi.json'" in http.get(path).text
 
 
 def test_a_store_that_is_away_is_503(settings, tmp_path):
