@@ -11,7 +11,7 @@ import typing
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from http import HTTPStatus
 from types import MappingProxyType
 from typing import Any
@@ -65,7 +65,7 @@ def beside(errors: Sequence[dict[str, Any]], more: Iterable[dict[str, Any]]) -> 
 def unknown(name: str, known: Iterable[str], homes: Mapping[str, Sequence[str]] = MappingProxyType({})) -> str:
     """The message for a name that isn't `known` here: where it belongs, by `homes`, or the nearest one that is known."""
     elsewhere, known = " or ".join(homes.get(name, ())), list(known)
-    near = difflib.get_close_matches(name, known, n=1) or [k for k in known if _is_short_for(name, k)]
+    near = difflib.get_close_matches(name, known, n=1) or sorted(filter(partial(_is_short_for, name), known), key=len)
     if elsewhere and (len(homes[name]) == 1 or not near):
         return f"unknown field here: it belongs in {elsewhere}"
     if near:
