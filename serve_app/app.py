@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve_app import errors, logs, openapi, traces
+from serve_app import errors, logs, openapi, swagger, traces
 from serve_app.access import Access
 from serve_app.auth import Verifier
 from serve_app.cluster import actor_name, dispatcher_answers, poke_dispatcher
@@ -73,8 +73,8 @@ def build_app(settings: Settings, store: JobStore, runtime: Runtime) -> FastAPI:
         title="Tuneyard",
         version=version("tuneyard"),
         redirect_slashes=False,
+        docs_url=None,  # whose page loads scripts from elsewhere: swagger.install has one that doesn't
         redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
         telemetry=traces.of_requests(),
     )
     vault, verifier = SecretVault.from_settings(store, settings), Verifier.from_settings(settings)
@@ -86,9 +86,9 @@ def build_app(settings: Settings, store: JobStore, runtime: Runtime) -> FastAPI:
     app.state.service = Service(store, settings, vault, runtime, verifier, rate, plans, streams, told, tests)
     for room in ROOMS:
         app.include_router(room.router)
-    for path in (app.docs_url, app.openapi_url):
-        (route,) = [r for r in app.routes if isinstance(r, Route) and r.path == path]
-        app.add_route(f"{path}/", route.endpoint, include_in_schema=False)
+    (document,) = [r for r in app.routes if isinstance(r, Route) and r.path == app.openapi_url]
+    app.add_route(f"{app.openapi_url}/", document.endpoint, include_in_schema=False)
+    swagger.install(app)
     errors.install(app)
     app.add_middleware(Access)
     openapi.install(app, [room.router for room in ROOMS])

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import json
 import math
+import re
+import typing
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from http import HTTPStatus
+from types import MappingProxyType
 from typing import Any
 
 import structlog
@@ -20,11 +26,13 @@ from starlette.exceptions import HTTPException
 from serve_app import metrics
 from serve_app.store.jobs import STORE_AWAY, Conflict, QueueFull
 from train_loop.errors import Cause, RunFault, UserError
-from train_loop.section import models_in, section_of
-from train_loop.spec import JobSpec
+from train_loop.section import BUILT_IN, Marker, models_in, section_of
+from train_loop.spec import DatasetDetails, JobSpec
 
 log = structlog.get_logger()
 INPUT_CHARS = 200
+SHOWN_NAMES = 12  # that a message lists
+NO_OBJECT = ("model_type", "model_attributes_type", "dict_type")  # pydantic's errors of what should be a section
 RETRY_AFTER_S = "5"
 QUEUE_RETRY_AFTER_S = "60"
 
@@ -54,10 +62,21 @@ def beside(errors: Sequence[dict[str, Any]], more: Iterable[dict[str, Any]]) -> 
     return [*errors, *(e for e in more if e["field"] not in blamed)]
 
 
-def unknown(name: str, known: Iterable[str]) -> str:
-    """The message for a name that nobody knows, with the nearest one that is known."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"unknown field{f', did you mean {close[0]}?' if close else ''}"
+def unknown(name: str, known: Iterable[str], homes: Mapping[str, Sequence[str]] = MappingProxyType({})) -> str:
+    """The message for a name that isn't `known` here: where it belongs, by `homes`, or the nearest one that is known."""
+    elsewhere, known = " or ".join(homes.get(name, ())), list(known)
+    near = difflib.get_close_matches(name, known, n=1) or sorted(filter(partial(_is_short_for, name), known), key=len)
+    if elsewhere and (len(homes[name]) == 1 or not near):
+        return f"unknown field here: it belongs in {elsewhere}"
+    if near:
+        return f"unknown field, did you mean {near[0]}?"
+    there_are = f"; there are {', '.join(known)}" if len(known) <= SHOWN_NAMES else "; /docs lists those that there are"
+    return f"unknown field{there_are if known else ''}"
+
+
+def _is_short_for(name: str, whole: str) -> bool:
+    """As batch_size is a part of per_device_train_batch_size, and lr the initials of learning_rate."""
+    return (len(name) > 2 and name in whole) or name == "".join(word[:1] for word in whole.split("_"))
 
 
 def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
@@ -77,29 +96,84 @@ def validation_errors(error: ValidationError, model: type[BaseModel], *, echo: b
 
 def _translate(error: Any, model: type[BaseModel], echo: bool) -> dict[str, Any]:
     path, section = _walk(error["loc"], model)
-    context = error.get("ctx") or {}
+    name, context = str(error["loc"][-1]) if error["loc"] else "", error.get("ctx") or {}
     if "field" in context:  # a rule over several fields of a section names the one to mend
         path = f"{path}.{context['field']}".lstrip(".")
-    if error["type"] == "extra_forbidden":
-        # Without its value, which may be a secret that went to the wrong place.
-        return field_error(path, unknown(str(error["loc"][-1]), section.model_fields if section else ()))
-    return _entry(error, path, echo)
+    match error["type"]:
+        case "extra_forbidden":
+            # Without its value, which may be a secret that went to the wrong place.
+            return field_error(path, unknown(name, section.model_fields if section else (), _homes(model)))
+        case "union_tag_not_found" | "union_tag_invalid" if section is not None:
+            options = list(models_in(section.model_fields[name].annotation))
+            tags = [tag for option in options for tag in typing.get_args(option.model_fields["type"].annotation)]
+            given = error["input"].get("type") if isinstance(error["input"], dict) else None
+            return field_error(f"{path}.type", "this field is required" if given is None else one_of(tags, given), allowed=tags)
+        case kind if kind in BUILT_IN and error["input"] is None and isinstance(error["loc"][-1], str):
+            return field_error(path, "this field is required")  # where null is no default
+        case kind if kind in NO_OBJECT:
+            # Neither this one's: the text may hold what a section does.
+            isnt = ": in a JSON body a section is no text" if isinstance(error["input"], str) else ""
+            return field_error(path, f"must be an object{isnt}")
+    return _entry(error, path, echo, section)
 
 
-def _entry(error: Any, path: str, echo: bool = True) -> dict[str, Any]:
+def offered(section: type[BaseModel], name: str, values: Iterable[Any]) -> list[Any]:
+    """Of a field's values those to offer: without what isn't built yet, and what is for runs without the service."""
+    refused = [m.refuses for m in section.model_fields[name].metadata if isinstance(m, Marker)]
+    local = section is DatasetDetails and name == "source_type"
+    return [v for v in values if not any(r(v) for r in refused) and not (local and v == "local")]
+
+
+def one_of(values: Sequence[Any], given: Any = None) -> str:
+    """The message for what is none of the values, with the nearest of them."""
+    *others, last = map(str, values)
+    near = difflib.get_close_matches(str(given).lower(), [str(v).lower() for v in values], n=1) if others else []
+    meant = next((f", did you mean {v}?" for v in values if [str(v).lower()] == near), "")
+    return f"must be {', '.join(others)}{' or ' if others else ''}{last}{meant}"
+
+
+@cache
+def _homes(model: type[BaseModel]) -> dict[str, list[str]]:
+    """By a field's name, the sections of `model` that have one, by theirs."""
+
+    def sections(of: type[BaseModel], above: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+        for name, field in of.model_fields.items():
+            for inner in models_in(field.annotation):
+                yield f"{above}{name}", inner
+                yield from sections(inner, f"{above}{name}.")
+
+    found = defaultdict[str, list[str]](list)
+    for path, section in sections(model):
+        for name in section.model_fields:
+            if path not in found[name]:
+                found[name].append(path)
+    return dict(found)
+
+
+def _in_our_words(said: str) -> str:
+    """A sentence of pydantic's, which begins with what it calls the value."""
+    said = re.sub(r"^(Input|List|String) should ", "must ", said.removeprefix("Value error, "))
+    said = said.replace(" after validation", "").partition(", unable to")[0]
+    return said.replace("a valid integer", "an integer").replace("a valid ", "a ")
+
+
+def _entry(error: Any, path: str, echo: bool = True, section: type[BaseModel] | None = None) -> dict[str, Any]:
     if error["type"] == "missing":
         return field_error(path, "this field is required")
     context, given = error.get("ctx") or {}, error.get("input")
+    message = _in_our_words(error["msg"])
     more: dict[str, Any] = {}
-    if "expected" in context:
-        more["allowed"] = context["expected"]
+    if "expected" in context:  # pydantic's sentence of the values
+        values = [ast.literal_eval(value) for value in re.split(r", | or ", context["expected"])]
+        more["allowed"] = offered(section, str(error["loc"][-1]), values) if section is not None else values
+        message = one_of(more["allowed"], given)
     elif bounds := {k: context[k] for k in ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern") if k in context}:
         more["allowed"] = bounds
     if echo and (isinstance(given, bool | int | None) or (isinstance(given, float) and math.isfinite(given))):
         more["input"] = given
     elif echo and isinstance(given, str):
         more["input"] = given[:INPUT_CHARS]
-    return field_error(path, error["msg"].removeprefix("Value error, "), **more)
+    return field_error(path, message, **more)
 
 
 def _walk(loc: Sequence[Any], model: type[BaseModel]) -> tuple[str, type[BaseModel] | None]:

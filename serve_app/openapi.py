@@ -10,8 +10,9 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
-from train_loop.section import Marker, models_in
-from train_loop.spec import DatasetDetails, JobSpec
+from serve_app.errors import offered
+from train_loop.section import models_in
+from train_loop.spec import JobSpec
 
 PROBLEM = {
     "type": "object",
@@ -86,9 +87,7 @@ def _offer_what_is_taken(section: type[BaseModel], schemas: dict[str, Any]) -> N
     for name, field in section.model_fields.items():
         schema = schemas[section.__name__]["properties"][name]
         if "enum" in schema:
-            refused = [m.refuses for m in field.metadata if isinstance(m, Marker)]
-            local = section is DatasetDetails and name == "source_type"
-            schema["enum"] = [v for v in schema["enum"] if not any(r(v) for r in refused) and not (local and v == "local")]
+            schema["enum"] = offered(section, name, schema["enum"])
         for inner in models_in(field.annotation):
             _offer_what_is_taken(inner, schemas)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from serve_app.errors import field_error, invalid, validation_errors
+from serve_app.errors import ApiError, field_error, invalid, one_of, validation_errors
 from train_loop.spec import AWS_REGION
 
 MAX_VALUE_CHARS = 8192
@@ -223,7 +223,8 @@ def data_schema() -> dict[str, Any]:
 def parse(type_: str, data: Mapping[str, Any]) -> SecretData:
     """The data of a secret of this type. Raises ApiError 422 that names fields, never values."""
     if type_ not in TYPES:
-        raise invalid([field_error("type", "unknown type of secret", allowed=sorted(TYPES))])
+        message = f"unknown type of secret: it {one_of(sorted(TYPES), type_)}"
+        raise invalid([field_error("type", message, allowed=sorted(TYPES))])
     model = TYPES[type_][0]
     if type_ in ROLES and _has_role(data):
         model = ROLES[type_]
@@ -233,6 +234,15 @@ def parse(type_: str, data: Mapping[str, Any]) -> SecretData:
     if isinstance(parsed, SecretData):
         return parsed
     raise invalid([e | {"field": f"data.{e['field']}"} for e in parsed])
+
+
+def faults(type_: str, data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What is wrong with the data of a secret of this type, by field."""
+    try:
+        parse(type_, data)
+    except ApiError as error:
+        return error.errors
+    return []
 
 
 def parse_untyped(data: Mapping[str, Any]) -> SecretData | None:

@@ -126,7 +126,7 @@ def _infra_errors(spec: JobSpec, settings: Settings, capacity: Mapping[str, int]
             field_error("infra_config.gpu_type", f"unknown gpu_type; this service has {', '.join(names)}", allowed=names)
         )
     elif infra.gpu_count > profile.gpus_per_node:
-        message = f"a node of {infra.gpu_type} has {profile.gpus_per_node} GPUs"
+        message = f"a node of {infra.gpu_type} has {profile.gpus_per_node} GPU{'s' if profile.gpus_per_node > 1 else ''}"
         errors.append(field_error("infra_config.gpu_count", message, allowed={"le": profile.gpus_per_node}))
     return [*errors, *_size_errors(spec.infra_config, settings, capacity, max_gpus)]
 

@@ -54,15 +54,21 @@ class Webhooks:
 
     def create(self, org_id: str, url: str, events: Sequence[str], by: By | None = None) -> tuple[Webhook, str]:
         """Store an endpoint; and its secret, which is shown this once. Raises ApiError 422, Conflict."""
-        try:
-            target_of(url, self._allowed)
-        except ValueError as error:
-            raise invalid([field_error("url", str(error))]) from None
+        if fault := self.fault_of(url):
+            raise invalid([field_error("url", fault)])
         secret = PREFIX + base64.b64encode(secrets.token_bytes(SECRET_BYTES)).decode()
         webhook = Webhook(str(uuid.uuid4()), org_id, url, list(events), self._vault.seal(secret), utc_now())
         if not self._kept.add(webhook, MAX_PER_ORG, by):
             raise Conflict(f"this org has {MAX_PER_ORG} webhooks, as many as it may: delete one first")
         return webhook, secret
+
+    def fault_of(self, url: str) -> str | None:
+        """Why nothing can be posted to this URL, in words that say what to mend."""
+        try:
+            target_of(url, self._allowed)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def list(self, org_id: str) -> list[Webhook]:
         """The org's, newest first."""

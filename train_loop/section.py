@@ -95,9 +95,9 @@ def held_to(rules: Sequence[Rule], model: type[Model], data: Any, validate: Call
         if about.keys() <= sections.keys():
             errors += [_of(f, sections) for f in rule(**{name: sections[name] for name in about})]
     wrong = [tuple(e.get("loc", ())) for e in errors]
-    for at, value in _not_yet(model, data):
+    for at, value, marker in _not_yet(model, data):
         if not any(loc[: len(at)] == at for loc in wrong):
-            errors.append({"type": _refusal(value), "loc": at, "input": value})
+            errors.append({"type": _refusal(value, marker), "loc": at, "input": value})
     if errors:
         raise ValidationError.from_exception_data(model.__name__, errors)
     assert made is not None
@@ -133,21 +133,23 @@ def _of(fault: Fault, sections: Mapping[str, Any]) -> InitErrorDetails:
     return {"type": PydanticCustomError(fault.code, "{said}", {"said": fault.message}), "loc": at, "input": value}  # type: ignore[arg-type]
 
 
-def _refusal(value: Any) -> PydanticCustomError:
+def _refusal(value: Any, marker: Marker) -> PydanticCustomError:
     shown = json.dumps(value, ensure_ascii=False, default=str)  # as it was written
     shown = shown if len(shown) <= SHOWN_CHARS else f"{shown[:SHOWN_CHARS]}…"
-    return PydanticCustomError(NOT_SUPPORTED_YET, "{value} is not supported yet", {"value": shown})
+    instead = "" if marker.refuses_them else f": it must be {' or '.join(map(json.dumps, marker.values))}"
+    return PydanticCustomError(NOT_SUPPORTED_YET, "{value} is not supported yet{instead}", {"value": shown, "instead": instead})
 
 
-def _not_yet(model: type[BaseModel], data: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Where a field's marker refuses what is given, and what that is. What has another shape than the model's is passed over."""
+def _not_yet(model: type[BaseModel], data: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any, Marker]]:
+    """Where a field's marker refuses what is given, that, and the marker. What has another shape than a model is passed over."""
     for name, field in model.model_fields.items():
         value = data.get(name) if isinstance(data, Mapping) else getattr(data, name, None)
         at = (*above, name)
         if value is None:
             continue  # the default, and those are all supported
-        if any(isinstance(m, Marker) and m.refuses(value) for m in field.metadata):
-            yield at, value
+        for marker in field.metadata:
+            if isinstance(marker, Marker) and marker.refuses(value):
+                yield at, value, marker
         if inner := section_of(field.annotation, value):
             yield from _not_yet(inner, value, at)
 

@@ -435,7 +435,7 @@ def only_the_hub_has_revisions(model_details: ModelDetails) -> Iterator[Fault]:
 
 def private_model_has_a_secret(model_details: ModelDetails) -> Iterator[Fault]:
     if model_details.ownership == "private" and model_details.secret_id is None:
-        yield Fault("model_details.secret_id", "a private model needs secret_id")
+        yield Fault("model_details.secret_id", "a private model needs secret_id: the id of keys that POST /secret/ has stored")
 
 
 def full_trains_unquantised_weights(model_details: ModelDetails, train_config: TrainConfig) -> Iterator[Fault]:
@@ -535,7 +535,8 @@ def dataset_is_where_it_is_said(dataset_details: DatasetDetails) -> Iterator[Fau
 
 def private_dataset_has_a_secret(dataset_details: DatasetDetails) -> Iterator[Fault]:
     if dataset_details.source_type in SCHEMES and dataset_details.ownership == "private" and dataset_details.secret_id is None:
-        yield Fault("dataset_details.secret_id", "a private dataset needs secret_id")
+        message = "a private dataset needs secret_id: the id of keys that POST /secret/ has stored"
+        yield Fault("dataset_details.secret_id", message)
 
 
 def fewest_nodes_are_not_more(infra_config: InfraConfig) -> Iterator[Fault]:
@@ -581,7 +582,14 @@ def _org(value: str) -> str:
     try:
         return str(uuid.UUID(value))
     except ValueError:
-        raise PydanticCustomError("uuid", "org must be a UUID") from None
+        raise PydanticCustomError("uuid", "must be a UUID") from None
+
+
+def _experiment_name(value: str) -> str:
+    if not re.fullmatch(EXPERIMENT_NAME, value):
+        said = "must be 1 to 128 letters, digits and . _ - without blanks"
+        raise PydanticCustomError("experiment_name", said, {"pattern": EXPERIMENT_NAME})  # type: ignore[arg-type]
+    return value
 
 
 class JobSpec(Section):
@@ -590,8 +598,9 @@ class JobSpec(Section):
     org: Annotated[str, AfterValidator(_org), WithJsonSchema({"type": "string", "format": "uuid"})] = Field(
         description="Organisation that owns the job."
     )
-    experiment_name: str = Field(
-        pattern=EXPERIMENT_NAME,
+    experiment_name: Annotated[
+        str, AfterValidator(_experiment_name), WithJsonSchema({"type": "string", "pattern": EXPERIMENT_NAME})
+    ] = Field(
         description="1-128 of letters, digits, `.`, `_`, `-`; unique among the org's jobs that run or completed.",
     )
     dataset_config: DatasetConfig = Field(default_factory=DatasetConfig)

@@ -126,6 +126,11 @@ def plain(text: object) -> str:
     return CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(text))
 
 
+def nothing(what: str) -> None:
+    """Say that there is none of it, where a script reads on."""
+    typer.echo(f"no {what}", err=True)
+
+
 def show(value: Mapping[str, Any]) -> None:
     """Print JSON alone."""
     typer.echo(json.dumps(value))

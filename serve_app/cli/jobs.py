@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from serve_app.cli.common import AsJson, Org, RequestId, Token, Url, app, client_for, org_of, plain, show, while_it_goes_on
+from serve_app.cli.common import (
+    AsJson,
+    Org,
+    RequestId,
+    Token,
+    Url,
+    app,
+    client_for,
+    nothing,
+    org_of,
+    plain,
+    show,
+    while_it_goes_on,
+)
 from serve_app.cli.job_file import takes_job
+
+if TYPE_CHECKING:
+    from serve_app.client import JobAnswer
 
 
 @app.command()
@@ -51,14 +67,31 @@ def list_(
 ) -> None:
     """List jobs, newest first."""
     org = org_of(org)
+    status = status and status.upper()
     page = client_for(url, token, org).list_jobs(org, status=status, experiment_name=name, limit=limit, cursor=cursor)
     if as_json:
         show(page)
         return
+    if not page["jobs"]:
+        nothing("such jobs" if status or name else "jobs yet")
     for job in page["jobs"]:
-        typer.echo(f"{job['request_id']}  {job['status']:<9} {job['created_at'][:19]}  {job['experiment_name']}")
+        typer.echo(
+            f"{job['request_id']}  {job['status']:<9} {job['created_at'][:19]}  {job['experiment_name']}  {_note(job)}".rstrip()
+        )
     if page["next_cursor"]:
         typer.echo(f"there are more: --cursor {page['next_cursor']}", err=True)
+
+
+def _note(job: JobAnswer) -> str:
+    """What one wants to know of a job at a glance, by its status."""
+    match job["status"]:
+        case "QUEUED":
+            return f"position {job['queue_position']}" if job["queue_position"] else ""
+        case "RUNNING":
+            return f"{job['phase']} {job['progress']:.0%}"
+        case "FAILED":
+            return job["error_code"] or ""
+    return ""
 
 
 @app.command()

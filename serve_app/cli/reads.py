@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from serve_app.cli.common import AsJson, Org, RequestId, Token, Url, app, client_for, org_of, plain, show, while_it_goes_on
+from serve_app.cli.common import (
+    AsJson,
+    Org,
+    RequestId,
+    Token,
+    Url,
+    app,
+    client_for,
+    nothing,
+    org_of,
+    plain,
+    show,
+    while_it_goes_on,
+)
 
 if TYPE_CHECKING:
     from serve_app.client import Client, EventEntry, LogEntry
@@ -118,6 +131,8 @@ def artifacts(request_id: RequestId, org: Org = None, url: Url = None, token: To
     if as_json:
         show(answer)
         return
+    if not answer["files"]:
+        nothing("files yet")
     for file in answer["files"]:
         typer.echo(f"{file['size_bytes']:>12,}  {(file['sha256'] or '')[:12]:<12}  {plain(file['name'])}")
 

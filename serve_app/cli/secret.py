@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from serve_app.cli.common import AsJson, Org, Token, Url, app, client_for, die, org_of, plain, show
+from serve_app.cli.common import AsJson, Org, Token, Url, app, client_for, die, nothing, org_of, plain, show
 from train_loop.trackers.tracker import ENVIRONMENT
 
 secret_app = typer.Typer(no_args_is_help=True, help="Keys to buckets, stored encrypted in the service.")
@@ -128,6 +128,8 @@ def secret_list(org: Org = None, url: Url = None, token: Token = None, as_json: 
     if as_json:
         show(found)
         return
+    if not found["secrets"]:
+        nothing("secrets")
     for s in found["secrets"]:
         typer.echo(f"{s['secret_id']}  {s['type']:<6} {plain(s['name'])}")
 

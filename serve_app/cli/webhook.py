@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from serve_app.cli.common import AsJson, Org, Token, Url, app, client_for, die, org_of, plain, show
+from serve_app.cli.common import AsJson, Org, Token, Url, app, client_for, die, nothing, org_of, plain, show
 
 webhook_app = typer.Typer(no_args_is_help=True, help="Endpoints that are told, in signed messages, when jobs end.")
 app.add_typer(webhook_app, name="webhook")
@@ -43,6 +43,8 @@ def webhook_list(org: Org = None, url: Url = None, token: Token = None, as_json:
     if as_json:
         show(found)
         return
+    if not found["webhooks"]:
+        nothing("webhooks")
     for w in found["webhooks"]:
         typer.echo(f"{w['webhook_id']}  {plain(w['url'])}  {' '.join(w['events'])}")
 

@@ -9,8 +9,8 @@ from serve_app.body import read_fields, unknown_names
 from serve_app.errors import ApiError, beside, field_error, invalid
 from serve_app.routes import examples
 from serve_app.routes.answers import Deleted, SecretAnswer, Secrets, documented, reply
-from serve_app.routes.service import UUID_SCHEMA, Asking, Here, json_body, refusals_noted, uuid_of
-from serve_app.secret_types import TYPES, data_schema
+from serve_app.routes.service import UUID_SCHEMA, Asking, Here, json_body, org_named, refusals_noted, uuid_of
+from serve_app.secret_types import TYPES, data_schema, faults
 from serve_app.secrets import Secret
 from serve_app.store.tables import wire_time
 
@@ -42,16 +42,16 @@ async def create(request: Request, asking: Asking, here: Here) -> Response:
     """Store a secret."""
     asking.require_scope("secrets:write")
     payload, wrong = await read_fields(request, here.settings.max_body_bytes, ("org", "name", "type"), ("data",))
-    org = uuid_of(payload.get("org"), "org")
-    asking.require_org(org)
+    org, errors = org_named(payload, asking)
     name, type_, data = payload.get("name"), payload.get("type"), payload.get("data")
-    errors = []
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARS:
         errors.append(field_error("name", f"must be a string of 1 to {MAX_NAME_CHARS} characters"))
     if not isinstance(type_, str):
         errors.append(field_error("type", "this field is required", allowed=sorted(TYPES)))
     if not isinstance(data, dict):
         errors.append(field_error("data", "must be an object"))
+    if isinstance(type_, str) and isinstance(data, dict):
+        errors += faults(type_, data)
     errors = beside(wrong, [*errors, *unknown_names(payload, ("org", "name", "type", "data"))])
     if errors:
         raise invalid(errors)

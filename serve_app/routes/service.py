@@ -118,6 +118,15 @@ def uuid_of(value: Any, field: str) -> str:
     return str(uuid.UUID(value))
 
 
+def org_named(payload: dict[str, Any], asking: Principal) -> tuple[str, list[dict[str, Any]]]:
+    """The org in a body, or what is wrong with it, to be said with what else is. Raises 403 for a foreign one."""
+    if not is_uuid(given := payload.get("org")):
+        return "", [field_error("org", "must be a UUID" if given else "this field is required")]
+    org = uuid_of(given, "org")
+    asking.require_org(org)
+    return org, []
+
+
 def find_job(here: Service, asking: Principal, request_id: str, org_id: str | None) -> Job:
     """The job, if the caller may know of it. Raises 403 for a foreign org, 404 otherwise."""
     if org_id is not None:

@@ -12,7 +12,7 @@ from serve_app.errors import ApiError, beside, field_error, invalid
 from serve_app.outbound import MAX_URL_CHARS
 from serve_app.routes import examples
 from serve_app.routes.answers import DeletedWebhook, NewWebhook, TestedWebhook, WebhookAnswer, WebhookList, documented, reply
-from serve_app.routes.service import UUID_SCHEMA, Asking, Here, json_body, refusals_noted, uuid_of
+from serve_app.routes.service import UUID_SCHEMA, Asking, Here, json_body, org_named, refusals_noted, uuid_of
 from serve_app.store.tables import wire_time
 from serve_app.store.webhooks import EVENTS, Webhook
 
@@ -48,15 +48,15 @@ async def create(request: Request, asking: Asking, here: Here) -> Response:
     """Store an endpoint that is told when jobs of the org end. The secret that signs its messages is shown this once."""
     asking.require_scope(SCOPE)
     payload, wrong = await read_fields(request, here.settings.max_body_bytes, ("org", "url"), ("events",))
-    org = uuid_of(payload.get("org"), "org")
-    asking.require_org(org)
+    org, errors = org_named(payload, asking)
     url, events = payload.get("url"), payload.get("events")
     events = ALL if events is None else events
-    errors = []
     if not isinstance(url, str) or not url:
         errors.append(field_error("url", "must be a URL" if url else "this field is required"))
+    elif fault := here.webhooks.fault_of(url):
+        errors.append(field_error("url", fault))
     if not _are_events(events):
-        errors.append(field_error("events", "must be a list of different events, at least one", allowed=ALL))
+        errors.append(field_error("events", f"must be a list of different events, some of {', '.join(ALL)}", allowed=ALL))
     errors = beside(wrong, [*errors, *unknown_names(payload, ("org", "url", "events"))])
     if errors:
         raise invalid(errors)

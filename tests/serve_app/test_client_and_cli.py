@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from email.policy import HTTP
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import httpx
 import psutil
@@ -407,14 +408,40 @@ def test_every_command_can_print_json() -> None:
 
 
 def test_list_asks_for_a_page_by_name_and_cursor(tmp_path: Path, server: Server) -> None:
-    jobs = [job("QUEUED", "queued") | {"request_id": JOB, "created_at": "2026-01-01T00:00:00.000Z", "experiment_name": "e"}]
+    usual = {"request_id": JOB, "created_at": "2026-01-01T00:00:00.000Z", "progress": 0.414, "error_code": "hang"}
+    states = [("QUEUED", "queued"), ("QUEUED", "queued"), ("RUNNING", "training"), ("FAILED", "training"), ("CANCELED", "done")]
+    jobs = [job(*state) | usual | {"queue_position": 3 if i == 0 else None} for i, state in enumerate(states)]
     server.answers = [Answer(200, {"jobs": jobs, "next_cursor": "Mw=="})]
-    filters = ["--name", "e", "--cursor", "NQ==", "--status", "QUEUED", "--limit", "1"]
+    filters = ["--name", "e", "--cursor", "NQ==", "--status", "queued", "--limit", "1"]
     done = tuneyard(tmp_path, "list", *filters, "--org", ORG, "--url", server.url, "--token", TOKEN)
     asked = parse_qs(urlsplit(server.requests[-1][0].split()[-1]).query)
     assert asked == {"org_id": [ORG], "status": ["QUEUED"], "experiment_name": ["e"], "limit": ["1"], "cursor": ["NQ=="]}
     assert "--cursor Mw==" in done.stderr
-    assert JOB in done.stdout
+    assert done.stdout.splitlines() == [
+        f"{JOB}  QUEUED    2026-01-01T00:00:00  e  position 3",
+        f"{JOB}  QUEUED    2026-01-01T00:00:00  e",
+        f"{JOB}  RUNNING   2026-01-01T00:00:00  e  training 41%",
+        f"{JOB}  FAILED    2026-01-01T00:00:00  e  hang",
+        f"{JOB}  CANCELED  2026-01-01T00:00:00  e",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer", "says"),
+    [
+        (["list"], {"jobs": [], "next_cursor": None}, "no jobs yet"),
+        (["list", "--status", "failed"], {"jobs": [], "next_cursor": None}, "no such jobs"),
+        (["artifacts", JOB], {"files": []}, "no files yet"),
+        (["secret", "list"], {"secrets": []}, "no secrets"),
+        (["webhook", "list"], {"webhooks": []}, "no webhooks"),
+    ],
+)
+def test_a_list_of_nothing_says_so_beside_what_a_script_reads(
+    tmp_path: Path, server: Server, arguments: list[str], answer: Any, says: str
+) -> None:
+    server.answers = [Answer(200, answer)]
+    done = tuneyard(tmp_path, *arguments, "--org", ORG, "--url", server.url, "--token", TOKEN)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", f"{says}\n")
 
 
 def test_secret_list_shows_what_may_be_told(tmp_path: Path, server: Server) -> None:
@@ -599,6 +626,33 @@ def test_webhooks_are_added_listed_tested_and_deleted(tmp_path: Path, server: Se
         assert (error or "delivered") in done.stdout + done.stderr
     assert "deleted" in ask({"webhook_id": "w", "deleted": True}, "delete", "w").stdout
     assert server.requests[-1][0] == "DELETE /webhook/w?org_id=" + ORG
+
+
+def test_every_operation_has_a_call_and_every_call_a_command() -> None:
+    """But for the probes, and what is a job's own path besides its query."""
+    from serve_app.client import api
+    from serve_app.routes import jobs, journal, secrets, webhooks
+
+    calls = {}
+    for name, call in inspect.getmembers(api, inspect.isfunction):
+        if call.__annotations__.get("return", "").startswith("Call["):
+            made = call(*["{id}" if p.endswith("_id") else {} for p in inspect.signature(call).parameters if _is_needed(call, p)])
+            calls[name] = (made.method, made.path)
+    operations = {
+        (method, re.sub(r"{\w+}", "{id}", route.path))
+        for room in (jobs, journal, secrets, webhooks)
+        for route in room.router.routes
+        if route.include_in_schema and not route.path.startswith("/job/{")
+        for method in route.methods
+    }
+    assert {(method, unquote(path)) for method, path in calls.values()} == operations
+    assert calls.keys() <= public(Client)
+    commands = "".join(path.read_text() for path in (Path(cli.__file__).parent).glob("*.py"))
+    assert [name for name in calls if f".{name}(" not in commands] == []
+
+
+def _is_needed(call: Any, parameter: str) -> bool:
+    return inspect.signature(call).parameters[parameter].default is inspect.Parameter.empty
 
 
 def public(kind: type) -> set[str]:

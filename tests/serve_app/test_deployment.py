@@ -53,7 +53,8 @@ def test_below_a_proxys_path_every_call_is_answered_and_the_document_says_where(
         for path in ("/healthz", "/job/list/", "/job/list", "/openapi.json"):
             assert http.get(seen + path, params={"org_id": ORG} if "job" in path else {}).status_code == 200, path
         assert http.get(f"{seen}/openapi.json").json()["servers"] == [{"url": "/tuneyard"}]
-        assert "url: '/tuneyard/openapi.json'" in http.get(f"{seen}/docs").text
+        page = http.get(f"{seen}/docs").text
+        assert all(path in page for path in ("url: '/tuneyard/openapi.json'", '"/tuneyard/docs/swagger-ui-bundle.js"'))
         assert http.get(f"{seen}/tuneyard/healthz").status_code == (404 if seen else 200)
         assert http.get(f"{seen}/nothing").json()["status"] == 404
         assert http.get("/tuneyardx/healthz").status_code == 404

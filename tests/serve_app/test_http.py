@@ -15,14 +15,15 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.testclient import TestClient
 
-from serve_app.app import build_app
+from serve_app.app import ROOMS, build_app
 from serve_app.auth import mint_token
 from serve_app.lifecycle import Status
-from serve_app.routes import health, jobs, journal, secrets
+from serve_app.routes import jobs, journal
 from serve_app.settings import Profile, Settings
 from serve_app.store.jobs import JobStore
 from serve_app.store.journal import Journal, Notes
 from tests.conftest import CANARY, ORG, OTHER_ORG, Idle, fields, with_fields
+from tests.docs.test_site import Page
 from train_loop.errors import UserError
 from train_loop.spec import JobSpec
 
@@ -89,8 +90,8 @@ def test_the_message_says_what_was_accepted_and_what_to_think_over(settings, sto
 
 
 def test_every_path_works_with_and_without_its_slash():
-    taken = {r.path for room in (health, journal, jobs, secrets) for r in room.router.routes}
-    assert len(taken) > 30
+    taken = {r.path for room in ROOMS for r in room.router.routes}
+    assert len(taken) > 40
     assert taken == {p.rstrip("/") for p in taken} | {p.rstrip("/") + "/" for p in taken}
 
 
@@ -132,10 +133,10 @@ def test_a_job_is_read_with_its_defaults_filled_in(http, job):
 def test_more_gpus_than_a_node_has_are_refused(http, settings, job):
     settings.profiles = settings.profiles | {"h100": Profile(resources={"CPU": 1}, gpus_per_node=1)}
     found = fields(http.post("/job/", json=job))["infra_config.gpu_count"]
-    assert (found["message"], found["allowed"]) == ("a node of h100 has 1 GPUs", {"le": 1})
+    assert (found["message"], found["allowed"]) == ("a node of h100 has 1 GPU", {"le": 1})
 
 
-OPEN_TO_ALL = {"/healthz", "/readyz", "/docs", "/openapi.json"}
+OPEN_TO_ALL = {"/healthz", "/readyz", "/docs", "/docs/swagger-ui-bundle.js", "/docs/swagger-ui.css", "/openapi.json"}
 
 
 def closed_routes(app):
@@ -168,6 +169,7 @@ def test_a_declared_body_that_is_too_long_is_refused_before_it_is_read(http, set
     async def send(message):
         sent.append(message)
 
+    assert settings.max_body_bytes == 1 << 20
     headers = {"content-type": "application/json", "authorization": http.headers["Authorization"]}
     for length, refused in ((settings.max_body_bytes + 1, True), (settings.max_body_bytes, False)):
         sent.clear()
@@ -301,6 +303,115 @@ def test_all_field_errors_come_at_once_with_their_names(http, store, job):
     assert store.list_jobs(ORG) == ([], None)
 
 
+HP, SPLIT = "train_config.hyperparameters", "dataset_config.split"
+CORRECTED = {  # what is asked, where the error is, what it says
+    "a near name": ({f"{HP}.n_epochs": 3}, f"{HP}.n_epochs", "unknown field, did you mean num_epochs?"),
+    "a part of a name": (
+        {f"{HP}.batch_size": 8},
+        f"{HP}.batch_size",
+        "unknown field, did you mean per_device_train_batch_size?",
+    ),
+    "the initials of a name": ({f"{HP}.lr": 1e-4}, f"{HP}.lr", "unknown field, did you mean learning_rate?"),
+    "a name like none of many": ({f"{HP}.fp16": True}, f"{HP}.fp16", "unknown field; /docs lists those that there are"),
+    "too much": ({"infra_config.gpu_count": 17}, "infra_config.gpu_count", "must be less than or equal to 16"),
+    "text for a number": ({f"{HP}.max_steps": "9"}, f"{HP}.max_steps", "must be an integer"),
+    "too few": ({SPLIT: {"type": "random", "ratios": [1]}}, f"{SPLIT}.ratios", "must have at least 2 items, not 1"),
+    "a name of elsewhere": (
+        {"train_config.learning_rate": 1e-4},
+        "train_config.learning_rate",
+        "unknown field here: it belongs in train_config.hyperparameters",
+    ),
+    "a section of elsewhere": (
+        {"train_config.quantization": {"quant_bits": 4}},
+        "train_config.quantization",
+        "unknown field here: it belongs in model_details",
+    ),
+    "a name of several": ({"model_details.type": "llm"}, "model_details.type", "unknown field, did you mean model_type?"),
+    "a name like none": (
+        {"train_config.distributed.rank": 8},
+        "train_config.distributed.rank",
+        "unknown field; there are type",
+    ),
+    "a near value": (
+        {"train_config.torch_dtype": "BF16"},
+        "train_config.torch_dtype",
+        "must be bfloat16, float16 or float32, did you mean bfloat16?",
+    ),
+    "a value like none": ({"train_config.train_type": "x"}, "train_config.train_type", "must be lora or full"),
+    "a value for the command line": (
+        {"dataset_details.source_type": "disk"},
+        "dataset_details.source_type",
+        "must be s3, gcs or hf",
+    ),
+    "a number": ({"model_details.quantization.quant_bits": 16}, "model_details.quantization.quant_bits", "must be 4 or 8"),
+    "what is still to come": ({"train_config.type": "rlhf"}, "train_config.type", "must be sft"),
+    "no kind of split": ({SPLIT: {"ratios": [0.9, 0.1]}}, f"{SPLIT}.type", "this field is required"),
+    "another kind of split": ({SPLIT: {"type": "rand"}}, f"{SPLIT}.type", "must be random, none or file, did you mean random?"),
+    "a list for a section": ({SPLIT: [0.9, 0.1]}, SPLIT, "must be an object"),
+    "text for a section": (
+        {"train_config": '{"secret_access_key": "' + CANARY},
+        "train_config",
+        "must be an object: in a JSON body a section is no text",
+    ),
+    "null where a rule asks for more": (
+        {"model_details.ownership": "private"},
+        "model_details.secret_id",
+        "a private model needs secret_id: the id of keys that POST /secret/ has stored",
+    ),
+    "null where no default is": ({"model_details": None}, "model_details", "this field is required"),
+    "null for a name": ({"infra_config.gpu_type": None}, "infra_config.gpu_type", "this field is required"),
+    "a blank in the name": (
+        {"experiment_name": "my job"},
+        "experiment_name",
+        "must be 1 to 128 letters, digits and . _ - without blanks",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CORRECTED)
+def test_names_and_values_are_corrected(http, job, what):
+    changes, field, said = CORRECTED[what]
+    answer = http.post("/job/", json=with_fields(job, changes))
+    assert {name: e["message"] for name, e in fields(answer).items()} == {field: said}
+    assert CANARY not in answer.text
+
+
+def test_the_values_that_a_field_may_have_are_a_list(http, job):
+    changes = {"train_config.train_type": "x", "train_config.type": "x", "dataset_details.source_type": "x", SPLIT: {}}
+    found = fields(http.post("/job/", json=with_fields(job, changes | {"model_details.quantization.quant_bits": 3})))
+    assert {name: e["allowed"] for name, e in found.items()} == {
+        "train_config.train_type": ["lora", "full"],
+        "train_config.type": ["sft"],
+        "dataset_details.source_type": ["s3", "gcs", "hf"],
+        f"{SPLIT}.type": ["random", "none", "file"],
+        "model_details.quantization.quant_bits": [4, 8],
+    }
+
+
+def test_a_region_is_the_endpoints_own_where_there_is_one(http, job):
+    assert http.post("/job/", json=with_fields(job, {REGION: "garage"})).status_code == 200  # the secret has an endpoint
+    keys = {"access_key_id": "a", "secret_access_key": "b"}
+    at_aws = http.post("/secret/", json={"org": ORG, "name": "n", "type": "aws", "data": keys}).json()["secret_id"]
+    asked = with_fields(job, {REGION: "garage", "dataset_details.secret_id": at_aws, "experiment_name": "b"})
+    assert fields(http.post("/job/", json=asked)).keys() == {REGION}
+
+
+def test_a_list_is_of_one_status_or_name(http, job):
+    ids = [http.post("/job/", json=job | {"experiment_name": name}).json()["request_id"] for name in ("a", "b", "c")]
+    http.post(f"/job/{ids[1]}/cancel")
+
+    def listed(**filters):
+        page = http.get("/job/list/", params={"org_id": ORG} | filters).json()
+        return [ids.index(j["request_id"]) for j in page["jobs"]], page["next_cursor"]
+
+    assert listed() == ([2, 1, 0], None)
+    assert listed(status="CANCELED") == listed(experiment_name="b") == ([1], None)
+    assert listed(status="CANCELED", experiment_name="a") == ([], None)
+    first, cursor = listed(status="QUEUED", limit=1)
+    http.post("/job/", json=job | {"experiment_name": "late"})
+    assert (first, listed(status="QUEUED", limit=1, cursor=cursor)) == ([2], ([0], None))
+
+
 @pytest.mark.parametrize(
     ("changes", "field", "said"),
     [
@@ -419,7 +530,8 @@ def test_query_errors_say_what_was_given_and_what_is_allowed(http):
     assert found["org_id"]["message"] == "this field is required"
     assert (found["limit"]["input"], found["limit"]["allowed"]) == ("501", {"le": 500})
     assert found["status"]["input"] == "GONE"
-    assert "QUEUED" in found["status"]["allowed"]
+    assert found["status"]["allowed"] == [*Status]
+    assert found["status"]["message"] == "must be QUEUED, RUNNING, COMPLETED, FAILED or CANCELED"
     assert "pattern" in found["experiment_name"]["allowed"]
 
 
@@ -432,6 +544,10 @@ NASTY = [
     ({"content": "{}".encode("utf-16"), "headers": {"content-type": "application/json"}}, 400),
     ({"content": b"9" * 5000, "headers": {"content-type": "application/json"}}, 422),
     ({"content": b'{"org": 1e999}', "headers": {"content-type": "application/json"}}, 422),
+    ({"content": b'{"org": NaN}', "headers": {"content-type": "application/json"}}, 422),
+    ({"content": b'{"org": "a", "org": "b"}', "headers": {"content-type": "application/json"}}, 422),
+    ({"content": b"[" * 100_000, "headers": {"content-type": "application/json"}}, 422),
+    ({"content": b'{"org": "\\u0000"}', "headers": {"content-type": "application/json"}}, 422),
     ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400),
     ({"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=b"}}, 400),
     ({"content": b"\x00\xff=%zz&&&", "headers": {"content-type": "application/x-www-form-urlencoded"}}, 422),
@@ -475,6 +591,17 @@ def test_health_and_docs_need_no_token(http):
     assert open_to_all == {"/healthz", "/readyz"}
     assert "multipart/form-data" in schema["paths"]["/job/"]["post"]["requestBody"]["content"]
     assert "learning_rate" in schema["components"]["schemas"]["Hyperparameters"]["properties"]
+
+
+@pytest.mark.parametrize("path", ["/docs", "/docs/"])
+def test_all_that_the_page_of_the_document_loads_is_the_services_own(http, path):
+    del http.headers["Authorization"]
+    page = Page(http.get(path).text)
+    assert len(page.loads) == 3
+    for url in page.loads:
+        assert url == "data:," or http.get(url).status_code == 200
+    assert "SwaggerUIBundle" in http.get("/docs/swagger-ui-bundle.js").text
+    assert "url: '/openapi.json'" in http.get(path).text
 
 
 def test_a_store_that_is_away_is_503(settings, tmp_path):

@@ -192,7 +192,8 @@ def account(**changes):
         ("wandb", {"api_key": CANARY}, "data.project", "required"),
         ("wandb", WANDB | {"project": "a/b"}, "data.project", "pattern"),
         ("wandb", WANDB | {"base_url": "http://metadata.google.internal"}, "data.base_url", "operator's list"),
-        ("azure", KEYS, "type", "unknown type"),
+        ("azure", KEYS, "type", "unknown type of secret: it must be aws, gcs, hf, mlflow, s3 or wandb"),
+        ("gcp", KEYS, "type", "did you mean gcs?"),
     ],
 )
 def test_bad_data_is_refused_by_field_and_without_its_values(http, type_, data, field, said):
@@ -207,7 +208,15 @@ def test_all_wrong_fields_of_a_secret_come_at_once(http):
     answer = http.post(
         "/secret/", json={"org": ORG, "name": "n", "type": "aws", "data": {"region": CANARY, "acess_key_id": CANARY}}
     )
-    assert set(fields(answer)) == {"data.access_key_id", "data.secret_access_key", "data.region", "data.acess_key_id"}
+    of_data = {"data.access_key_id", "data.secret_access_key", "data.region", "data.acess_key_id"}
+    assert set(fields(answer)) == of_data
+    data = {"region": CANARY, "acess_key_id": CANARY}
+    answer = http.post("/secret/", json={"org": "x", "name": "", "type": "aws", "data": data, "more": CANARY})
+    assert set(fields(answer)) == {"org", "name", "more"} | of_data
+    assert CANARY not in answer.text
+    wrong = {"org": None, "name": [], "type": "gcp", "data": data}
+    assert set(fields(http.post("/secret/", json=wrong))) == {"org", "name", "type"}
+    assert set(fields(http.post("/secret/", json={}))) == {"org", "name", "type", "data"}
 
 
 def test_openapi_and_the_docs_name_the_fields_that_are_checked(http):

@@ -293,6 +293,8 @@ def test_an_idempotency_key_gives_the_same_job_again(store):
     assert (one.request_id, created, again) == (two.request_id, True, False)
     with pytest.raises(IdempotencyMismatch):
         store.insert(spec("other"), "queued", "key", "another hash")
+    theirs, created = store.insert(spec(org=OTHER_ORG), "queued", "key", "another hash")  # whose keys are their own
+    assert (created, theirs.org_id, theirs.request_id != one.request_id) == (True, OTHER_ORG, True)
 
 
 def test_an_idempotency_key_is_free_again_after_a_day(store, monkeypatch):

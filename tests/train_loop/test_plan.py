@@ -1,9 +1,12 @@
 """Plans: what they say must be what the run then does."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from pyarrow.fs import LocalFileSystem
@@ -64,6 +67,37 @@ def test_a_large_file_is_looked_at_in_other_places_than_its_head(local_job, mirr
     assert tokens["truncated_share"] == 0
 
 
+def bytes_read():
+    """That this process has asked the kernel for so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+@pytest.mark.parametrize("dataset_type", ["jsonl", "json", "parquet"])
+def test_little_of_a_large_file_is_read(local_job, mirror, tmp_path, dataset_type):
+    path = tmp_path / f"rows.{dataset_type}"
+    fields = {"dataset_path": str(path), "dataset_type": dataset_type, "dataset_format": "prompt_completion"}
+    job = local_job({f"dataset_details.{name}": value for name, value in fields.items()})
+
+    def cost(num_rows):
+        """Bytes that a plan reads, for so many rows of text that doesn't shrink."""
+        texts = [f"{i} {random.Random(i).randbytes(90).hex()}" for i in range(num_rows)]
+        match dataset_type:
+            case "parquet":
+                pq.write_table(pa.table({"prompt": texts, "completion": texts}), path, row_group_size=500)
+            case "json":
+                path.write_text(json.dumps([{"prompt": text, "completion": text} for text in texts]))
+            case "jsonl":
+                write_jsonl(path, [{"prompt": text, "completion": text} for text in texts])
+        before = bytes_read()
+        plan = planned(job, mirror)
+        assert plan["rows"]["total"] == pytest.approx(num_rows, rel=0.2)
+        return bytes_read() - before
+
+    cost(10)  # which loads what the first plan of a process does
+    alone = cost(10)
+    assert cost(40_000) - alone < path.stat().st_size / 4
+
+
 def test_samples_are_rendered_with_their_trained_tokens_marked(local_job, mirror):
     samples = planned(local_job(), mirror)["samples"]
     assert len(samples) == 3
@@ -80,7 +114,16 @@ def test_samples_are_rendered_with_their_trained_tokens_marked(local_job, mirror
         ({"train_config.adapter_config.r": 100}, "more than the model's hidden size 64"),
         ({"dataset_config.preprocessing.prompt.max_length": 9000}, "more than the model's context, 8192"),
         ({f"{HP}.per_device_train_batch_size": 500}, "every step is the whole dataset"),
-        ({f"{HP}.learning_rate": 0.5}, "learning_rate 0.5 is outside"),
+        (
+            {"dataset_config.preprocessing": {"prompt": {"max_length": 40}, "truncation": "reject"}},
+            "of the rows are longer than max_length 40 (up to 45 tokens) and will be rejected",
+        ),
+        ({f"{HP}.learning_rate": 0.5}, "learning_rate 0.5 is outside what LoRA usually wants, 1e-05 to 0.001"),
+        ({f"{HP}.learning_rate": 9e-6}, "learning_rate 9e-06 is outside what LoRA usually wants"),
+        (
+            {"train_config.train_type": "full", "model_details.quantization": None, f"{HP}.learning_rate": 2e-4},
+            "learning_rate 0.0002 is outside what full fine-tuning usually wants, 1e-06 to 0.0001",
+        ),
         ({"train_config.adapter_config.targets": ["no_such_layer"]}, "names no layer"),
     ],
 )

@@ -1,3 +1,7 @@
+import json
+from functools import reduce
+from operator import getitem
+
 import pytest
 from pydantic import ValidationError
 
@@ -56,6 +60,115 @@ def test_what_is_not_built_yet_is_refused_by_name(field, value):
 def test_wrong_values_are_refused(field, value):
     with pytest.raises(ValidationError):
         JobSpec.model_validate(with_fields(DOCUMENTED, {field: value}))
+
+
+# --- the HTTP contract, field by field: what clients count on, whatever the code says ---
+
+HP, ADAPTER, PRE = "train_config.hyperparameters", "train_config.adapter_config", "dataset_config.preprocessing"
+LEAST = {
+    "org": DOCUMENTED["org"],
+    "experiment_name": "least",
+    "model_details": {"base_model": "owner/name"},
+    "dataset_details": {"dataset_path": "s3://bucket/rows.jsonl", "secret_id": "x"},
+    "infra_config": {"gpu_type": "h100", "node_count": 3},
+}
+DEFAULTS = {
+    PRE: {"lazy_tokenize": True, "streaming": False, "packing": True, "truncation": "right", "train_on": "assistant"},
+    f"{PRE}.prompt": {"system": None, "max_length": 4096, "template": None},
+    f"{PRE}.max_reject_ratio": 0.01,
+    "model_details": {"quantization": None, "revision": None, "secret_id": None, "region": None},
+    "train_config": {"type": "sft", "torch_dtype": "bfloat16", "task_type": "causal_lm", "train_type": "lora"},
+    "train_config.tuner_backend": "tuneyard",
+    "train_config.distributed": {"type": "ddp"},
+    "train_config.export": {"merge": False},
+    HP: {"num_epochs": 1, "max_steps": None, "gradient_accumulation_steps": 1, "gradient_checkpointing": True, "seed": 42}
+    | {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "learning_rate": 1e-4, "lr_scheduler_type": "cosine"}
+    | {"warmup_ratio": 0.03, "warmup_steps": None, "weight_decay": 0, "adam_beta1": 0.9, "adam_beta2": 0.999}
+    | {"adam_epsilon": 1e-8, "optim": "adamw", "max_grad_norm": 1.0, "save_steps": 500, "save_total_limit": 2}
+    | {"eval_steps": 500, "logging_steps": 5, "early_stopping_patience": None, "metric_for_best_model": "eval_loss"}
+    | {"dataloader_num_workers": 1, "neftune_noise_alpha": None},
+    ADAPTER: {"r": 16, "alpha": 16, "dropout": 0.1, "targets": ["all-linear"], "use_rslora": False, "use_dora": False}
+    | {"lora_plus_ratio": None, "init": "default", "modules_to_save": None, "init_from": None},
+    "infra_config": {"infra_type": "ray", "priority": 0, "max_retries": 3, "max_runtime_s": None, "min_node_count": 3},
+}
+VALUES = {
+    f"{PRE}.truncation": ["right", "left", "reject"],
+    f"{PRE}.train_on": ["assistant", "last_assistant", "all"],
+    "model_details.ownership": ["public", "private"],
+    "model_details.source_type": ["hf", "s3", "gcs"],
+    "model_details.model_type": ["llm", "vlm"],
+    "train_config.type": ["sft", "dpo", "kto", "orpo", "grpo"],
+    "train_config.torch_dtype": ["bfloat16", "float16", "float32"],
+    "train_config.task_type": ["causal_lm"],
+    "train_config.train_type": ["lora", "full"],
+    "train_config.tuner_backend": ["tuneyard", "simplismart", "peft"],
+    f"{HP}.lr_scheduler_type": ["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr"],
+    f"{HP}.optim": ["adamw", "adamw_8bit", "paged_adamw_8bit"],
+    f"{HP}.metric_for_best_model": ["eval_loss"],
+    f"{ADAPTER}.init": ["default", "pissa", "loftq", "gaussian"],
+    "train_config.distributed.type": ["ddp", "fsdp"],
+    "dataset_details.dataset_type": ["jsonl", "zip", "json", "parquet"],
+    "dataset_details.dataset_format": ["sharegpt", "openai", "alpaca", "prompt_completion", "text", "preference", "auto"],
+    "dataset_details.source_type": ["s3", "gcs", "hf"],
+    "dataset_details.ownership": ["public", "private"],
+    "infra_config.infra_type": ["ray", "simplismart"],
+}
+BOUNDS = {  # the outermost that are taken, and what isn't any more
+    f"{PRE}.prompt.max_length": ([16, 1_048_576], [15, 1_048_577]),
+    f"{PRE}.max_reject_ratio": ([0, 1], [-0.01, 1.01]),
+    f"{HP}.num_epochs": ([0.01, 3], [0, -1]),
+    f"{ADAPTER}.r": ([1, 1024], [0, 1025]),
+    f"{ADAPTER}.dropout": ([0, 0.999], [-0.1, 1]),
+    "infra_config.gpu_count": ([1, 16], [0, 17]),
+    "infra_config.node_count": ([1, 1024], [0, 1025]),
+    "infra_config.priority": ([-10, 10], [-11, 11]),
+    "experiment_name": (["a", "A-z_0.9" * 18], ["", "a" * 129, "a b", "a/b", "ä", "a\n"]),
+}
+
+
+def at(job, path):
+    return reduce(getitem, path.split("."), job)
+
+
+def test_a_job_that_asks_for_nothing_has_the_contracts_defaults():
+    resolved = JobSpec.model_validate(LEAST).model_dump(mode="json")
+    for path, expected in DEFAULTS.items():
+        found = at(resolved, path)
+        assert found == expected if not isinstance(expected, dict) else found.items() >= expected.items(), path
+    quantised = JobSpec.model_validate(with_fields(LEAST, {"model_details.quantization": {"quant_bits": 4}}))
+    assert quantised.model_details.quantization.model_dump() == {"quant_bits": 4, "quant_type": "nf4", "double_quant": True}
+    assert json.loads(JobSpec.model_validate(LEAST).model_dump_json()) == resolved
+
+
+def is_taken(path, value):
+    """Whether a value is one for this field, though a rule over several fields may be against it, or it isn't built yet."""
+    try:
+        JobSpec.model_validate(with_fields(LEAST, {path: value}))
+    except ValidationError as error:
+        return {e["type"] for e in error.errors() if ".".join(map(str, e["loc"])) == path} <= {"rule", "not_supported_yet"}
+    return True
+
+
+@pytest.mark.parametrize("path", VALUES)
+def test_every_value_of_the_contract_is_taken_and_no_other(path):
+    assert [value for value in [*VALUES[path], "other", 1] if is_taken(path, value)] == VALUES[path]
+
+
+@pytest.mark.parametrize("path", BOUNDS)
+def test_the_contracts_bounds_are_where_it_says(path):
+    within, beyond = BOUNDS[path]
+    assert [value for value in [*within, *beyond] if is_taken(path, value)] == within
+
+
+def test_ratios_are_two_or_three_shares_of_one():
+    def split(ratios):
+        return with_fields(LEAST, {"dataset_config.split": {"type": "random", "ratios": ratios}})
+
+    for ratios in ([1, 0], [0.8, 0.2], [0.8, 0.1, 0.1], [0.9, 0.1000009], [0.9, 0.0999991]):
+        JobSpec.model_validate(split(ratios))
+    for ratios in ([1], [0.4, 0.2, 0.2, 0.2], [0.9, 0.100002], [0.9, 0.099998], [1.5, -0.5], [90, 10], "0.9"):
+        with pytest.raises(ValidationError, match="ratios"):
+            JobSpec.model_validate(split(ratios))
 
 
 VLM = {"model_details.model_type": "vlm", "dataset_details.dataset_type": "zip"}
@@ -246,7 +359,7 @@ def test_a_wrong_field_is_not_called_unsupported_too():
 
 
 def test_a_refused_value_is_shown_as_it_was_written():
-    assert errors_of({"train_config.type": "dpo"})["train_config.type"][1] == '"dpo" is not supported yet'
+    assert errors_of({"train_config.type": "dpo"})["train_config.type"][1] == '"dpo" is not supported yet: it must be "sft"'
 
 
 def test_full_fine_tuning_has_a_lower_learning_rate_of_its_own():
