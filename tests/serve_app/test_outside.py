@@ -252,7 +252,7 @@ def test_the_service_schedules_and_counts_nothing_of_it(store, ray, listener, re
     with store.read() as tx:
         assert [job.request_id for job in outside.running(tx)] == [request_id]
         use = use_by_org(tx, [])[ORG]
-    assert (use.running, use.queued, use.worker_hours) == (1, 1, 0.0)
+    assert (use.running, use.queued, use.worker_hours) == (0, 1, 0.0)
     QueueMeter(store).passed(0.1)
     assert {value for (name, labels), value in recorded.items() if ("state", "running") in labels} >= {1}
     (row,) = list(store.list_jobs(ORG, status=Status.RUNNING)[0])
