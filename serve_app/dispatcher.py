@@ -20,6 +20,7 @@ from serve_app.cluster import DISPATCHER, Attempt, Cluster, Growth, Node, RayClu
 from serve_app.housekeeping import clean
 from serve_app.lifecycle import BEFORE_WORKERS, NOTHING_TO_SAVE
 from serve_app.meter import QueueMeter
+from serve_app.outside import Listener, RayRuns
 from serve_app.quota import default_quota
 from serve_app.ready import ReadyProcesses
 from serve_app.scheduler import EPSILON, HALF_LIFE_S, LEAST_S, Bundle, Decision, Gang, Limits, Room, Run, Shares, decide
@@ -43,6 +44,7 @@ CAPACITY_S = 30.0
 CLEAN_S = 600.0
 READY_S = 3.0
 WEBHOOKS_S = 1.0
+OUTSIDE_S = 2.0
 
 
 class Dispatcher:
@@ -64,6 +66,7 @@ class Dispatcher:
         threading.Thread(target=self._loop, name="dispatch", daemon=True).start()
         threading.Thread(target=self._keep_house, name="housekeeping", daemon=True).start()
         threading.Thread(target=self._tell, name="webhooks", daemon=True).start()
+        threading.Thread(target=self._listen, name="outside", daemon=True).start()
         if settings.ready_workers:
             threading.Thread(target=self._keep_ready, args=[settings.ready_workers], name="ready", daemon=True).start()
 
@@ -124,6 +127,18 @@ class Dispatcher:
                 log.warning("the job store is away; webhooks wait", error=type(error).__name__)
             except Exception:
                 log.exception("webhooks can't be told; trying again")
+
+    def _listen(self) -> None:
+        listener = Listener(self.store, RayRuns())
+        while True:
+            time.sleep(OUTSIDE_S)
+            try:
+                if self.leads:
+                    listener.run()
+            except STORE_AWAY as error:
+                log.warning("the job store is away; runs outside the service aren't listened to", error=type(error).__name__)
+            except Exception:
+                log.exception("runs outside the service can't be listened to; trying again")
 
     def _keep_house(self) -> None:
         while True:

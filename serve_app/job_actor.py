@@ -34,6 +34,8 @@ from train_loop.errors import Cause, RunFault, Stopped, UserError, first_line
 from train_loop.hang import StepClock
 from train_loop.launch import ActorMonitor, Placement, launch
 from train_loop.memory_kills import Place
+from train_loop.record import LIVE, completed
+from train_loop.redact import Redactor
 from train_loop.run_files import Keys, RunFiles
 from train_loop.trackers.tracker import TrackerKeys
 
@@ -43,7 +45,6 @@ BEAT_S = 5.0
 ROOM_WAITS = 1  # there was room when the dispatcher started the attempt: where Ray has none, it decides again
 FROZEN = 2.0  # times the silence after which a worker ends itself
 MAX_KEPT_LINES = 20_000  # while the store is away
-REPORTED = frozenset({"phase", "step", "total_steps", "epoch", "eta_s", "progress", "metrics"})
 
 Ending = Callable[[], Job]  # writes how the attempt ended
 Answer = TypeVar("Answer")
@@ -77,7 +78,7 @@ class JobActor:
         if unknown:
             said = f"this version of the service doesn't know {', '.join(unknown)}: the job runs without"
             self.outbox.event("unknown_fields", said)
-        self.redactor = logs.Redactor()
+        self.redactor = Redactor()
         self.stop = self.canceled = job.cancel_requested
         self.overtime_at: float | None = None
         self.started = time.monotonic()
@@ -117,7 +118,7 @@ class JobActor:
         self.outbox.wake()
 
     async def on_event(self, kind: str, message: str) -> None:
-        told = self._told(message)
+        told = self.redactor(message)
         self.outbox.event(kind, told)
         self.log.info("told by the run", kind=kind, message=told)
 
@@ -132,7 +133,7 @@ class JobActor:
 
     async def on_log(self, rank: int, lines: list[tuple[float, str]]) -> None:
         """Keep a worker's log lines, without any secret of the run."""
-        self.outbox.lines([(rank, time_, self._told(line)) for time_, line in lines])
+        self.outbox.lines([(rank, time_, self.redactor(line)) for time_, line in lines])
 
     async def stop_requested(self) -> bool:
         return self.stop
@@ -185,27 +186,19 @@ class JobActor:
         except Stopped:
             return self._stopped
         except UserError as error:
-            message = self._told(error.message)
+            message = self.redactor(error.message)
             failed = {"message": message, "error_code": error.code, "error_message": message}
             return lambda: self.store.finish(request_id, attempt, Status.FAILED, **failed)
         except RunFault as fault:
-            cause, text = fault.cause, self._told(fault.message)
+            cause, text = fault.cause, self.redactor(fault.message)
             return lambda: self.store.record_fault(request_id, attempt, cause, text)
         except Exception as error:
             self.log.exception("the run failed")
-            text = self._told(f"an unexpected error ({type(error).__name__}): {first_line(error)}")
+            text = self.redactor(f"an unexpected error ({type(error).__name__}): {first_line(error)}")
             return lambda: self.store.record_fault(request_id, attempt, Cause.INTERNAL, text)
-        self.live |= {"step": manifest["steps"], "progress": 1.0, "eta_s": 0.0, "metrics": manifest["metrics"]}
-        self.live["phase"] = str(Phase.DONE)
-        what = "adapter" if manifest["adapter_uri"] else "merged"
-        uri, count = manifest[f"{what}_uri"], len(manifest[f"{what}_files"])
-        title = "Adapter" if what == "adapter" else "Model"
-        done = {"message": f"{title} saved: {count} files at {uri}.", "output_model_path": uri}
+        done, last = completed(manifest)
+        self.live |= last
         return lambda: self.store.finish(request_id, attempt, Status.COMPLETED, **done)
-
-    def _told(self, text: str) -> str:
-        """What a run says as it may be written down: without secrets, and without what PostgreSQL or UTF-8 can't hold."""
-        return self.redactor(text).replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
 
     def _stopped(self) -> Job:
         """Out of time is FAILED; CANCELED is the dispatcher's to write, once nothing of this attempt is left."""
@@ -232,10 +225,7 @@ class JobActor:
 
     def _keys(self) -> Keys:
         keys = keys_of(self.spec, self._vault, self.settings)
-        for found in (keys.dataset, keys.storage, keys.model):
-            if found is not None:
-                self.redactor.hide(*found.values())
-        self.redactor.hide(keys.hub_token)
+        self.redactor.hide(*keys.values())
         return keys
 
     @cached_property
@@ -275,7 +265,7 @@ class JobActor:
     def report(self) -> Job:
         """Write progress and heartbeat through to the store; the job there. Raises StaleAttempt."""
         notes = self.outbox.take()
-        fields = {k: v for k, v in self.live.items() if k in REPORTED}
+        fields = {k: v for k, v in self.live.items() if k in LIVE}
         fields["ran_s"] = self.job.ran_s + time.monotonic() - self.started
         fields["actor_node"] = self.node_id
         try:

@@ -11,6 +11,7 @@ from typing import Any
 
 from serve_app import metrics
 from serve_app.lifecycle import FINAL, Status
+from serve_app.store import outside
 from serve_app.store.jobs import Job, JobStore
 from serve_app.store.tally import NewEvents, count_jobs, oldest_queued
 from train_loop.errors import Cause
@@ -63,10 +64,11 @@ class QueueMeter:
     def _look(self) -> None:
         running, now = self._store.running(), dt.datetime.now(dt.UTC)
         with self._store.read() as tx:
+            jobs = Counter(("running", job.org_id) for job in outside.running(tx))
             queued, oldest, faults = count_jobs(tx, [Status.QUEUED]), oldest_queued(tx), self._faults.take(tx)
             if time.monotonic() - self._counted_at > COUNT_S:
                 self._ended, self._counted_at = count_jobs(tx, FINAL), time.monotonic()
-        jobs, workers = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+        workers = Counter[tuple[str, str]]()
         for counted in (queued, self._ended):
             jobs.update({(status.lower(), org): count for (status, org), count in counted.items()})
         for job in running:

@@ -67,7 +67,8 @@ def _histogram(name: str, help_: str, buckets: Sequence[float], *labels: str) ->
 
 JOBS = _gauge(
     "jobs",
-    "Jobs in the store, by state: queued, running, retrying (between two attempts), completed, failed, canceled.",
+    "Jobs in the store, by state: queued, running (also outside the service), retrying (between two attempts), completed, "
+    "failed, canceled.",
     "state",
     "org",
 )

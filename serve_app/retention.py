@@ -30,7 +30,7 @@ def remove_journals(settings: Settings, store: JobStore, *, dry_run: bool = Fals
     if settings.keep_journal_days is None:
         return 0
     count, days = 0, settings.keep_journal_days
-    for request_id, _ in _ended(store, days, jobs.c.journal_removed_at, list(FINAL)):
+    for request_id, _ in _ended(store, days, jobs.c.journal_removed_at, jobs.c.status.in_(FINAL)):
         if not dry_run:
             with store.write() as tx:
                 _remove_journal(tx, request_id, days)
@@ -50,11 +50,15 @@ def _remove_journal(tx: Connection, request_id: str, days: float) -> None:
 
 
 def remove_checkpoints(settings: Settings, store: JobStore, *, dry_run: bool = False) -> int:
-    """Remove the checkpoints of jobs that were completed long enough ago; of how many jobs. What they trained stays."""
+    """Remove the checkpoints of jobs that were completed long enough ago; of how many jobs. What they trained stays.
+
+    Those of runs outside the service are their owners' to remove.
+    """
     if settings.keep_checkpoints_days is None:
         return 0
     count, keys = 0, storage_credentials(settings)
-    for request_id, org_id in _ended(store, settings.keep_checkpoints_days, jobs.c.checkpoints_removed_at, [Status.COMPLETED]):
+    days, which = settings.keep_checkpoints_days, (jobs.c.status == Status.COMPLETED, jobs.c.ray_job.is_(None))
+    for request_id, org_id in _ended(store, days, jobs.c.checkpoints_removed_at, *which):
         if not dry_run:
             storage, path = filesystem_for(run_uri(settings, org_id, request_id), keys)
             delete_folder(storage, f"{path}/{CHECKPOINTS}")
@@ -65,10 +69,12 @@ def remove_checkpoints(settings: Settings, store: JobStore, *, dry_run: bool = F
     return count
 
 
-def _ended(store: JobStore, days: float, removed_at: sa.Column[dt.datetime], statuses: list[Status]) -> Iterator[tuple[str, str]]:
-    """request_id and org_id of jobs with such a status that ended so long ago and of which nothing was removed yet."""
+def _ended(
+    store: JobStore, days: float, removed_at: sa.Column[dt.datetime], *which: sa.ColumnElement[bool]
+) -> Iterator[tuple[str, str]]:
+    """request_id and org_id of such jobs that ended so long ago and of which nothing was removed yet."""
     before = dt.datetime.now(dt.UTC) - dt.timedelta(days=days)
-    due = (jobs.c.status.in_(statuses), jobs.c.completed_at < before, removed_at.is_(None))
+    due = (*which, jobs.c.completed_at < before, removed_at.is_(None))
     last = 0
     while True:
         query = sa.select(jobs.c.seq, jobs.c.request_id, jobs.c.org_id).where(*due, jobs.c.seq > last)

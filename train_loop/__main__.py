@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,9 +26,11 @@ from pydantic import ValidationError
 
 from train_loop.errors import RunFault, Stopped, UserError, first_line
 from train_loop.memory_kills import Place
+from train_loop.record import MONITOR, About, Record, completed, cut_short
 from train_loop.spec import JobSpec
 
 TRAINS = frozenset({"training", "evaluating", "saving", "exporting"})  # phases in which there is something to save
+READ_S = 15.0  # a reader that is there has what is left to tell by then
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,8 +118,10 @@ def _stopped_by_sigterm(ask_to_stop: Callable[[], bool], request_id: str) -> Ite
 class Console:
     """A monitor that prints. Also the body of the Ray actor that plays the job actor's part without the service."""
 
-    def __init__(self, keys: Any = None, trackers: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, keys: Any = None, trackers: Mapping[str, Any] | None = None, about: About | None = None) -> None:
         self._keys, self._trackers = keys, dict(trackers or {})
+        self._record = Record(about)
+        self._record.redactor.hide(*(value for found in (keys, *self._trackers.values()) if found for value in found.values()))
         self._phase, self._stop = "", False
         self._failure: UserError | RunFault | None = None
         self._places = dict[int, Place]()
@@ -130,12 +135,15 @@ class Console:
 
     def on_phase(self, name: str) -> None:
         self._phase = name
+        self._record.phase(name)
         self._say(f"phase {name}")
 
     def on_event(self, kind: str, message: str) -> None:
+        self._record.event(kind, message)
         self._say(f"{kind}: {message}")
 
     def on_progress(self, progress: dict[str, Any]) -> None:
+        self._record.progress(progress)
         last = progress["metrics"]["last"]
         if last is not None and last["step"] != self._step:
             self._step = last["step"]
@@ -144,7 +152,20 @@ class Console:
             )
 
     def on_log(self, rank: int, lines: list[tuple[float, str]]) -> None:
-        """Ray shows workers' output on the driver's terminal by itself."""
+        """Keep a worker's lines. Ray shows them on the driver's terminal by itself."""
+        self._record.lines(rank, lines)
+
+    def on_end(self, ending: Mapping[str, Any], live: Mapping[str, Any]) -> None:
+        """Keep how the run has ended."""
+        self._record.end(ending, live)
+
+    def since(self, cursor: str) -> bytes:
+        """What the run has told since then, for a service that shows it."""
+        return self._record.since(cursor)
+
+    def is_read(self) -> bool:
+        """Whether nothing is left to tell, or nobody asks."""
+        return self._record.is_read()
 
     def ask_to_stop(self) -> bool:
         """Have the run stop at its next step boundary; False when there is nothing to save yet."""
@@ -263,25 +284,58 @@ def _run_on_ray(spec: JobSpec, request_id: str, uri: str, mirror: str) -> dict[s
     if not ray.is_initialized():
         # Joins the cluster of RAY_ADDRESS (a submitted job), else starts one here, with the dashboard Ray Train needs.
         ray.init(logging_level="warning", dashboard_host="127.0.0.1", namespace="tuneyard-cli")
-    name = f"run-{request_id}"
+    name = f"{MONITOR}{request_id}"
     namespace = ray.get_runtime_context().namespace
     console = ray.remote(num_cpus=0)(Console).options(name=name)
-    monitor = console.remote(_keys_from_environment(spec), _trackers_from_environment(spec))
+    about = About(request_id, _ray_job(), spec.model_dump(mode="json"))
+    monitor = console.remote(_keys_from_environment(spec), _trackers_from_environment(spec), about)
     found = ActorMonitor(name, namespace)
     gpus = spec.infra_config.gpu_type != "cpu" and ray.cluster_resources().get("GPU", 0) >= spec.infra_config.num_workers
     share = ray.cluster_resources().get("CPU", 1) / (2 * spec.infra_config.num_workers)
     placement = Placement(resources={"GPU": 1.0} if gpus else {"CPU": min(1.0, share)}, use_gpu=gpus, data_cpus=min(0.5, share))
     files = RunFiles(uri, mirror, found.keys, found.tracker)
+
+    def attempts() -> dict[str, Any]:
+        for retries_left in range(spec.infra_config.max_retries, 0, -1):
+            try:
+                return launch(spec, request_id, files, placement, found)
+            except RunFault as fault:
+                sys.stderr.write(f"{fault.message} ({fault.cause}); {retries_left} more attempts\n")
+        return launch(spec, request_id, files, placement, found)
+
     try:
         with _stopped_by_sigterm(lambda: ray.get(monitor.ask_to_stop.remote()), request_id):
-            for retries_left in range(spec.infra_config.max_retries, 0, -1):
-                try:
-                    return launch(spec, request_id, files, placement, found)
-                except RunFault as fault:
-                    sys.stderr.write(f"{fault.message} ({fault.cause}); {retries_left} more attempts\n")
-            return launch(spec, request_id, files, placement, found)
+            manifest = attempts()
+    except BaseException as error:
+        _tell_the_end(monitor, cut_short(error), {})
+        raise
+    else:
+        said, last = completed(manifest)
+        _tell_the_end(monitor, {"status": "COMPLETED"} | said, last)
+        return manifest
     finally:
         ray.kill(monitor)
+
+
+def _ray_job() -> str | None:
+    """The submission id of the Ray job that this process was started as, if it was."""
+    # Ray's own variable, from which ray.init takes what a job was submitted with; nothing public says it.
+    found: str | None = (
+        json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {}).get("job_submission_id")
+    )
+    return found
+
+
+def _tell_the_end(monitor: Any, ending: Mapping[str, Any], live: Mapping[str, Any]) -> None:
+    """Leave the monitor its last word, for as long as somebody may still come for it. Without a monitor nobody does."""
+    import ray
+    from ray.exceptions import RayError
+
+    with contextlib.suppress(RayError):
+        monitor.on_end.remote(ending, live)
+        deadline = time.monotonic() + READ_S
+        while time.monotonic() < deadline and not ray.get(monitor.is_read.remote(), timeout=READ_S):
+            time.sleep(0.1)
 
 
 if __name__ == "__main__":

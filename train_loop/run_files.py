@@ -39,6 +39,11 @@ class Keys:
     model: Credentials | GoogleKey | None = None
     hub_token: str | None = field(default=None, repr=False)
 
+    def values(self) -> list[str]:
+        """What no log may show."""
+        found = [value for keys in (self.dataset, self.storage, self.model) if keys is not None for value in keys.values()]
+        return found if self.hub_token is None else [*found, self.hub_token]
+
 
 def _no_trackers(name: str) -> TrackerKeys:
     raise UserError(f"no secret {name} was given", field="train_config.report_to")

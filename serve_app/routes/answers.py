@@ -121,6 +121,7 @@ class JobAnswer(TypedDict):
     completed_at: Annotated[str | None, _time("When it came to its final state.")]
     queue_position: Annotated[int | None, _is("While QUEUED: 1 is the next to start.")]
     attempt: Annotated[int, _is("How many times it was started.")]
+    ray_job: Annotated[str | None, _is("Submission id of a run that `ray job submit` started outside the service, else null.")]
     dataset_config: Annotated[dict[str, Any], Like(DatasetConfig), _is("As resolved, defaults filled in; so the next four.")]
     model_details: Annotated[dict[str, Any], Like(ModelDetails)]
     train_config: Annotated[dict[str, Any], Like(TrainConfig)]

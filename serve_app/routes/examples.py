@@ -81,6 +81,7 @@ JOB: JobAnswer = {
     "completed_at": None,
     "queue_position": None,
     "attempt": 1,
+    "ray_job": None,
     "dataset_config": _resolved["dataset_config"],
     "model_details": _resolved["model_details"],
     "train_config": _resolved["train_config"],

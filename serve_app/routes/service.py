@@ -171,7 +171,7 @@ UUID_SCHEMA = {"type": "string", "format": "uuid"}
 def told(job: Job) -> str:
     """What its owner is told about it now."""
     waits = job.status is Status.QUEUED or (job.status is Status.RUNNING and not job.open)
-    return f"{job.message} {PAUSED}" if job.paused and waits else job.message
+    return f"{job.message} {PAUSED}" if job.paused and waits and job.ray_job is None else job.message
 
 
 def render(here: Service, jobs: Sequence[Job]) -> list[JobAnswer]:
@@ -208,6 +208,7 @@ def _render(job: Job, live: dict[str, Any] | None, queue_position: int | None) -
         "completed_at": None if job.completed_at is None else wire_time(job.completed_at),
         "queue_position": queue_position,
         "attempt": job.attempt,
+        "ray_job": job.ray_job,
         "dataset_config": job.spec["dataset_config"],
         "model_details": job.spec["model_details"],
         "train_config": job.spec["train_config"],

@@ -66,7 +66,7 @@ class AlreadyFinal(Conflict):
 
 
 class NotResumable(Conflict):
-    """The job hasn't failed and wasn't canceled: there is nothing to resume."""
+    """The job hasn't failed and wasn't canceled, so there is nothing to resume; or it isn't in the service's hands."""
 
 
 class StaleAttempt(Exception):
@@ -100,6 +100,8 @@ class Job:
     worker_s: float  # seconds that workers were had, times their number, by all its attempts
     journal_removed_at: dt.datetime | None  # what the operator's settings have removed since it ended
     checkpoints_removed_at: dt.datetime | None
+    ray_job: str | None  # the Ray job that it is, where `ray job submit` started it outside the service: see store/outside.py
+    ray_cursor: str | None  # of what was heard of that
     spec: dict[str, Any]  # the JobSpec as resolved
     message: str
     progress: float  # 0..1
@@ -140,9 +142,32 @@ def utc_now() -> dt.datetime:
     return dt.datetime.now(dt.UTC)
 
 
-def _job(row: Any) -> Job:
+def job_of(row: Any) -> Job:
+    """From a row of the table, with or without what is only known of jobs that are shown."""
     fields = dict(row._mapping)
     return Job(**fields | {"status": Status(fields["status"])})
+
+
+def new_row(spec: JobSpec, request_id: str, message: str, now: dt.datetime) -> dict[str, Any]:
+    """A job that was just submitted."""
+    return {
+        "request_id": request_id,
+        "org_id": spec.org,
+        "experiment_name": spec.experiment_name,
+        "status": Status.QUEUED,
+        "phase": Phase.QUEUED,
+        "attempt": 0,
+        "priority": spec.infra_config.priority,
+        "waiting_since": now,
+        "spec": spec.model_dump(mode="json"),
+        "message": message,
+        "progress": 0.0,
+        "step": 0,
+        "epoch": 0.0,
+        "metrics": {},
+        "created_at": now,
+        "updated_at": now,
+    }
 
 
 class JobStore:
@@ -228,24 +253,7 @@ class JobStore:
         Raises NameTaken, IdempotencyMismatch, QueueFull when the org has `max_queued` waiting jobs, or as many as its own quota.
         """
         request_id, now = str(uuid.uuid4()), self._now()
-        row = {
-            "request_id": request_id,
-            "org_id": spec.org,
-            "experiment_name": spec.experiment_name,
-            "status": Status.QUEUED,
-            "phase": Phase.QUEUED,
-            "attempt": 0,
-            "priority": spec.infra_config.priority,
-            "waiting_since": now,
-            "spec": spec.model_dump(mode="json"),
-            "message": message,
-            "progress": 0.0,
-            "step": 0,
-            "epoch": 0.0,
-            "metrics": {},
-            "created_at": now,
-            "updated_at": now,
-        }
+        row = new_row(spec, request_id, message, now)
         for _ in range(NAME_TRIES):
             try:
                 with self.write() as tx:
@@ -258,7 +266,7 @@ class JobStore:
                         made = {"body_hash": body_hash, "request_id": request_id, "created_at": now}
                         tx.execute(sa.insert(idempotency).values(**key, **made))
                     _require_room(tx, spec.org, max_queued)
-                    job = _job(tx.execute(sa.insert(jobs).values(**row).returning(*SHOWN)).one())
+                    job = job_of(tx.execute(sa.insert(jobs).values(**row).returning(*SHOWN)).one())
                     add_event(tx, request_id, "queued", message)
                     _note(tx, by, "job.submit", job)
                     return job, True
@@ -280,7 +288,7 @@ class JobStore:
     def _holder(self, tx: Connection, org_id: str, name: str) -> str | None:
         same_name = (jobs.c.org_id == org_id) & (jobs.c.experiment_name == name)
         live = jobs.c.status.in_([Status.QUEUED, Status.RUNNING, Status.COMPLETED])
-        return tx.execute(sa.select(jobs.c.request_id).where(same_name & live)).scalar()
+        return tx.execute(sa.select(jobs.c.request_id).where(same_name & live, jobs.c.ray_job.is_(None))).scalar()
 
     def replay(self, org_id: str, idempotency_key: str, body_hash: str) -> Job | None:
         """The job that this key made before, or None. Raises IdempotencyMismatch for another body."""
@@ -303,7 +311,7 @@ class JobStore:
             return None
         if found.body_hash != body_hash:
             raise IdempotencyMismatch(f"this Idempotency-Key was used for another request (job {found.request_id})")
-        return _require(tx, found.request_id)
+        return require(tx, found.request_id)
 
     def get(self, request_id: str, org_id: str | None = None) -> Job | None:
         """The job, or None when it doesn't exist or isn't the org's."""
@@ -312,7 +320,7 @@ class JobStore:
             query = query.where(jobs.c.org_id == org_id)
         with self.read() as tx:
             row = tx.execute(query).one_or_none()
-        return None if row is None else _job(row)
+        return None if row is None else job_of(row)
 
     def list_jobs(
         self,
@@ -332,7 +340,7 @@ class JobStore:
         if cursor is not None:
             query = query.where(jobs.c.seq < _seq_of(cursor))
         with self.read() as tx:
-            found = [_job(row) for row in tx.execute(query)]
+            found = [job_of(row) for row in tx.execute(query)]
         more = len(found) > limit
         page = found[:limit]
         return page, _cursor(page[-1].seq) if more else None
@@ -346,23 +354,23 @@ class JobStore:
         queued = sa.select(jobs.c.seq, by_priority, by_age).where(jobs.c.status == Status.QUEUED).subquery()
         foremost = sa.select(queued.c.seq).where((queued.c.by_priority <= limit_per_org) | (queued.c.by_age <= limit_per_org))
         between = (jobs.c.status == Status.RUNNING) & jobs.c.retry_at.is_not(None) & jobs.c.cancel_requested_at.is_(None)
+        ours = jobs.c.ray_job.is_(None)
+        query = sa.select(jobs).where(jobs.c.seq.in_(foremost) | between, ours).order_by(jobs.c.seq)
         with self.read() as tx:
-            return [
-                _job(row) for row in tx.execute(sa.select(jobs).where(jobs.c.seq.in_(foremost) | between).order_by(jobs.c.seq))
-            ]
+            return [job_of(row) for row in tx.execute(query)]
 
     def running(self) -> list[Job]:
-        """Jobs that are RUNNING, oldest first, also those between two attempts."""
-        query = sa.select(jobs).where(jobs.c.status == Status.RUNNING).order_by(jobs.c.seq)
+        """Jobs of the service that are RUNNING, oldest first, also those between two attempts."""
+        query = sa.select(jobs).where(jobs.c.status == Status.RUNNING, jobs.c.ray_job.is_(None)).order_by(jobs.c.seq)
         with self.read() as tx:
-            return [_job(row) for row in tx.execute(query)]
+            return [job_of(row) for row in tx.execute(query)]
 
     def worked_since(self, since: dt.datetime) -> list[Job]:
-        """Jobs that had an attempt since then: under way, between two, back in the queue, or ended."""
+        """Jobs of the service that had an attempt since then: under way, between two, back in the queue, or ended."""
         live = jobs.c.status.in_([Status.QUEUED, Status.RUNNING]) & (jobs.c.updated_at >= since)
-        query = sa.select(jobs).where(jobs.c.attempt > 0, (jobs.c.completed_at >= since) | live)
+        query = sa.select(jobs).where(jobs.c.ray_job.is_(None), jobs.c.attempt > 0, (jobs.c.completed_at >= since) | live)
         with self.read() as tx:
-            return [_job(row) for row in tx.execute(query)]
+            return [job_of(row) for row in tx.execute(query)]
 
     def queue_positions(self, page: Sequence[Job]) -> dict[str, int]:
         """By request_id, for those that wait: 1 starts next; by order of arrival until the dispatcher has seen a job."""
@@ -416,7 +424,7 @@ class JobStore:
         """QUEUED, or between two attempts → RUNNING with the next attempt open; None when that isn't so any more."""
         now, attempt = self._now(), expected_attempt + 1
         with self.write() as tx:
-            job = _require(tx, request_id)
+            job = require(tx, request_id)
             ready = job.status is Status.QUEUED or (job.status is Status.RUNNING and job.retry_at is not None)
             if not ready or job.attempt != expected_attempt or job.cancel_requested or tx.execute(sa.select(PAUSED)).scalar():
                 return None
@@ -437,7 +445,9 @@ class JobStore:
                 "updated_at": now,
             }
             add_event(tx, request_id, "started", f"attempt {attempt} {where}")
-            return _job(tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**values).returning(jobs)).one())
+            return job_of(
+                tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**values).returning(jobs)).one()
+            )
 
     def report(self, request_id: str, attempt: int, notes: Notes | None = None, **fields: Any) -> Job:
         """Write progress, notes and a heartbeat; the job in return says whether to stop. Raises StaleAttempt."""
@@ -449,7 +459,7 @@ class JobStore:
             if "ran_s" in fields:
                 fields["worker_s"] = job.worker_s + max(0.0, fields["ran_s"] - job.ran_s) * job.num_workers
             tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**fields, heartbeat_at=now, updated_at=now))
-            return _require(tx, request_id)
+            return require(tx, request_id)
 
     def record_fault(self, request_id: str, attempt: int, cause: Cause, message: str) -> Job:
         """Close an attempt that a fault has ended: another one comes, or the job is FAILED. Raises StaleAttempt.
@@ -483,26 +493,26 @@ class JobStore:
                 values |= {"error_code": str(cause), "error_message": text}
             tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**values))
             add_event(tx, request_id, str(cause), text)
-            return _announced(tx, request_id)
+            return announced(tx, request_id)
 
     def refuse(self, request_id: str, code: str, message: str) -> Job:
         """QUEUED, or between two attempts → FAILED, for a job that no attempt can ever be made of. Raises StaleAttempt."""
         now = self._now()
         with self.write() as tx:
-            job = _require(tx, request_id)
+            job = require(tx, request_id)
             if job.status is not Status.QUEUED and not (job.status is Status.RUNNING and job.retry_at is not None):
                 raise StaleAttempt(f"job {request_id} is {job.status}")
             values = {"status": Status.FAILED, "message": message, "error_code": code, "error_message": message}
             ended = {"retry_at": None, "completed_at": now, "updated_at": now}
             tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**values, **ended))
             add_event(tx, request_id, "failed", message)
-            return _announced(tx, request_id)
+            return announced(tx, request_id)
 
     def cancel_ended(self, request_id: str, attempt: int, message: str) -> Job:
         """RUNNING with a wish to cancel → CANCELED, once nothing of the run is left; again is harmless. Raises StaleAttempt."""
         now = self._now()
         with self.write() as tx:
-            job = _require(tx, request_id)
+            job = require(tx, request_id)
             if job.status is Status.CANCELED:
                 return job
             if job.status is not Status.RUNNING or job.attempt != attempt or not job.cancel_requested:
@@ -510,13 +520,13 @@ class JobStore:
             ended = {"status": Status.CANCELED, "message": message, "retry_at": None, "completed_at": now, "updated_at": now}
             tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**ended))
             add_event(tx, request_id, "canceled", message)
-            return _announced(tx, request_id)
+            return announced(tx, request_id)
 
     def finish(self, request_id: str, attempt: int, status: Status, *, message: str, **fields: Any) -> Job:
         """An open attempt → a final state. Again with the same state changes nothing. Raises StaleAttempt, IllegalTransition."""
         now = self._now()
         with self.write() as tx:
-            job = _require(tx, request_id)
+            job = require(tx, request_id)
             if job.attempt == attempt and job.status is status:
                 return job
             job = _require_attempt(tx, request_id, attempt)
@@ -524,20 +534,23 @@ class JobStore:
             ended = {"status": status, "message": message, "completed_at": now, "updated_at": now, **fields}
             tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**ended))
             add_event(tx, request_id, status.lower(), message)
-            return _announced(tx, request_id)
+            return announced(tx, request_id)
 
     def ask_to_yield(self, request_id: str, attempt: int, message: str, by: By | None = None) -> Job:
-        """Have a RUNNING job save and go back to the queue; the dispatcher sees to it. Again is harmless. Raises StaleAttempt."""
+        """Have a RUNNING job save and go back to the queue; the dispatcher sees to it. Again is harmless.
+
+        Raises StaleAttempt, NotResumable.
+        """
         now = self._now()
         with self.write() as tx:
-            job = _require(tx, request_id)
+            job = _require_ours(tx, request_id)
             if job.status is not Status.RUNNING or job.attempt != attempt or job.cancel_requested:
                 raise StaleAttempt(f"job {request_id} is {job.status} in attempt {job.attempt}, not {attempt}, or to be canceled")
             if job.yield_requested_at is None:
                 tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(yield_requested_at=now, updated_at=now))
                 add_event(tx, request_id, "yield_requested", message)
             _note(tx, by, "admin.requeue", job)
-            return _require(tx, request_id)
+            return require(tx, request_id)
 
     def give_back(self, request_id: str, attempt: int) -> Job:
         """RUNNING and asked to yield → QUEUED in its old place, once nothing of the run is left. Raises StaleAttempt.
@@ -546,7 +559,7 @@ class JobStore:
         """
         message = "Back in the queue, as the operator asked: it goes on from its last checkpoint, if it has one."
         with self.write() as tx:
-            job = _require(tx, request_id)
+            job = require(tx, request_id)
             asked = job.yield_requested_at is not None and not job.cancel_requested
             if job.status is not Status.RUNNING or job.attempt != attempt or not asked:
                 raise StaleAttempt(f"job {request_id} is {job.status} in attempt {job.attempt}, not {attempt}, or isn't to yield")
@@ -555,7 +568,7 @@ class JobStore:
             gone = {"yield_requested_at": None, "retry_at": None, "heartbeat_at": None, "eta_s": None}
             tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**values, **gone))
             add_event(tx, request_id, "requeued", message)
-            return _require(tx, request_id)
+            return require(tx, request_id)
 
     def resume(self, request_id: str, max_queued: int | None = None, by: By | None = None, action: str = "job.resume") -> Job:
         """FAILED or CANCELED → QUEUED, to go on from its last checkpoint.
@@ -582,14 +595,14 @@ class JobStore:
         for _ in range(NAME_TRIES):
             try:
                 with self.write() as tx:
-                    job = _require(tx, request_id)
+                    job = _require_ours(tx, request_id)
                     if job.status not in RESUMABLE:
                         raise NotResumable(f"job {request_id} is {job.status}: only a FAILED or CANCELED one can be resumed")
                     _require_room(tx, job.org_id, max_queued)
                     tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**values))
                     add_event(tx, request_id, "resume_requested", message)
                     _note(tx, by, action, job)
-                    return _require(tx, request_id)
+                    return require(tx, request_id)
             except sa.exc.IntegrityError:
                 self._require_free_name(job.org_id, job.experiment_name)
         raise _name_in_motion(job.experiment_name)
@@ -598,7 +611,7 @@ class JobStore:
         """QUEUED → CANCELED at once; RUNNING is asked to stop; CANCELED stays. Raises AlreadyFinal."""
         now = self._now()
         with self.write() as tx:
-            job = _require(tx, request_id)
+            job = require(tx, request_id)
             if job.status is Status.CANCELED or (job.status is Status.RUNNING and job.cancel_requested):
                 return job
             if job.status in FINAL:
@@ -609,7 +622,7 @@ class JobStore:
             tx.execute(sa.update(jobs).where(jobs.c.request_id == request_id).values(**values))
             add_event(tx, request_id, "cancel_requested", "cancel requested")
             _note(tx, by, "job.cancel", job)
-            return _announced(tx, request_id)
+            return announced(tx, request_id)
 
     # --- the dispatcher's lease ---
 
@@ -698,20 +711,31 @@ def _name_in_motion(name: str) -> Conflict:
     return Conflict(f"experiment_name {name} goes from job to job at this moment: try again")
 
 
-def _require(tx: Connection, request_id: str) -> Job:
-    return _job(tx.execute(sa.select(jobs).where(jobs.c.request_id == request_id).with_for_update()).one())
+def require(tx: Connection, request_id: str) -> Job:
+    """The job that is there, held until the transaction ends."""
+    return job_of(tx.execute(sa.select(jobs).where(jobs.c.request_id == request_id).with_for_update()).one())
 
 
-def _announced(tx: Connection, request_id: str) -> Job:
+def _require_ours(tx: Connection, request_id: str) -> Job:
+    job = require(tx, request_id)
+    if job.ray_job is not None:
+        raise NotResumable(
+            f"job {request_id} was started outside the service, as Ray job {job.ray_job}: to go on from its last checkpoint, "
+            f"ray job submit it again with --request-id {request_id}"
+        )
+    return job
+
+
+def announced(tx: Connection, request_id: str) -> Job:
     """The job that was just changed; if that ended it, the org's webhooks are to be told."""
-    job = _require(tx, request_id)
+    job = require(tx, request_id)
     if job.status in FINAL:
         announce(tx, job)
     return job
 
 
 def _require_attempt(tx: Connection, request_id: str, attempt: int) -> Job:
-    job = _require(tx, request_id)
+    job = require(tx, request_id)
     if job.attempt != attempt or not job.open:
         raise StaleAttempt(f"job {request_id} is {job.status} in attempt {job.attempt}, not {attempt}, or that one is closed")
     return job

@@ -62,12 +62,14 @@ class Use:
 
 
 def use_by_org(tx: Connection, workers: Iterable[tuple[str, int]]) -> dict[str, Use]:
-    """Of every org that has jobs or a quota. `workers` are those of each attempt under way, with its org."""
+    """Of every org that has jobs or a quota. `workers` are those of each attempt under way, with its org.
+
+    Runs outside the service have nothing of it.
+    """
     used: dict[str, Use] = defaultdict(Use)
     count, work = sa.func.count(), sa.func.sum(jobs.c.worker_s)
-    for org_id, status, number, worker_s in tx.execute(
-        sa.select(jobs.c.org_id, jobs.c.status, count, work).group_by(jobs.c.org_id, jobs.c.status)
-    ):
+    ours = sa.select(jobs.c.org_id, jobs.c.status, count, work).where(jobs.c.ray_job.is_(None))
+    for org_id, status, number, worker_s in tx.execute(ours.group_by(jobs.c.org_id, jobs.c.status)):
         use = used[org_id]
         use.worker_hours += (worker_s or 0.0) / 3600
         if status in FINAL:

@@ -68,6 +68,8 @@ jobs = sa.Table(
     sa.Column("worker_s", sa.Float, nullable=False, server_default="0"),
     sa.Column("journal_removed_at", UtcTime),
     sa.Column("checkpoints_removed_at", UtcTime),
+    sa.Column("ray_job", sa.String(255)),
+    sa.Column("ray_cursor", sa.String(64)),
     sa.Column("spec", sa.JSON, nullable=False),
     sa.Column("message", sa.Text, nullable=False),
     sa.Column("progress", sa.Float, nullable=False),
@@ -85,7 +87,7 @@ jobs = sa.Table(
     sa.Column("completed_at", UtcTime),
     sa.Column("heartbeat_at", UtcTime),
 )
-LIVE = sa.text("status IN ('QUEUED', 'RUNNING', 'COMPLETED')")
+LIVE = sa.text("status IN ('QUEUED', 'RUNNING', 'COMPLETED') AND ray_job IS NULL")
 sa.Index("uq_jobs_live_name", jobs.c.org_id, jobs.c.experiment_name, unique=True, sqlite_where=LIVE, postgresql_where=LIVE)
 sa.Index("ix_jobs_status", jobs.c.status, jobs.c.seq)
 ENDED = sa.text("completed_at IS NOT NULL")

@@ -60,7 +60,13 @@ def test_orgs_are_listed_with_what_they_have_and_had(admin, store):
     theirs = {"queued": 0, "running": 0, "finished": 0, "workers": 0, "worker_hours": 0.0}
     theirs |= {"quota": none | {"max_gpus": 3}, "own_quota": {"max_gpus": 3}}
     assert admin("orgs") == {"orgs": [{"org": ORG, **mine}, {"org": OTHER_ORG, **theirs}]}
-    assert "3*" in admin("orgs", as_json=False)
+    shown = admin("orgs", as_json=False).splitlines()
+    assert max(map(len, shown[:-1])) <= 80
+    assert [line.split() for line in shown[:2]] == [["worker-"], ["org", "queued", "running", "workers", "finished", "hours"]]
+    assert [line.split() for line in shown[2:-1]] == [
+        [ORG, "1/1000", "1/-", "4/-", "1", "3.0"],
+        [OTHER_ORG, "0/1000", "0/-", "0/3*", "0", "0.0"],
+    ]
 
 
 def test_a_quota_counts_at_once_for_what_is_submitted(admin, http, job):

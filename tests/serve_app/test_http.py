@@ -108,6 +108,7 @@ def test_reading_a_job(http, job):
     assert set(got) == {
         *("request_id", "org", "experiment_name", "status", "phase", "message", "progress", "step", "total_steps", "epoch"),
         *("eta_s", "created_at", "updated_at", "started_at", "completed_at", "queue_position", "attempt", "metrics"),
+        "ray_job",
         *("output_model_path", "error_message", "error_code"),
         *SECTIONS,
     }

@@ -352,12 +352,12 @@ def test_the_cookbooks_ways_to_a_service(service, tmp_path):
     assert "/adapter" in done.stdout.splitlines()[-1]
 
 
-def test_a_ray_job_is_stopped_with_a_checkpoint_and_gone_on_with_and_its_keys_show_nowhere(service, tmp_path):
+def test_a_ray_job_is_listed_stopped_with_a_checkpoint_and_gone_on_with_and_its_keys_show_nowhere(service, tmp_path):
     canary = {"AWS_ACCESS_KEY_ID": service.keys["access_key_id"], "AWS_SECRET_ACCESS_KEY": service.keys["secret_access_key"]}
     keys, working_dir, hp = tmp_path / "keys.json", tmp_path / "working_dir", "train_config.hyperparameters"
     write_private(keys, json.dumps(canary | {"AWS_ENDPOINT_URL": service.keys["endpoint_url"]}))
     working_dir.mkdir()
-    changes = {f"{hp}.max_steps": 2000, REJECTS: 0.1, "dataset_details.secret_id": None, "dataset_details.ownership": "public"}
+    changes = {f"{hp}.max_steps": 5000, REJECTS: 0.1, "dataset_details.secret_id": None, "dataset_details.ownership": "public"}
     ray = [str(Path(sys.executable).parent / "ray"), "job"]
     dashboard = service.up["dashboard_url"]
     request_id = str(uuid.uuid4())
@@ -388,18 +388,42 @@ def test_a_ray_job_is_stopped_with_a_checkpoint_and_gone_on_with_and_its_keys_sh
     following.send_signal(signal.SIGINT)  # ends what follows it, and not the job
     following.communicate(timeout=FINISH_S)
     assert "RUNNING" in asked("status", "first")
+    run_on = service.wait(request_id, lambda job: job["step"] >= 5)
+    assert (run_on["status"], run_on["phase"], run_on["ray_job"]) == ("RUNNING", "training", "first")
+    assert f"{request_id}  RUNNING" in service.run("list").stdout
     for page in ("api/jobs/", "api/v0/actors?detail=1", "api/v0/workers?detail=1"):
         shown = httpx.get(f"{dashboard}/{page}").raise_for_status().text
         assert not any(value in shown for value in canary.values()), page
     asked("stop", "first")
     assert "was stopped" in asked("status", "first")
     assert f"STOPPED; go on with --request-id {request_id}" in asked("logs", "first")
+    stopped = service.wait(request_id)
+    assert stopped["status"] == "CANCELED", service.describe(request_id, stopped)
 
-    changes[f"{hp}.max_steps"] = 20
-    out, _ = submitted("second").communicate(timeout=FINISH_S)
-    assert "resumed from the checkpoint of step" in out
+    following = submitted("second")
+    service.wait(request_id, lambda job: job["attempt"] == 2 and job["step"] > stopped["step"])
+    service.client.cancel(request_id, ORG)
+    following.communicate(timeout=FINISH_S)
+    canceled = service.wait(request_id)
+    assert (canceled["status"], canceled["ray_job"]) == ("CANCELED", "second"), service.describe(request_id, canceled)
+    assert "was stopped" in asked("status", "second")
+    with pytest.raises(ApiError, match=f"--request-id {request_id}") as caught:
+        service.client.resume(request_id, ORG)
+    assert caught.value.status == 409
+
+    changes[f"{hp}.max_steps"] = canceled["step"] + 20
+    out, _ = submitted("third").communicate(timeout=FINISH_S)
+    assert f"resumed from the checkpoint of step {canceled['step']}" in out
     assert '"status": "COMPLETED"' in out
-    assert "succeeded" in asked("status", "second")
+    assert "succeeded" in asked("status", "third")
+    done = service.wait(request_id)
+    assert (done["status"], done["attempt"], done["step"]) == ("COMPLETED", 3, canceled["step"] + 20)
+    assert done["output_model_path"] in out
+    query = {"org": ORG, "request_id": request_id}
+    assert service.client.metrics(**query)["points"][-1]["step"] == done["step"]
+    assert any("loss" in entry["line"] for entry in service.client.logs(**query)["logs"])
+    told = [*service.client.logs(**query)["logs"], *service.client.events(**query)["events"], done]
+    assert not any(value in json.dumps(told) for value in canary.values())
 
 
 def test_the_command_line(service, tmp_path):

@@ -13,6 +13,8 @@ from serve_app.cli.common import AsJson, show, uuid_of
 if TYPE_CHECKING:
     from serve_app.store.quotas import Quota, Use
 
+LIMITED = {"queued": "max_queued_jobs", "running": "max_running_jobs", "workers": "max_gpus"}
+
 
 @admin_app.command()
 def orgs(as_json: AsJson = False) -> None:
@@ -32,13 +34,14 @@ def orgs(as_json: AsJson = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("org", *(["queued", "running", "finished", "workers", "worker-hours", "max running", "max GPUs", "max queued"]))
+    table = Table("org", box=None, pad_edge=False)  # an id and five numbers: a frame would not fit on 80 columns
+    for heading in (*LIMITED, "finished", "worker-\nhours"):
+        table.add_column(heading, justify="right", overflow="fold", min_width=len(heading.splitlines()[0]))
     for row in listed:
-        limits = [_shown(row["quota"][name], name in row["own_quota"]) for name in row["quota"]]
-        numbers = [str(row[name]) for name in ("queued", "running", "finished", "workers")]
-        table.add_row(row["org"], *numbers, f"{row['worker_hours']:.1f}", *limits)
+        limited = [f"{row[name]}/{_shown(row['quota'][limit], limit in row['own_quota'])}" for name, limit in LIMITED.items()]
+        table.add_row(row["org"], *limited, str(row["finished"]), f"{row['worker_hours']:.1f}")
     Console().print(table)
-    typer.echo("* set by tuneyard admin quota; the others are the settings'")
+    typer.echo("now/at most; * is set by tuneyard admin quota, the others are the settings', - is no limit")
 
 
 def _told(org: str, use: Use, default: Quota) -> dict[str, Any]:
