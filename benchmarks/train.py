@@ -60,6 +60,7 @@ CASES = {
     for case in itertools.starmap(Case, itertools.product(("bf16", "fp32", "nf4"), (512, 1024, 2048), (False, True), (1, 2)))
 }
 DEFAULT = ["bf16-1024"]
+NAMES = ("ours", "TRL, best", "TRL, as asked", "naive loop", "ours, not quantised")
 
 
 def job_of(case: Case, data: Path, batch_tokens: int, num_steps: int) -> dict[str, Any]:
@@ -183,6 +184,7 @@ class Bench:
         if self.case.precision == "nf4":
             plain = self.job | {"model_details": self.job["model_details"] | {"quantization": None}}
             sides["ours, not quantised"] = replace(sides["ours"], job=plain)
+        sides = {name: side for name, side in sides.items() if name in ("ours", *self.options.sides)}
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
         limits = []
         for _ in range(self.options.repetitions):
@@ -268,13 +270,15 @@ def table(found: dict[str, Any]) -> str:
         at_most = any(run["at_most"] for run in runs)
         peak = statistics.median(run["peak_bytes"] or 0 for run in runs) / 2**20
         ratio = statistics.median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(found["runs"]["ours"], runs, strict=True))
+        useful = statistics.median(run["useful_flops_per_s"] for run in runs) / 1e12
         share = statistics.median(run["useful_flops_per_s"] / limit for run, limit in zip(runs, limits, strict=True))
         speeds = (statistics.median(run[field] for run in runs) for field in ("supervised_per_s", "tokens_per_s"))
         cells = [name, side, f"{runs[0]['dtype']} {runs[0]['layout']}", *(f"{'< ' * at_most}{speed:.1f}" for speed in speeds)]
-        cells += [f"{peak:.0f}" if peak else "-", f"{'> ' * at_most}{ratio:.2f}", f"{'< ' * at_most}{share:.0%}"]
+        cells += [f"{peak:.0f}" if peak else "-", f"{'> ' * at_most}{ratio:.2f}"]
+        cells += [f"{'< ' * at_most}{useful:.3g}", f"{'< ' * at_most}{share:.0%}"]
         lines.append(f"| {' | '.join(cells)} |")
     rates = (f"{dtype} {statistics.median(limit[dtype] for limit in found['limits']) / 1e9:.0f}" for dtype in found["limits"][0])
-    return "\n".join([*lines, f"| {name} | limit, GFLOP/s | {', '.join(rates)} |" + " |" * 5])
+    return "\n".join([*lines, f"| {name} | limit, GFLOP/s | {', '.join(rates)} |" + " |" * 6])
 
 
 def main() -> None:
@@ -284,6 +288,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps measured, after the warm-up")
     parser.add_argument("--warm-up", type=int, default=1, help="steps before; kernels are compiled in a GPU's first ones")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS, help="of TRL's that are probed")
+    parser.add_argument("--sides", nargs="+", choices=NAMES, default=NAMES, metavar="SIDE", help=f"of {'; '.join(NAMES)}")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--batch-tokens", type=int, default=2048, help="of a step, were all documents max_length long")
     parser.add_argument("--limit-s", type=float, default=240, help="a run that takes longer is ended: an upper bound is shown")
@@ -303,8 +308,9 @@ def main() -> None:
             write_rows(Path(folder, "rows.jsonl"))
         if options.random_1b:
             options.model = random_model(Path(folder, "model"), options.model)
-        header = "| case | side | computes in | supervised tokens/s | tokens/s | peak MiB | ours / it | share of the limit |"
-        print(header + "\n" + "|---" * 8 + "|")
+        columns = ["case", "side", "computes in", "supervised tokens/s", "tokens/s", "peak MiB", "ours / it"]
+        columns += ["useful TFLOP/s", "share of the limit"]
+        print(f"| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
         for name in names:
             found.append(Bench(CASES[name], Path(folder), options).measure())
             print(table(found[-1]), flush=True)
