@@ -171,8 +171,10 @@ class Bench:
         self.dtypes = ["fp32"] if case.precision == "fp32" else either
 
     def measure(self) -> dict[str, Any]:
-        """Probe TRL's settings, then let the sides take turns."""
-        best = max(probes := self.probe(), key=lambda p: (not p["at_most"], p["tokens_per_s"]))
+        """Probe TRL's settings, if there are several, then let the sides take turns."""
+        settings = [{"dtype": dtype, "layout": layout} for dtype, layout in itertools.product(self.dtypes, self.options.layouts)]
+        probes = self.probe(settings) if len(settings) > 1 else []
+        best = max(probes, key=lambda p: (not p["at_most"], p["tokens_per_s"]), default=settings[0])
         sides = {
             "ours": self.side("ours", self.picked, "packed"),
             "TRL, best": self.side("trl", best["dtype"], best["layout"]),
@@ -195,16 +197,16 @@ class Bench:
                 tell(f"{self.case} {name}: {shown(runs[name][-1])}")
         return {"case": asdict(self.case), "probes": probes, "limits": limits, "runs": runs}
 
-    def probe(self) -> list[dict[str, Any]]:
+    def probe(self, settings: list[dict[str, str]]) -> list[dict[str, Any]]:
         """A step or a few of each of TRL's settings. One that takes thrice as long as another is ended, and so is its dtype."""
         probes, limit_s = list[dict[str, Any]](), self.options.limit_s
-        for dtype, layout in itertools.product(self.dtypes, self.options.layouts):
-            if any(p["at_most"] and p["dtype"] == dtype for p in probes):
+        for setting in settings:
+            if any(p["at_most"] and p["dtype"] == setting["dtype"] for p in probes):
                 continue
             started = time.monotonic()
-            probes.append(self.run(self.side("trl", dtype, layout), -(-self.options.steps // 4), limit_s))
+            probes.append(self.run(self.side("trl", **setting), -(-self.options.steps // 4), limit_s))
             limit_s = min(limit_s, 3 * (time.monotonic() - started))
-            tell(f"{self.case} probe of TRL {dtype} {layout}: {shown(probes[-1])}")
+            tell(f"{self.case} probe of TRL {setting['dtype']} {setting['layout']}: {shown(probes[-1])}")
         return probes
 
     def side(self, name: str, dtype: str = "", layout: str = "") -> Task:
