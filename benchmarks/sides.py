@@ -90,30 +90,38 @@ def documents(spec: JobSpec, folder: Path, rank: int = 0, world_size: int = 1) -
 class Clock(Console):
     """Listens to our run."""
 
+    held_bytes = 0  # at its peak: the run counts a GPU's anew from each of its points to the next
+
     def on_progress(self, progress: dict[str, Any]) -> None:
         ended(progress["step"])
+        self.held_bytes = max(self.held_bytes, *(point.get("memory_bytes", 0) for point in progress["points"]), 0)
 
 
-def ours(task: Task) -> None:
-    """What `python -m train_loop --local` does once the rows are prepared; as one of several ranks, too."""
+def ours(task: Task) -> int:
+    """What `python -m train_loop --local` does once the rows are prepared; as one of several ranks, too.
+
+    Returns the bytes that it held on a GPU at its peak.
+    """
     from pyarrow.fs import LocalFileSystem
 
     from train_loop.context import LocalContext
 
     rank, world_size = rank_and_world()
+    clock = Clock()
     with tempfile.TemporaryDirectory() as scratch:
         ctx = LocalContext(
             model_folder=task.model,
             storage=LocalFileSystem(),
             run_path=str(task.folder),
             scratch=Path(scratch),
-            monitor=Clock(),
+            monitor=clock,
             rank=rank,
             world_size=world_size,
             local_rank=rank,
             local_world_size=world_size,
         )
         run(task.spec, PreparedDataset.from_json((task.folder / "data/index.json").read_text()), ctx)
+    return clock.held_bytes
 
 
 def peers_model(task: Task) -> tuple[Any, Any]:
@@ -274,7 +282,7 @@ def network(task: Task) -> None:
         print(json.dumps({"bytes": size, "seconds": statistics.median(times)}), flush=True)
 
 
-SIDES: dict[str, Callable[[Task], None]] = {"ours": ours, "trl": trl, "naive": naive, "gemm": gemm, "network": network}
+SIDES: dict[str, Callable[[Task], int | None]] = {"ours": ours, "trl": trl, "naive": naive, "gemm": gemm, "network": network}
 
 
 def main() -> None:
@@ -283,12 +291,14 @@ def main() -> None:
     several = rank_and_world()[1] > 1 and task.side != "trl"  # which makes a group of its own
     if several:
         torch.distributed.init_process_group("gloo")
-    SIDES[task.side](task)
+    held_bytes = SIDES[task.side](task) or 0
     if several:
         torch.distributed.destroy_process_group()
     # Of this process alone: ru_maxrss begins with its parent's.
     peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) << 10
-    print(json.dumps({"peak_bytes": torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else peak}), flush=True)
+    if DEVICE.type == "cuda":
+        peak = max(held_bytes, torch.cuda.max_memory_allocated())
+    print(json.dumps({"peak_bytes": peak}), flush=True)
 
 
 if __name__ == "__main__":

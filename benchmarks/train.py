@@ -60,6 +60,7 @@ CASES = {
     for case in itertools.starmap(Case, itertools.product(("bf16", "fp32", "nf4"), (512, 1024, 2048), (False, True), (1, 2)))
 }
 DEFAULT = ["bf16-1024"]
+NAMES = ("ours", "TRL, best", "TRL, as asked", "naive loop", "ours, not quantised")
 
 
 def job_of(case: Case, data: Path, batch_tokens: int, num_steps: int) -> dict[str, Any]:
@@ -170,8 +171,10 @@ class Bench:
         self.dtypes = ["fp32"] if case.precision == "fp32" else either
 
     def measure(self) -> dict[str, Any]:
-        """Probe TRL's settings, then let the sides take turns."""
-        best = max(probes := self.probe(), key=lambda p: (not p["at_most"], p["tokens_per_s"]))
+        """Probe TRL's settings, if there are several, then let the sides take turns."""
+        settings = [{"dtype": dtype, "layout": layout} for dtype, layout in itertools.product(self.dtypes, self.options.layouts)]
+        probes = self.probe(settings) if len(settings) > 1 else []
+        best = max(probes, key=lambda p: (not p["at_most"], p["tokens_per_s"]), default=settings[0])
         sides = {
             "ours": self.side("ours", self.picked, "packed"),
             "TRL, best": self.side("trl", best["dtype"], best["layout"]),
@@ -183,6 +186,7 @@ class Bench:
         if self.case.precision == "nf4":
             plain = self.job | {"model_details": self.job["model_details"] | {"quantization": None}}
             sides["ours, not quantised"] = replace(sides["ours"], job=plain)
+        sides = {name: side for name, side in sides.items() if name in ("ours", *self.options.sides)}
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
         limits = []
         for _ in range(self.options.repetitions):
@@ -193,16 +197,16 @@ class Bench:
                 tell(f"{self.case} {name}: {shown(runs[name][-1])}")
         return {"case": asdict(self.case), "probes": probes, "limits": limits, "runs": runs}
 
-    def probe(self) -> list[dict[str, Any]]:
+    def probe(self, settings: list[dict[str, str]]) -> list[dict[str, Any]]:
         """A step or a few of each of TRL's settings. One that takes thrice as long as another is ended, and so is its dtype."""
         probes, limit_s = list[dict[str, Any]](), self.options.limit_s
-        for dtype, layout in itertools.product(self.dtypes, self.options.layouts):
-            if any(p["at_most"] and p["dtype"] == dtype for p in probes):
+        for setting in settings:
+            if any(p["at_most"] and p["dtype"] == setting["dtype"] for p in probes):
                 continue
             started = time.monotonic()
-            probes.append(self.run(self.side("trl", dtype, layout), -(-self.options.steps // 4), limit_s))
+            probes.append(self.run(self.side("trl", **setting), -(-self.options.steps // 4), limit_s))
             limit_s = min(limit_s, 3 * (time.monotonic() - started))
-            tell(f"{self.case} probe of TRL {dtype} {layout}: {shown(probes[-1])}")
+            tell(f"{self.case} probe of TRL {setting['dtype']} {setting['layout']}: {shown(probes[-1])}")
         return probes
 
     def side(self, name: str, dtype: str = "", layout: str = "") -> Task:
@@ -268,13 +272,15 @@ def table(found: dict[str, Any]) -> str:
         at_most = any(run["at_most"] for run in runs)
         peak = statistics.median(run["peak_bytes"] or 0 for run in runs) / 2**20
         ratio = statistics.median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(found["runs"]["ours"], runs, strict=True))
+        useful = statistics.median(run["useful_flops_per_s"] for run in runs) / 1e12
         share = statistics.median(run["useful_flops_per_s"] / limit for run, limit in zip(runs, limits, strict=True))
         speeds = (statistics.median(run[field] for run in runs) for field in ("supervised_per_s", "tokens_per_s"))
         cells = [name, side, f"{runs[0]['dtype']} {runs[0]['layout']}", *(f"{'< ' * at_most}{speed:.1f}" for speed in speeds)]
-        cells += [f"{peak:.0f}" if peak else "-", f"{'> ' * at_most}{ratio:.2f}", f"{'< ' * at_most}{share:.0%}"]
+        cells += [f"{peak:.0f}" if peak else "-", f"{'> ' * at_most}{ratio:.2f}"]
+        cells += [f"{'< ' * at_most}{useful:.3g}", f"{'< ' * at_most}{share:.0%}"]
         lines.append(f"| {' | '.join(cells)} |")
     rates = (f"{dtype} {statistics.median(limit[dtype] for limit in found['limits']) / 1e9:.0f}" for dtype in found["limits"][0])
-    return "\n".join([*lines, f"| {name} | limit, GFLOP/s | {', '.join(rates)} |" + " |" * 5])
+    return "\n".join([*lines, f"| {name} | limit, GFLOP/s | {', '.join(rates)} |" + " |" * 6])
 
 
 def main() -> None:
@@ -284,6 +290,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps measured, after the warm-up")
     parser.add_argument("--warm-up", type=int, default=1, help="steps before; kernels are compiled in a GPU's first ones")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS, help="of TRL's that are probed")
+    parser.add_argument("--sides", nargs="+", choices=NAMES, default=NAMES, metavar="SIDE", help=f"of {'; '.join(NAMES)}")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--batch-tokens", type=int, default=2048, help="of a step, were all documents max_length long")
     parser.add_argument("--limit-s", type=float, default=240, help="a run that takes longer is ended: an upper bound is shown")
@@ -303,8 +310,9 @@ def main() -> None:
             write_rows(Path(folder, "rows.jsonl"))
         if options.random_1b:
             options.model = random_model(Path(folder, "model"), options.model)
-        header = "| case | side | computes in | supervised tokens/s | tokens/s | peak MiB | ours / it | share of the limit |"
-        print(header + "\n" + "|---" * 8 + "|")
+        columns = ["case", "side", "computes in", "supervised tokens/s", "tokens/s", "peak MiB", "ours / it"]
+        columns += ["useful TFLOP/s", "share of the limit"]
+        print(f"| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
         for name in names:
             found.append(Bench(CASES[name], Path(folder), options).measure())
             print(table(found[-1]), flush=True)

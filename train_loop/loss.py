@@ -80,9 +80,11 @@ def supervised_loss(model: Any, micro: MicroBatch) -> torch.Tensor:
 
 
 def _loss(causal_lm: Any, micro: MicroBatch) -> torch.Tensor:
+    labels = micro.labels.flatten()
+    # Before the forward pass: how many there are is asked of a GPU, which would finish it first.
+    supervised = (labels != IGNORE_INDEX).nonzero()[:, 0]
     hidden = _hidden(causal_lm, micro.input_ids, micro.position_ids, micro.attention_mask, micro.vision)
-    supervised = micro.labels != IGNORE_INDEX
-    return head_loss(hidden[supervised], Head.of(causal_lm), micro.labels[supervised])
+    return head_loss(hidden.flatten(0, 1).index_select(0, supervised), Head.of(causal_lm), labels[supervised])
 
 
 @dataclass(frozen=True)

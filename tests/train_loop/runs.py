@@ -43,9 +43,9 @@ def adapter(folder):
 
 
 def curve(folder):
-    """metrics.jsonl without what a clock says."""
+    """metrics.jsonl without what a clock says, and how much memory a GPU's allocator has taken."""
     lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k not in ("time", "tokens_per_second")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("time", "tokens_per_second", "memory_bytes")} for line in lines]
 
 
 def short(local_job, changes=None):

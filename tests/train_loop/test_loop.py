@@ -193,7 +193,8 @@ def test_plain_peft_and_transformers_reproduce_the_reported_eval_loss(local_job,
         spoken = slice(start - 1, len(targets) - 1)  # up to <|im_end|>, without the line end
         total += torch.nn.functional.cross_entropy(logits[spoken], targets[spoken], reduction="sum").item()
         count += len(targets[spoken])
-    assert total / count == pytest.approx(manifest["metrics"]["eval_loss_after"], abs=1e-4)
+    rounding = 1e-3 if torch.cuda.is_available() else 1e-4  # a GPU evaluates in bfloat16
+    assert total / count == pytest.approx(manifest["metrics"]["eval_loss_after"], abs=rounding)
 
 
 def test_the_command_without_ray(local_job, tmp_path, mirror, capsys):

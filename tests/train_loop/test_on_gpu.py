@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.train_loop.models import ARCHITECTURES, make_base
-from train_loop.model import attention
+from train_loop.model import attention, layers
 from train_loop.model.load import load_base
+from train_loop.model.norms import fuse_norms
 from train_loop.spec import JobSpec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -40,6 +41,41 @@ def test_the_flash_kernel_attends_by_document(window):
     torch.testing.assert_close(mine.float(), theirs, atol=2e-2, rtol=2e-2)
     for a, b in zip(*(torch.autograd.grad(out.float().square().sum(), tensors) for out in (mine, theirs)), strict=True):
         torch.testing.assert_close(a.float(), b.float(), atol=5e-2, rtol=5e-2)
+
+
+def test_an_adapter_drops_what_has_no_gradient():
+    torch.manual_seed(0)
+    x, a, b, of_y = torch.randn(2000, 64), torch.randn(8, 64), torch.randn(32, 8), torch.randn(2000, 32)
+    x, a, b, of_y = (t.cuda().requires_grad_() for t in (x, a, b, of_y))
+    dropped, mask, gain, share = layers._dropped(x.detach(), 0.3)
+    torch.testing.assert_close(dropped, x * mask / 0.7)
+    assert gain / share == pytest.approx(1 / 0.7)
+    assert mask.float().mean().item() == pytest.approx(0.7, abs=0.01)
+
+    torch.manual_seed(1)
+    y = layers._LoraLinear.apply(x, torch.zeros(32, 64, device="cuda"), None, None, a, b, 1.5, 0.3)
+    torch.manual_seed(1)
+    plain = 1.5 * layers._dropped(torch.ones_like(x), 0.3)[0] * x @ a.t() @ b.t()
+    torch.testing.assert_close(y, plain, atol=1e-4, rtol=1e-4)
+    for mine, theirs in zip(*(torch.autograd.grad(out, (x, a, b), of_y) for out in (y, plain)), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "fuses"), [("llama", True), ("qwen3", True), ("gemma2", False)])
+def test_norms_are_one_kernel_where_it_computes_the_same(name, fuses, tmp_path, tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / make_base(name, tmp_path, tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to("cuda").requires_grad_(False)
+    norm = model.base_model.layers[0].input_layernorm
+    torch.nn.init.normal_(norm.weight)
+    x, seen = torch.randn(3, 50, norm.weight.numel(), device="cuda", dtype=torch.bfloat16), []
+    for _ in range(2):
+        seen.append([y := norm(own := x.clone().requires_grad_()), *torch.autograd.grad(y.float().square().sum(), own)])
+        fuse_norms(model)
+    for a, b in zip(*seen, strict=True):
+        assert (a - b).float().norm() < 1e-2 * b.float().norm()
+    assert ("FusedRmsNorm" in str(seen[1][0].grad_fn)) == fuses
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -39,12 +39,13 @@ class _LoraLinear(torch.autograd.Function):
         dropout: float,
     ) -> torch.Tensor:
         y = _base_of(x, weight, quantised, bias)
-        mask, share = _kept(x, dropout) if dropout else (None, 1.0)
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        masked, mask, gain, share = _dropped(x, dropout) if dropout else (x, None, 1.0, 1.0)
         scale /= share
-        low = _masked(x, mask) @ a.t()  # [n, r]
+        low = masked @ a.t()  # [n, r]
         y.addmm_(low, b.t(), alpha=scale)
         ctx.save_for_backward(x, weight, a, b, low, mask)
-        ctx.quantised, ctx.scale = quantised, scale
+        ctx.quantised, ctx.scale, ctx.gain = quantised, scale, gain
         return y
 
     @staticmethod
@@ -52,16 +53,19 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, a, b, low, mask = ctx.saved_tensors
         of_y = grads[0]
-        of_low = (of_y @ b) * ctx.scale
-        of_b = (of_y.t() @ low) * ctx.scale
-        of_a = of_low.t() @ _masked(x, mask)
+        # With beta 0 the first is looked at for its shape only.
+        of_low = torch.addmm(low, of_y, b, beta=0, alpha=ctx.scale)
+        of_b = torch.addmm(b, of_y.t(), low, beta=0, alpha=ctx.scale)
+        of_a = of_low.t() @ _masked(x, mask, ctx.gain)
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = of_y @ _unpacked(weight, ctx.quantised, x.dtype)
+            unpacked = _unpacked(weight, ctx.quantised, x.dtype)
             if mask is None:
-                of_x.addmm_(of_low, a)
+                of_x = (of_y @ unpacked).addmm_(of_low, a)
+            elif x.is_cuda:  # the product adds to it at no cost
+                of_x = _masked(of_low @ a, mask, ctx.gain).addmm_(of_y, unpacked)
             else:
-                of_x += _masked(of_low @ a, mask)
+                of_x = (of_y @ unpacked).add_(_masked(of_low @ a, mask))
         return of_x, None, None, None, of_a, of_b, None, None
 
 
@@ -130,11 +134,19 @@ def _kept(x: torch.Tensor, dropout: float) -> tuple[torch.Tensor, float]:
     return (draws.view(torch.int16)[: x.numel()] >= cut - DRAWS // 2).view(torch.uint8).view(x.shape), 1 - cut / DRAWS
 
 
-def _masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def _dropped(x: torch.Tensor, dropout: float) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """x times mask times gain, mask, gain, and the share of dropout(x) that this is."""
+    if x.is_cuda:  # drawn and applied in one pass over memory
+        return *torch.native_dropout(x, dropout, True), 1 / (1 - dropout), 1.0
+    mask, share = _kept(x, dropout)
+    return _masked(x, mask), mask, 1.0, share
+
+
+def _masked(x: torch.Tensor, mask: torch.Tensor | None, gain: float = 1.0) -> torch.Tensor:
     if mask is None:
         return x
     if x.is_cuda:  # one pass over memory
-        return torch.ops.aten.native_dropout_backward(x, mask, 1.0)  # type: ignore[no-any-return]
+        return torch.ops.aten.native_dropout_backward(x, mask, gain)  # type: ignore[no-any-return]
     return x * mask.to(x.dtype)  # cast first: five times as fast as mixing the types
 
 
@@ -178,12 +190,12 @@ def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Te
     dropout = layer.lora_dropout[name]
     drops = dropout.p if layer.training and isinstance(dropout, torch.nn.Dropout) else 0.0
     flat, state = x.to(dtype).reshape(-1, x.shape[-1]), _state(base)
-    inputs = flat, base.weight, state, bias, a.to(dtype), b.to(dtype), scale, drops
     y: torch.Tensor
     if is_dora:
+        inputs = flat, base.weight, state, bias, a.to(dtype), b.to(dtype), scale, drops
         y = _DoraLinear.apply(*inputs, layer.lora_magnitude_vector[name].weight, _lengths(base.weight, state, a, b, scale))
     else:
-        y = _LoraLinear.apply(*inputs)
+        y = _LoraLinear.apply(flat, base.weight, state, bias, a, b, scale, drops)
     return y.view(*x.shape[:-1], -1)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from train_loop.errors import ModelError, why_unloadable
 from train_loop.model.attention import attend_by_document
+from train_loop.model.norms import fuse_norms
 from train_loop.model.tokenizer import BASE_MODEL
 from train_loop.model.vision import FAMILIES, Family
 from train_loop.spec import Freeze, JobSpec, Quantization
@@ -227,6 +228,8 @@ def load_base(spec: JobSpec, folder: Path, device: torch.device, at: torch.devic
             parameter.requires_grad_(True)
     compute_in(model, dtype)
     attend_by_document(model, device)
+    if device.type == "cuda":
+        fuse_norms(model)
     if (
         family is not None and not family.mixes
     ):  # its images come in the dtype of its first weight, and trained embeddings in float32
