@@ -90,6 +90,7 @@ class DatasetSample:
     num_rows: int  # of the whole dataset, estimated unless `exact`
     exact: bool
     lengths: list[int]
+    too_long: list[int]  # those over max_length, of rows that are rejected for it too
     supervised: list[int]
     num_rejected: int
     num_read: int
@@ -163,9 +164,9 @@ def make_plan(
         },
         "tokens": {
             "per_row_mean": round(statistics.fmean(sample.lengths), 1),
-            "per_row_max": max(sample.lengths),
+            "per_row_max": max([*sample.lengths, *sample.too_long]),
             "supervised_share": round(sum(sample.supervised) / max(1, sum(kept)), 4),
-            "truncated_share": round(sum(n > limit for n in sample.lengths) / len(sample.lengths), 4),
+            "truncated_share": round(len(sample.too_long) / (len(sample.lengths) + sample.num_rejected), 4),
             "trained_on": tokens_seen,
         },
         "steps": steps,
@@ -266,6 +267,7 @@ def look(spec: JobSpec, uri: str, seen: Glance, chat: ChatTokenizer, source: Ima
     """
     untruncated = replace(chat, prompt=chat.prompt.model_copy(update={"max_length": 1 << 20}), truncation="right")
     lengths: list[int] = []
+    too_long: list[int] = []
     supervised: list[int] = []
     shown: list[dict[str, Any]] = []
     rejects: list[str] = []
@@ -282,6 +284,8 @@ def look(spec: JobSpec, uri: str, seen: Glance, chat: ChatTokenizer, source: Ima
             pictures = [source.picture(reference) for reference in conversation.get("images", ())] if source is not None else []
             sizes = [(picture.width, picture.height) for picture in pictures]
             length = len(untruncated.encode(conversation, sizes).input_ids)
+            if length > chat.prompt.max_length:
+                too_long.append(length)
             sample = chat.encode(conversation, sizes)
         except RowRejected as error:
             rejects.append(error.reason)
@@ -304,6 +308,7 @@ def look(spec: JobSpec, uri: str, seen: Glance, chat: ChatTokenizer, source: Ima
         num_rows=round(seen.num_rows * usable),
         exact=seen.exact,
         lengths=lengths,
+        too_long=too_long,
         supervised=supervised,
         num_rejected=len(rejects),
         num_read=num_read,
@@ -457,14 +462,14 @@ def warnings_of(spec: JobSpec, shape: ModelShape, sample: DatasetSample, plan: d
     found = list(advice(spec, hidden=shape.hidden, context=shape.context))
     if sample.num_preferences and PREFERENCES not in found:
         found.append(PREFERENCES)  # auto shows it by the rows alone
-    truncated, limit = plan["tokens"]["truncated_share"], spec.dataset_config.preprocessing.prompt.max_length
-    if truncated > 0:
-        verb = "rejected" if spec.dataset_config.preprocessing.truncation == "reject" else "truncated"
-        longest = plan["tokens"]["per_row_max"]
-        found.append(
-            f"{truncated:.0%} of the rows are longer than max_length {limit} (up to {longest} tokens) and will be {verb}"
-        )
     looked_at = len(sample.lengths) + sample.num_rejected
+    if sample.too_long:
+        limit, longest = spec.dataset_config.preprocessing.prompt.max_length, max(sample.too_long)
+        verb = "rejected" if spec.dataset_config.preprocessing.truncation == "reject" else "truncated"
+        found.append(
+            f"{len(sample.too_long)} of {looked_at} rows looked at are longer than max_length {limit} (up to {longest} tokens) "
+            f"and will be {verb}"
+        )
     if sample.num_rejected > spec.dataset_config.preprocessing.max_reject_ratio * looked_at:
         found.append(
             f"{sample.num_rejected} of {looked_at} rows looked at can't be used, more than max_reject_ratio allows: it will fail"

@@ -134,5 +134,5 @@ PLAN = {
             ],
         }
     ],
-    "warnings": ["1% of the rows are longer than max_length 4096 (up to 5120 tokens) and will be truncated"],
+    "warnings": ["2 of 288 rows looked at are longer than max_length 4096 (up to 5120 tokens) and will be truncated"],
 }
