@@ -9,8 +9,10 @@ from itertools import pairwise
 
 import pytest
 
+from serve_app.auth import mint_token
 from serve_app.client import Client
 from serve_app.scheduler import LEAST_S
+from serve_app.settings import Settings
 from serve_app.store.jobs import utc_now
 from tests.faults.conftest import SETTINGS
 from tests.faults.harness import Service
@@ -57,7 +59,7 @@ def for_few(tmp_path_factory, mirror):
 
 def _queue(service, org, count, path, **keys):
     """Submit jobs of an org that end as soon as they see that they have no data; their ids and the org's client."""
-    client = Client(service.up["url"], service.run("token", "--org", org).stdout.strip())
+    client = Client(service.up["url"], mint_token(Settings(home=service.home), org, "tester", 3600))
     secret_id = client.create_secret(org, "keys", "s3", service.keys | keys)["secret_id"]
     changes = {"dataset_details.dataset_path": path, "dataset_details.secret_id": secret_id}
     jobs = [service.job(f"fair-{i}", changes) | {"org": org} for i in range(count)]

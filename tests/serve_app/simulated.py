@@ -21,6 +21,7 @@ class World:
         self.stuck = 0  # processes of ended actors that are still there
         self.asked = []
         self.growth = None
+        self.draining = set()  # machines that will go
         self.silent = set()  # machines that are gone and that the cluster hasn't missed yet
         self.others = [0] * NODES  # GPUs of each machine that somebody else holds
         self.placed = {}  # attempts → how many workers of theirs hold a GPU each
@@ -75,7 +76,8 @@ class SimCluster:
 
     def nodes(self):
         free = [{"GPU": float(gpus)} if gpus else {} for gpus in self.world.free()]
-        return [Node(f"node-{i}", {"GPU": float(GPUS)}, gpus, False) for i, gpus in enumerate(free)]
+        names = [f"node-{i}" for i in range(len(free))]
+        return [Node(n, {"GPU": float(GPUS)}, gpus, n in self.world.draining) for n, gpus in zip(names, free, strict=True)]
 
     def unreachable(self, node_ids):
         return self.world.silent & set(node_ids)

@@ -79,6 +79,26 @@ def test_a_gang_starts_whole_and_others_see_their_place(bench):
     assert set(bench.world.actors) == {(next_, 1), (last, 1)}
 
 
+def test_a_job_of_higher_priority_has_its_turn_before_those_that_came_earlier(bench):
+    bench.submit("runs", nodes=2)
+    bench.passes.run()
+    first, urgent = bench.submit("first"), bench.submit("urgent", priority=5)
+    bench.passes.run()
+    assert [bench.job(r).queue_position for r in (first, urgent)] == [2, 1]
+
+
+def test_a_machine_that_will_be_taken_back_gets_no_new_work(bench):
+    bench.world.draining = {"node-0"}
+    large, small = bench.submit("a", nodes=2), bench.submit("b")
+    bench.passes.run()
+    assert set(bench.world.actors) == {(small, 1)}
+    bench.world.draining = set()
+    bench.store.finish(small, 1, Status.COMPLETED, message="done")
+    bench.world.actors.clear()
+    bench.passes.run()
+    assert set(bench.world.actors) == {(large, 1)}
+
+
 def test_the_autoscaler_is_shown_what_waits_and_nothing_once_it_runs(bench):
     bench.world.nodes_up = 1
     running, waits = bench.submit("a"), bench.submit("b")
