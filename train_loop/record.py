@@ -113,7 +113,7 @@ def cut_short(error: BaseException) -> dict[str, str]:
         case Stopped():
             return {"status": "CANCELED", "message": "Stopped on request; what was trained so far is kept as a checkpoint."}
         case KeyboardInterrupt():
-            return {"status": "CANCELED", "message": "Interrupted: it ended at once, and has its last checkpoint."}
+            return {"status": "CANCELED", "message": "Interrupted: it ended at once. It may have a checkpoint from before."}
         case UserError():
             message, code = error.message, error.code
         case RunFault():
