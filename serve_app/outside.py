@@ -76,9 +76,13 @@ class RayRuns:
     def told(self, cursors: Mapping[str, str]) -> dict[str, bytes]:
         asked = {}
         for request_id, cursor in cursors.items():
-            with contextlib.suppress(ValueError, AttributeError, RayError):  # gone, or something else that has such a name
+            try:
                 monitor = ray.get_actor(f"{MONITOR}{request_id}", namespace=self._namespaces[request_id])
                 asked[monitor.since.remote(cursor)] = request_id
+            except (ValueError, AttributeError, RayError):
+                continue  # gone, or something else that has such a name
+            except Exception:  # Ray loads the actor's class, which goes at about the same time as the actor
+                log.info("a run outside the service can't be asked", request_id=request_id, exc_info=True)
         answers: dict[str, bytes] = {}
         if asked:
             done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ASK_S)

@@ -110,8 +110,10 @@ def completed(manifest: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, An
 def cut_short(error: BaseException) -> dict[str, str]:
     """The ending of a run that this has ended."""
     match error:
-        case Stopped() | KeyboardInterrupt():
+        case Stopped():
             return {"status": "CANCELED", "message": "Stopped on request; what was trained so far is kept as a checkpoint."}
+        case KeyboardInterrupt():
+            return {"status": "CANCELED", "message": "Interrupted: it ended at once. It may have a checkpoint from before."}
         case UserError():
             message, code = error.message, error.code
         case RunFault():

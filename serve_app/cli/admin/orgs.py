@@ -32,9 +32,10 @@ def orgs(as_json: AsJson = False) -> None:
         show({"orgs": listed})
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("org", box=None, pad_edge=False)  # an id and five numbers: a frame would not fit on 80 columns
+    # An id and five numbers: with a frame they would not fit on 80 columns.
+    table = Table(Column("org", no_wrap=True), box=None, pad_edge=False, collapse_padding=True)
     for heading in (*LIMITED, "finished", "worker-\nhours"):
         table.add_column(heading, justify="right", overflow="fold", min_width=len(heading.splitlines()[0]))
     for row in listed:
