@@ -36,12 +36,12 @@ demo-vlm: setup
 test: setup $(PROMETHEUS)
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
-# Whole jobs on Ray, and the whole service: some minutes.
+# Whole jobs on Ray, and the whole service: twenty minutes.
 service: setup $(PROMETHEUS)
 	$(BIN)/python -m pytest -m service
 
 # Kills every process of a running service at least once, and in every phase of a job, and plays hundreds of histories of dispatchers
-# that die anywhere: half an hour.
+# that die anywhere: a quarter of an hour.
 faults: setup
 	TUNEYARD_MODEL_RUNS=200 $(BIN)/python -m pytest tests/serve_app/test_dispatcher_model.py
 	$(BIN)/python -m pytest -m 'faults and not faults_full' tests/faults
