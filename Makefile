@@ -6,7 +6,7 @@ PROMETHEUS := .prometheus/usr/bin/promtool
 TOOLS := .tools
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo demo-vlm test service faults faults-full check format bench docs image sbom audit clean
+.PHONY: setup demo demo-vlm test service memory faults faults-full check format bench docs image sbom audit clean
 
 # The lock holds every package with its version, so nothing is left for pip to resolve; the second line adds what torch's CUDA
 # build needs besides, where that is the one pip found.
@@ -38,7 +38,11 @@ test: setup $(PROMETHEUS)
 
 # Whole jobs on Ray, and the whole service: twenty minutes.
 service: setup $(PROMETHEUS)
-	$(BIN)/python -m pytest -m service
+	$(BIN)/python -m pytest -m service --ignore tests/benchmarks
+
+# The memory that plans promise, against what a worker takes: two minutes.
+memory: setup
+	$(BIN)/python -m pytest -m service tests/benchmarks
 
 # Kills every process of a running service at least once, and in every phase of a job, and plays hundreds of histories of dispatchers
 # that die anywhere: a quarter of an hour.
