@@ -17,6 +17,7 @@ from serve_app.embedded.ports import remembered_ports
 from serve_app.settings import write_private
 
 START_TIMEOUT_S = 60
+STOP_TIMEOUT_S = 2
 BUCKET = "tuneyard"
 
 
@@ -44,10 +45,13 @@ class S3Server:
         )
 
     def stop(self) -> None:
-        """End the server; its data stays."""
+        """End the server; its data stays: what it has answered for is written.
+
+        It seldom ends when asked: its filer waits until its own S3 gateway hangs up, which doesn't.
+        """
         self.process.terminate()
         try:
-            self.process.wait(10)
+            self.process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
