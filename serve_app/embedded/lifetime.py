@@ -96,7 +96,7 @@ def _clean_up(home: Path) -> bool:
     """End what the last `up` of this home started, also when its supervisor was killed; False when there was nothing."""
     try:
         state = json.loads((home / STATE_FILE).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, json.JSONDecodeError):  # cut off as the machine went: nothing runs since
         return False
     _end(state)
     (home / STATE_FILE).unlink(missing_ok=True)

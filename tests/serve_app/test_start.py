@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from serve_app.deployment import deploy
-from serve_app.embedded.lifetime import _since_boot_s, read_state
+from serve_app.embedded.lifetime import _since_boot_s, down, read_state
 from serve_app.settings import Settings
 from tests.conftest import CANARY
 
@@ -33,6 +33,14 @@ def test_a_pid_that_is_somebody_else_s_by_now_is_not_a_running_service(tmp_path)
         (tmp_path / "up.json").write_text(json.dumps(state))
         found.append(read_state(tmp_path))
     assert found == [me, None, None, None]
+
+
+@pytest.mark.parametrize("left", ["", '{"pid": 1'])
+def test_a_state_that_was_cut_off_is_of_no_running_service(tmp_path, monkeypatch, left):
+    monkeypatch.setenv("TUNEYARD_HOME", str(tmp_path))
+    (tmp_path / "up.json").write_text(left)
+    assert read_state(tmp_path) is None
+    assert down() == 0
 
 
 @pytest.mark.parametrize(
