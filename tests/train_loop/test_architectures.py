@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.train_loop.models import ARCHITECTURES, make_base, run, samples
+from tests.train_loop.models import ARCHITECTURES, SIZES, make_base, run, samples
 from train_loop.data.packing import collate
 from train_loop.loss import keeps_documents_apart, supervised_loss
 from train_loop.model.adapters import linear_layers
@@ -81,6 +81,22 @@ def test_an_architecture_trains_in_isolation_and_plain_peft_has_the_same_loss(na
     assert metrics["eval_loss_after"] != pytest.approx(metrics["eval_loss_before"], abs=1e-3)
     theirs = eval_loss(plain(mirror / base_model, adapter), load_tokenizer(adapter), job, manifest)
     assert theirs == pytest.approx(metrics["eval_loss_after"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "router", "sizes"),
+    [
+        ("Qwen2Moe", "shared_expert_gate", {"shared_expert_intermediate_size": 16, "decoder_sparse_step": 1}),
+        ("Afmoe", "gate", {"num_dense_layers": 1}),
+    ],
+)
+def test_all_linear_leaves_routers_as_they_are_also_where_they_are_layers(kind, router, sizes):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=64, **SIZES, **experts, **sizes)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert {name.rpartition(".")[2] for name in linear - linear_layers(model).keys()} == {router, "lm_head"}
 
 
 @pytest.mark.parametrize(
