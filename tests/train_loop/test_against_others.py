@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import TINY
 from tests.train_loop.runs import HP, curve
-from tests.train_loop.test_parallel import folder, launch, weights
+from tests.train_loop.test_parallel import STEPS, folder, launch, weights
 from tests.train_loop.test_parallel import job as plain_job
 from train_loop.data.packing import IGNORE_INDEX
 from train_loop.data.sampler import BatchPlan
@@ -18,13 +18,12 @@ from train_loop.optim import learning_rate
 from train_loop.spec import JobSpec
 
 __all__ = ["folder"]
-STEPS = 12
 
 
 @pytest.fixture(scope="module")
 def ours(folder, mirror):
     """Our run; and its samples in the order of its steps."""
-    job = plain_job(folder, {f"{HP}.max_grad_norm": 1.0, f"{HP}.save_steps": 100, f"{HP}.max_steps": STEPS})
+    job = plain_job(folder, {f"{HP}.max_grad_norm": 1.0, f"{HP}.save_steps": 100})
     launch(folder, mirror, "ours", job)
     spec = JobSpec.model_validate(job)
     prepared = PreparedDataset.from_json((folder / "ours/data/index.json").read_text())
