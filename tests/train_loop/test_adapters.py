@@ -279,6 +279,9 @@ def test_training_goes_on_from_the_adapter_of_another_job(local_job, tmp_path, b
         assert again["metrics"]["eval_loss_before"] == pytest.approx(first["metrics"]["eval_loss_after"], rel=1e-6)
     for changes, said in (
         ({f"{ADAPTER}.r": 8}, "adapter with r 4"),
+        ({f"{ADAPTER}.alpha": 32}, "adapter with alpha 16"),
+        ({f"{ADAPTER}.use_rslora": True}, "adapter with use_rslora False"),
+        ({f"{ADAPTER}.use_dora": True}, "adapter with use_dora False"),
         ({f"{ADAPTER}.targets": ["q_proj"]}, "other layers"),
         ({"model_details.base_model": TINY}, "adapter of tuneyard/smollm"),
         ({f"{ADAPTER}.init_from": "nothing"}, "there is no adapter"),

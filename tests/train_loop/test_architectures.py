@@ -8,10 +8,12 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.train_loop.models import ARCHITECTURES, make_base, run, samples
+from tests.train_loop.models import ARCHITECTURES, SIZES, make_base, run, samples
 from train_loop.data.packing import collate
+from train_loop.errors import ModelError
 from train_loop.loss import keeps_documents_apart, supervised_loss
 from train_loop.model.adapters import linear_layers
+from train_loop.model.load import load_base
 from train_loop.model.tokenizer import load_tokenizer
 from train_loop.spec import JobSpec
 
@@ -84,6 +86,22 @@ def test_an_architecture_trains_in_isolation_and_plain_peft_has_the_same_loss(na
 
 
 @pytest.mark.parametrize(
+    ("kind", "router", "sizes"),
+    [
+        ("Qwen2Moe", "shared_expert_gate", {"shared_expert_intermediate_size": 16, "decoder_sparse_step": 1}),
+        ("Afmoe", "gate", {"num_dense_layers": 1}),
+    ],
+)
+def test_all_linear_leaves_routers_as_they_are_also_where_they_are_layers(kind, router, sizes):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=64, **SIZES, **experts, **sizes)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert {name.rpartition(".")[2] for name in linear - linear_layers(model).keys()} == {router, "lm_head"}
+
+
+@pytest.mark.parametrize(
     ("kind", "sizes"),
     [
         ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
@@ -108,3 +126,12 @@ def test_what_leaks_a_little_between_documents_is_found_out_too(kind, sizes):
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(vocab_size=64, pad_token_id=0, **sizes)
     assert not keeps_documents_apart(transformers.AutoModelForCausalLM.from_config(config).eval())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_whose_layers_stay_as_they_are_is_not_called_quantised(bits, local_job, tmp_path, tokenizer):
+    base_model = make_base("falcon", tmp_path, tokenizer)
+    spec = JobSpec.model_validate(local_job({"model_details": {"base_model": base_model, "quantization": {"quant_bits": bits}}}))
+    with pytest.raises(ModelError, match=r"\(falcon\) can be quantised: leave quantization out") as caught:
+        load_base(spec, tmp_path / base_model, torch.device("cpu"))
+    assert caught.value.field == "model_details.quantization"

@@ -306,7 +306,9 @@ def outcome_in_any_parts(folder, tokenizer, monkeypatch, name, data):
 
 
 def test_the_corpus_is_large_enough():
-    assert len(LINES) + len(FILES) >= 150
+    lines_at_fault = [line for line, (_, reason) in LINES.items() if reason]
+    files_at_fault = [file for file, (*_, found) in FILES.items() if isinstance(found, str) or found[1]]
+    assert len(lines_at_fault) + len(files_at_fault) >= 125  # the others look odd and are fine
 
 
 @pytest.mark.parametrize("line", LINES)

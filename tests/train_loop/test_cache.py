@@ -9,7 +9,7 @@ from pyarrow.fs import LocalFileSystem
 from tests.conftest import TINY
 from tests.train_loop.runs import Watcher
 from train_loop.data.cache import cache_key, fetch, publish, trim
-from train_loop.data.prepare import prepare_local
+from train_loop.data.prepare import preparation_key, prepare_local
 from train_loop.data.shards import ShardSet, fetch_shards
 from train_loop.data.sources import Credentials, filesystem_for, find_files
 from train_loop.data.tokenize import ChatTokenizer
@@ -66,6 +66,36 @@ def test_a_second_job_uses_the_rows_of_the_first_and_one_on_other_rows_does_not(
     assert start("theirs", org="another-org") == ""
     data.write_text(data.read_text().replace("truly", "really"))
     assert start("four") == ""
+
+
+PRE = "dataset_config.preprocessing"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {f"{PRE}.lazy_tokenize": False},
+        {f"{PRE}.streaming": True},
+        {f"{PRE}.prompt.system": "Be brief."},
+        {f"{PRE}.prompt.max_length": 64},
+        {f"{PRE}.prompt.template": "{{ messages }}"},
+        {f"{PRE}.truncation": "left"},
+        {f"{PRE}.train_on": "all"},
+        {f"{PRE}.max_reject_ratio": 0.5},
+        {"dataset_config.split.ratios": [0.8, 0.2]},
+        {"dataset_config.split": {"type": "none"}},
+        {"dataset_details.dataset_type": "json"},
+        {"dataset_details.dataset_format": "auto"},
+        {"model_details.base_model": "another/model"},
+        {"model_details.revision": "v2"},
+        {"train_config.hyperparameters.seed": 7},
+    ],
+    ids=lambda change: "-".join(change).rpartition(".")[2],
+)
+def test_rows_that_are_read_judged_or_split_otherwise_are_not_shared(local_job, change):
+    plain, other = (JobSpec.model_validate(local_job(changes)) for changes in ({}, change))
+    files = find_files(plain, LOCAL)
+    assert preparation_key(plain, files) == preparation_key(plain, files) != preparation_key(other, files)
 
 
 @pytest.mark.parametrize("where", ["folder", "s3"])

@@ -126,7 +126,7 @@ def batch(tokenizer):
     return collate(samples(tokenizer), max_length=128, packing=True, pad_id=0)
 
 
-@pytest.mark.parametrize("base", [{}, NF4])
+@pytest.mark.parametrize("base", [{}, NF4, {f"{ADAPTER}.dropout": 0.5}], ids=["plain", "nf4", "dropout"])
 def test_gradient_checkpointing_runs_each_block_again_and_gives_the_same_gradients(base, trainee_of, batch):
     def step(checkpointing):
         trainee = trainee_of(base | {f"{HP}.gradient_checkpointing": checkpointing})
@@ -136,6 +136,7 @@ def test_gradient_checkpointing_runs_each_block_again_and_gives_the_same_gradien
             block.self_attn.register_forward_hook(lambda module, *_: runs.append(module))
         for p in trainee.parameters:
             torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(p.numel()))
+        torch.manual_seed(0)
         loss = supervised_loss(trainee.model.train(), batch)
         loss.backward()
         return len(runs) / len(blocks), loss.item(), [p.grad for p in trainee.parameters]

@@ -238,6 +238,10 @@ def test_turns_are_normalised():
         (sharegpt(("human", "Hi"), ("gpt", "x")) | {"tools": ["x"]}, "a tool must be an object with a name"),
         (sharegpt(("human", "Hi"), ("gpt", "x")) | {"images": ["a.png"]}, "images need model_type vlm"),
         ({"conversations": ["x"]}, "a turn must be an object"),
+        (
+            {"conversations": [{"human": "a", "assistant": "b"}, {"from": "gpt", "value": "c", "weight": 0}]},
+            "different weights can't be merged",
+        ),
     ],
 )
 def test_unusable_rows_say_why(row, reason):

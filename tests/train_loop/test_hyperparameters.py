@@ -73,6 +73,7 @@ def test_epochs_may_be_fractions_and_lines_evaluations_and_checkpoints_come_when
     last = math.ceil(1.4 * an_epoch)
     assert manifest["steps"] == last
     assert [p["step"] for p in points if "loss" in p] == [s for s in range(1, last + 1) if s in (1, last) or s % 3 == 0]
+    assert [p["epoch"] for p in points if "loss" in p] == [round(p["step"] / an_epoch, 4) for p in points if "loss" in p]
     assert [p["step"] for p in points if "eval_loss" in p] == [s for s in range(last + 1) if s == last or s % 5 == 0]
     losses = {p["step"]: p["eval_loss"] for p in points if p["step"] > 0 and "eval_loss" in p}
     bests = [step for step in losses if losses[step] == min(loss for s, loss in losses.items() if s <= step)]

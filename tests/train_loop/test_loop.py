@@ -59,11 +59,14 @@ def test_packing_and_lazy_tokenisation_do_not_change_the_run(local_job, tmp_path
 def test_rows_of_every_shape_train_the_same_lazily_and_eagerly(local_job, tmp_path, mirror):
     tool = {"name": "weather", "parameters": {"type": "object", "properties": {}}}
     calling = [("human", "Warm?"), ("function_call", '{"name": "weather", "arguments": {}}'), ("tool", "3"), ("gpt", "Cold.")]
+    turns = [("user", "One?"), ("assistant", "Not this."), ("user", "Two?"), ("assistant", "But this.")]
+    weighted = [{"role": r, "content": c} | ({"weight": 0} if c == "Not this." else {}) for r, c in turns]
     mixed = [
         {"text": "Once upon a time there was a ship."},
         {"instruction": "Say hello.", "input": "", "output": "Hello."},
         {"conversations": [{"from": r, "value": v} for r, v in calling], "tools": [tool]},
         {"prompt": [{"role": "user", "content": "Hi"}], "completion": "Hello"},
+        {"messages": weighted},
         {"prompt": "Good day", "chosen": "And to you.", "rejected": "Is it?"},
     ]
     job = local_job(

@@ -48,6 +48,8 @@ def group(*parameters):
 def test_warm_up_is_a_share_of_all_steps_unless_it_is_given_in_steps():
     assert learning_rate(Hyperparameters(learning_rate=1, warmup_ratio=0.5), 5, TOTAL) == 0.5
     assert learning_rate(Hyperparameters(learning_rate=1, warmup_ratio=0.5, warmup_steps=5), 5, TOTAL) == 1
+    # A part of a step is a step, as with transformers: the one after it still is at the peak.
+    assert learning_rate(Hyperparameters(learning_rate=1, warmup_ratio=0.03), 2, TOTAL) == 1
 
 
 HP = {"learning_rate": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 0.01, "weight_decay": 0.5}

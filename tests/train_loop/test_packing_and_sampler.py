@@ -182,6 +182,16 @@ def test_an_epoch_visits_every_sample_once(plan):
     assert sorted(np.concatenate([plan.global_batch(s) for s in steps])) == list(range(plan.num_samples))
 
 
+def test_each_epoch_and_each_seed_has_an_order_of_its_own():
+    orders = set()
+    for seed in (1, 2):
+        plan = BatchPlan(100, 8, 1, 1, 3, None, seed)
+        of_epochs = np.split(np.concatenate([plan.global_batch(s + 1) for s in range(plan.total_steps)]), 3)
+        orders |= {tuple(order) for order in of_epochs}
+    assert len(orders) == 6
+    assert tuple(range(100)) not in orders
+
+
 def test_the_order_does_not_depend_on_the_number_of_workers():
     def plan(batch, world, accumulation):
         return BatchPlan(100, batch, world, accumulation, 3, None, 42)

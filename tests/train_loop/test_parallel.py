@@ -13,7 +13,7 @@ from train_loop.errors import Stopped
 from train_loop.spec import JobSpec
 
 HP = "train_config.hyperparameters"
-STEPS, FEW_STEPS, BATCH = 12, 6, 8
+STEPS, FEW_STEPS, BATCH = 20, 6, 8
 THREE = {f"{HP}.max_steps": 3, f"{HP}.save_steps": 1}
 FSDP = {"train_config.distributed.type": "fsdp"}
 NF4 = {"model_details.quantization": {"quant_bits": 4}}
@@ -187,9 +187,9 @@ def weights(folder):
     return load_file(weights_file(folder))
 
 
-def same_gradients(a, b, atol=1e-5):
+def same_gradients(a, b):
     for mine, theirs in zip(first_gradients(a), first_gradients(b), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=atol)
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", ["1x4x2", "1x2x4"])
@@ -207,6 +207,13 @@ def test_workers_are_the_same_step_as_a_batch(alone, two, four, shape):
     same_gradients(alone / shape, whole)
 
 
+@pytest.mark.parametrize(("shape", "workers"), [("2x4", 2), ("4x2", 4), ("fsdp-2-lora", 2)])
+def test_each_worker_draws_its_own_dropout(two, four, shape, workers):
+    # Nothing drops in these runs, so after two steps each generator still is as it was seeded.
+    generators = torch.load(two / shape / "checkpoints/step-00000002/random.pt")
+    assert len({generator.numpy().tobytes() for generator in generators}) == workers
+
+
 @pytest.mark.parametrize("what", WHAT)
 def test_a_sharded_model_takes_the_steps_of_a_whole_one(alone, two, what):
     sharded, whole = two / f"fsdp-2-{what}", alone / f"alone-{what}"
@@ -218,16 +225,15 @@ def test_a_sharded_model_takes_the_steps_of_a_whole_one(alone, two, what):
 @pytest.mark.parametrize(("how", "what"), ON_FOUR)
 def test_four_workers_take_the_steps_of_one(alone, four, how, what):
     shared, whole = four / f"four {how} {what}", alone / f"one {ON_FOUR[how, what]}"
-    # LLM.int8() rounds by the largest number of a row of activations.
-    close(shared, whole, rel=2e-2 if what == "int8" else 1e-4)
-    same_gradients(shared, whole, atol=1e-3 if what == "int8" else 1e-5)
+    close(shared, whole)
+    same_gradients(shared, whole)
     assert max(g.abs().max() for g in first_gradients(whole)) > 1e-2
 
 
 @pytest.mark.parametrize("name", ON_TWO)
 def test_two_workers_take_the_steps_of_one(alone, two, name):
-    # LLM.int8() rounds by the largest number of a row of activations, bf16 by its place in a sum.
-    close(two / f"two {name}", alone / f"one {name}", rel=2e-2 if "int8" in name or "bfloat16" in name else 1e-4)
+    # bf16 rounds by its place in a sum.
+    close(two / f"two {name}", alone / f"one {name}", rel=2e-2 if "bfloat16" in name else 1e-4)
 
 
 @pytest.mark.parametrize("base", ["", "nf4 "])

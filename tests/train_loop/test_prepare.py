@@ -14,7 +14,7 @@ from pyarrow.fs import LocalFileSystem
 from tests.conftest import DOCUMENTED, rows, with_fields, write_jsonl
 from train_loop.data import parts
 from train_loop.data.prepare import prepare_local
-from train_loop.data.shards import PreparedDataset, ShardSet, split_bounds
+from train_loop.data.shards import PreparedDataset, ShardSet, split_bounds, split_place
 from train_loop.data.sources import Credentials, filesystem_for, find_files
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import DatasetError
@@ -91,6 +91,22 @@ def test_appending_rows_moves_no_row_between_splits(local_job, prepare):
     assert [after.conversation(i) for i in after.ids("eval")][: len(held_out)] == held_out
 
 
+def test_another_seed_holds_out_other_rows(local_job, prepare):
+    held_out = []
+    for seed in (1, 2):
+        _, shards = prepare(local_job({"train_config.hyperparameters.seed": seed}), rows(40))
+        held_out.append([shards.source(int(i)) for i in shards.ids("eval")])
+    assert all(held_out)
+    assert held_out[0] != held_out[1]
+
+
+def test_each_split_gets_its_share():
+    ratios = [0.7, 0.2, 0.1]
+    places = np.array([split_place(42, "", 37 * i) for i in range(20_000)])
+    which = np.searchsorted(split_bounds(ratios, places), places, side="right")
+    assert np.bincount(which) / len(places) == pytest.approx(ratios, abs=0.01)
+
+
 @given(
     st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=30, unique=True),
     st.sampled_from([[0.9, 0.1], [0.98, 0.01, 0.01], [1.0]]),
@@ -116,6 +132,14 @@ def test_a_dataset_without_enough_usable_rows_fails_with_the_reason(local_job, p
     with pytest.raises(DatasetError) as caught:
         prepare(local_job(), lines)
     assert caught.value.code == code
+
+
+def test_as_many_rows_as_max_reject_ratio_allows_may_be_bad(local_job, prepare):
+    job = local_job({"dataset_config.preprocessing.max_reject_ratio": 0.05})
+    assert prepare(job, [*rows(19), "broken\n"])[0].num_rejected == 1
+    with pytest.raises(DatasetError) as caught:
+        prepare(job, [*rows(18), "broken\n"])
+    assert caught.value.code == "too_many_rejects"
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.conftest import TINY
 from tests.train_loop.group import on_workers
 from tests.train_loop.models import ARCHITECTURES, VISION, make_base, samples
 from train_loop.data.packing import collate
 from train_loop.loss import supervised_loss
+from train_loop.model.adapters import add_adapter, trainable
 from train_loop.model.load import META, load_base
 from train_loop.model.mirror import SMOLLM2
 from train_loop.model.tokenizer import load_tokenizer
@@ -26,12 +28,20 @@ WHAT = {"lora": {"model_details.quantization": None}, "nf4": {}, "full": FULL}
 @pytest.mark.parametrize("what", WHAT)
 def test_each_worker_keeps_its_slice_and_only_the_first_what_is_gathered(what, local_job, tmp_path, mirror):
     changes = {"train_config.distributed.type": "fsdp", "infra_config": {"gpu_type": "cpu", "gpu_count": 2}}
-    on_workers("tests.train_loop.test_sharding:look", tmp_path, 2, mirror / TINY, local_job(changes | WHAT[what]))
+    job = local_job(changes | WHAT[what])
+    if what != "full":
+        spec = JobSpec.model_validate(job)
+        before = add_adapter(load_base(spec, mirror / TINY, torch.device("cpu")).model, spec)
+        for parameter in trainable(before):
+            torch.nn.init.normal_(parameter)
+        before.save_pretrained(tmp_path / "start")
+    on_workers("tests.train_loop.test_sharding:look", tmp_path, 2, mirror / TINY, job)
 
 
 def look(ctx, job):
     spec = JobSpec.model_validate(job)
-    trainee = load_trainee(spec, ctx)
+    start = Path(ctx.run_path) / "start"
+    trainee = load_trainee(spec, dataclasses.replace(ctx, start=start if start.exists() else None))
     model = trainee.model
     parameters = list(model.parameters())
     assert all(is_sharded(p) for p in parameters)
@@ -41,6 +51,11 @@ def look(ctx, job):
     trained = gathered(model, keep=ctx.rank == 0)
     sizes = {p.numel() for p in trained.values()}
     assert sum(t.numel() for t in trained.values()) > 0 if ctx.rank == 0 else sizes == {0}
+    if ctx.rank == 0 and start.exists():
+        given = load_file(start / "adapter_model.safetensors")
+        assert {name.replace(".default", ""): tensor.tolist() for name, tensor in trained.items()} == {
+            name: tensor.tolist() for name, tensor in given.items()
+        }
 
     weights = {name: whole(p.detach()) for name, p in model.named_parameters()}
     if ctx.rank == 0 and spec.train_config.train_type == "lora":

@@ -194,7 +194,7 @@ def load_base(spec: JobSpec, folder: Path, device: torch.device, at: torch.devic
     """
     from safetensors import SafetensorError
 
-    from train_loop.model.bits import Linear8bitLt
+    from train_loop.model.bits import Linear4bit, Linear8bitLt
 
     quieten()
     dtype, note = compute_dtype(spec.train_config.torch_dtype, device)
@@ -221,6 +221,11 @@ def load_base(spec: JobSpec, folder: Path, device: torch.device, at: torch.devic
     except (OSError, ValueError, ImportError, SafetensorError) as error:  # the third: a kind of quantisation without its library
         name = spec.model_details.base_model
         raise ModelError(f"base model {name} can't be loaded: {why_unloadable(error)}", field=BASE_MODEL) from error
+    if quantization and at != META and not any(isinstance(m, Linear4bit | Linear8bitLt) for m in model.modules()):
+        name = f"{spec.model_details.base_model} ({config.model_type})"
+        # Falcon's have a class of their own, which transformers passes over without an error.
+        message = f"none of the layers of {name} can be quantised: leave quantization out."
+        raise ModelError(message, field="model_details.quantization")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in learning_part(model, spec.train_config.freeze).values() if full else ():
