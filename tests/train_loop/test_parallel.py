@@ -1,5 +1,7 @@
 """However the workers share batch and model, the run takes the same steps."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,9 +12,11 @@ from tests.train_loop.models import run
 from tests.train_loop.runs import Watcher, curve
 from tests.train_loop.test_adapters import batch_of, load, logits, plain_peft
 from train_loop.errors import Stopped
+from train_loop.model.tokenizer import load_tokenizer
 from train_loop.spec import JobSpec
 
 HP = "train_config.hyperparameters"
+SMALL = "tuneyard/of-few-words"
 STEPS, FEW_STEPS, BATCH = 20, 6, 8
 THREE = {f"{HP}.max_steps": 3, f"{HP}.save_steps": 1}
 FSDP = {"train_config.distributed.type": "fsdp"}
@@ -74,12 +78,34 @@ BEST = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, mirror):
+def bases(tmp_path_factory, mirror):
+    """The tiny model with few words: with the usual many, nearly all that a run does is its tokenizer, and the model's head."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("bases")
+    said = [*map(json.dumps, rows(36, longest=101)), " ".join(f"word{i}" for i in range(7)) * 36]  # those of `samples` too
+    tokenizer = load_tokenizer(mirror / TINY).train_new_from_iterator(said, 512)
+    config = AutoConfig.from_pretrained(mirror / TINY)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config.update(ids | {"vocab_size": len(tokenizer), "initializer_range": 0.04})  # at 0.02 a gradient is next to nothing
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder / SMALL)
+    tokenizer.save_pretrained(folder / SMALL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(bases):
+    return load_tokenizer(bases / SMALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, bases):
     """A folder with prepared rows of very different lengths, some of them cut, which don't fill the last step of an epoch."""
     folder = tmp_path_factory.mktemp("parallel")
     write_jsonl(folder / "rows.jsonl", rows(36, longest=101))
     with pytest.raises(Stopped):
-        launch(folder, mirror, "prepared", job(folder), Watcher(stop_at=0))
+        launch(folder, bases, "prepared", job(folder), Watcher(stop_at=0))
     return folder
 
 
@@ -88,7 +114,7 @@ def job(folder, changes=None, *, workers=1, accumulation=1):
         "dataset_details": {"dataset_path": str(folder / "rows.jsonl"), "source_type": "local", "ownership": "public"},
         "dataset_config.preprocessing.prompt.max_length": 128,
         "dataset_config.split.ratios": [0.92, 0.08],
-        "model_details": {"base_model": TINY},
+        "model_details": {"base_model": SMALL},
         "train_config.torch_dtype": "float32",
         "train_config.adapter_config": {"r": 4, "dropout": 0.0},
         HP: {
@@ -107,8 +133,8 @@ def job(folder, changes=None, *, workers=1, accumulation=1):
     return with_fields(DOCUMENTED, base | (changes or {}))
 
 
-def launch(folder, mirror, name, job, monitor=None):
-    return run(job, folder, mirror, name, monitor or Watcher())
+def launch(folder, bases, name, job, monitor=None):
+    return run(job, folder, bases, name, monitor or Watcher())
 
 
 def few(changes):
@@ -116,7 +142,7 @@ def few(changes):
 
 
 @pytest.fixture(scope="module")
-def alone(folder, mirror):
+def alone(folder, bases):
     """Runs in this process."""
     made = {"1x8": job(folder), "1x4x2": job(folder, accumulation=2), "1x2x4": job(folder, accumulation=4)}
     for name, changes in WHAT.items():
@@ -125,12 +151,12 @@ def alone(folder, mirror):
     for name, (changes, _) in ON_TWO.items():
         made[f"one {name}"] = job(folder, few(changes) | THREE, workers=2)
     for name, its in made.items():
-        launch(folder, mirror, name, its)
+        launch(folder, bases, name, its)
     return folder
 
 
 @pytest.fixture(scope="module")
-def two(folder, mirror):
+def two(folder, bases):
     """Runs on two workers."""
     made = [("2x4", job(folder, workers=2), None), ("2x2x2", job(folder, workers=2, accumulation=2), None)]
     made.append(("pissa 2x2x2", job(folder, PISSA, workers=2, accumulation=2), None))
@@ -144,22 +170,22 @@ def two(folder, mirror):
         made += [(f"cut-{name}", its, at) for at in (*steps, None)]
     its = job(folder, few(FULL) | FSDP, workers=2)
     with pytest.raises(Stopped):
-        launch(folder, mirror, "more", its, Watcher(stop_at=3))
+        launch(folder, bases, "more", its, Watcher(stop_at=3))
     made += [("fewer", its, 3), ("more", its, None)]
     for name, changes in BEST.items():
         made.append((f"best-{name}", job(folder, changes | FSDP, workers=2), None))
-    run_group(folder, 2, made, folder / "prepared/data", mirror / TINY)
+    run_group(folder, 2, made, folder / "prepared/data", bases / SMALL)
     return folder
 
 
 @pytest.fixture(scope="module")
-def four(folder, mirror):
+def four(folder, bases):
     """Runs on four workers."""
     made = [("4x2", job(folder, workers=4), None), ("pissa 4x2", job(folder, PISSA, workers=4), None)]
     for (how, name), alike in ON_FOUR.items():
         changes = few(ON_TWO[alike][0]) | THREE | {"train_config.distributed.type": how, "train_config.export": {"merge": False}}
         made.append((f"four {how} {name}", job(folder, changes, workers=4), None))
-    run_group(folder, 4, made, folder / "prepared/data", mirror / TINY)
+    run_group(folder, 4, made, folder / "prepared/data", bases / SMALL)
     return folder
 
 
@@ -243,15 +269,15 @@ def test_neither_packing_nor_checkpointing_changes_a_step_on_any_number_of_worke
 
 
 @pytest.mark.parametrize("name", [name for name, (changes, _) in ON_TWO.items() if changes.keys() >= MERGE.keys()])
-def test_a_sharded_run_merges_what_it_trained(alone, two, mirror, tokenizer, name):
+def test_a_sharded_run_merges_what_it_trained(alone, two, bases, tokenizer, name):
     from transformers import AutoModelForCausalLM
 
     sharded, whole = two / f"two {name}", alone / f"one {name}"
     spec, batch = JobSpec.model_validate(job(two, ON_TWO[name][0])), batch_of(tokenizer)
     ours = logits(AutoModelForCausalLM.from_pretrained(sharded / "merged", dtype=torch.float32), batch)
-    theirs = logits(plain_peft(spec, mirror, sharded / "adapter"), batch)
+    theirs = logits(plain_peft(spec, bases, sharded / "adapter"), batch)
     tolerance = 5e-2 if "bfloat16" in name else 1e-3
-    assert (theirs - logits(load(spec, mirror), batch)).abs().max() > 4 * tolerance
+    assert (theirs - logits(load(spec, bases), batch)).abs().max() > 4 * tolerance
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
     files = [load_file(folder / "merged/model.safetensors") for folder in (sharded, whole)]
@@ -267,8 +293,8 @@ def test_a_sharded_run_stopped_at_any_step_ends_with_the_same_bytes(two, what):
     assert weights_file(cut).read_bytes() == weights_file(whole).read_bytes()
 
 
-def test_a_sharded_run_goes_on_with_fewer_workers_or_more(two, mirror):
-    launch(two, mirror, "fewer", job(two, few(FULL) | FSDP, workers=2))
+def test_a_sharded_run_goes_on_with_fewer_workers_or_more(two, bases):
+    launch(two, bases, "fewer", job(two, few(FULL) | FSDP, workers=2))
     close(two / "fewer", two / "fsdp-2-full")
     close(two / "more", two / "fsdp-2-full")
 
