@@ -50,6 +50,19 @@ class Known(dict[str, bytes]):
         return tokens
 
 
+class OfAscii(dict[int, bytes]):
+    """TOKENs of ASCII by their ids, each of which is made when it is looked up: a vocabulary is large."""
+
+    def __init__(self, backend: Any) -> None:
+        super().__init__()
+        self.backend = backend
+
+    def __missing__(self, i: int) -> bytes:
+        size = len(self.backend.id_to_token(i))
+        self[i] = TOKEN.pack(i, size, size)
+        return self[i]
+
+
 class Words:
     """The words that one tokenizer has met."""
 
@@ -64,8 +77,7 @@ class Words:
         self._knows_words = bounds.covers(LETTERS) and not any(WORD.fullmatch(token) for token in bounds.added)
         self._names = byte_names()
         self._lost = bytes(byte for byte, name in self._names.items() if backend.token_to_id(name) is None)
-        self._sizes = {i: len(name) for name, i in tokenizer.get_vocab().items()}  # in bytes
-        self._of_ascii = {i: TOKEN.pack(i, size, size) for i, size in self._sizes.items()}
+        self._of_ascii = OfAscii(backend)
         self._known = Known(self._made)
 
     @classmethod
@@ -124,7 +136,7 @@ class Words:
         # Of which character each byte is.
         at = [i for i, character in enumerate(word) for _ in character.encode()]
         found = [token.id for token in self._model.tokenize(written)]
-        begins = [0, *accumulate(map(self._sizes.__getitem__, found))]
+        begins = [0, *accumulate(len(self._backend.id_to_token(i)) for i in found)]
         starts = [at[begin] for begin in begins[:-1]] + [len(word)]
         return b"".join(
             TOKEN.pack(i, at[end - 1] + 1 - start, following - start)
