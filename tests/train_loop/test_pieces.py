@@ -92,6 +92,17 @@ def test_the_tokens_of_several_texts_are_those_of_each(cut_up, several, at_least
             np.testing.assert_array_equal(found, whole[:, : len(found[0])])
 
 
+def test_of_many_texts_some_are_cut_up_at_a_time(tokenizer, monkeypatch):
+    monkeypatch.setattr(pieces, "MAX_TOGETHER", 2 * len(TEXT))
+    several = [TEXT, "", *(f"{TEXT} {i}" * i for i in range(6))]
+    for at_least in (None, 50):
+        made = pieces_of(tokenizer).tokens_each(several, [at_least] * len(several))
+        for found, text in zip(made, several, strict=True):
+            whole = by_itself(tokenizer, text)
+            assert len(found[0]) >= min(whole.shape[1], at_least or whole.shape[1])
+            np.testing.assert_array_equal(found, whole[:, : len(found[0])])
+
+
 def cuts_of(its, text):
     """In characters, where the text is cut."""
     cuts, sizes = its._cuts(text.encode()), [len(character.encode()) for character in text]
@@ -128,8 +139,8 @@ def test_a_limit_in_the_tokenizers_file_is_none_here(tokenizer):
 def test_what_was_known_before_still_is(tokenizer, monkeypatch):
     monkeypatch.setattr(pieces, "MAX_KNOWN", 20)
     its, made = pieces_of(tokenizer), []
-    make = its._words.tokens
-    monkeypatch.setattr(its._words, "tokens", lambda piece: made.append(piece) or make(piece))
+    make = its._words.tokens_each
+    monkeypatch.setattr(its._words, "tokens_each", lambda pieces: made.extend(pieces) or make(pieces))
     its.tokens(" ".join(f"a{i}" for i in range(30)))
     its.tokens("begin again")
     made.clear()

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from train_loop.data.token_bounds import FIRST_OF_SEVERAL, TokenBounds, steps
-from train_loop.data.words import TOKEN, Known, Words, is_known
+from train_loop.data.words import LONG_CHARS, TOKEN, Words, is_known
 
 # Before a blank that follows a character, and where a word or number ends before one of some signs: no word that a pattern finds
 # goes on there, nor does it look at what follows to see where it ends, or at what came before to see where it begins.
@@ -25,6 +25,7 @@ CUT = r"(?<=\S)(?= )|(?<=[A-Za-z0-9])(?=[\s{signs}])"
 SIGNS = r"""!"#$%&'()*+,-./:;<=>?@[\]^_`{|}~"""
 CHARS_PER_TOKEN = 3  # or more: so much text is looked at first for each token that is asked for
 MORE_CHARS = 64  # and this
+MAX_TOGETHER = 1 << 20  # characters that are cut up at a time
 MAX_KNOWN = 1 << 16  # pieces: some 12 MB, twice
 
 Tokens = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -48,7 +49,7 @@ class Pieces:
         self._backend.no_padding()
         self._cut = re.compile(CUT.format(signs=re.escape(signs)))
         self._ends, self._begins = _ends(), _begins(signs)
-        self._known = Known(self._made_alone)
+        self._known: dict[str, bytes] = {}  # TOKENs by piece
         self._before: dict[str, bytes] = {}  # what was known until there was too much of it
 
     @classmethod
@@ -69,11 +70,14 @@ class Pieces:
         at, made = [0] * len(texts), [0] * len(texts)
         left = [i for i, text in enumerate(texts) if text]
         while left:
-            some = []
+            some, size = list[str](), 0
             for i in left:
+                if size > MAX_TOGETHER:
+                    break
                 begin, at[i] = at[i], self._stop(texts[i], at[i], made[i], at_least[i])
                 some.append(texts[i][begin : at[i]])
-            for i, part, tokens in zip(left, some, self._looked_up(some), strict=True):
+                size += len(some[-1])
+            for i, part, tokens in zip(left, some, self._looked_up(some), strict=False):
                 if tokens is None:
                     found[i], at[i] = [np.array(self._made(texts[i]))], len(texts[i])
                     continue
@@ -94,8 +98,6 @@ class Pieces:
 
     def _looked_up(self, texts: Sequence[str]) -> Iterator[np.ndarray | None]:
         """Of each text (none is empty) its tokens, where they start and end `[3, n]`; None if some of it makes no token."""
-        if len(self._known) > MAX_KNOWN:
-            self._before, self._known = self._known, Known(self._made_alone)
         written = [text.encode() for text in texts]
         data = b"".join(written)
         cuts = self._cuts(data)
@@ -105,7 +107,7 @@ class Pieces:
         buffers = [None, pa.py_buffer(places), pa.py_buffer(data)]
         pieces = pa.Array.from_buffers(pa.string(), len(places) - 1, buffers).dictionary_encode()
         which = pieces.indices.to_numpy()
-        made = [*map(self._known.__getitem__, pieces.dictionary.to_numpy(zero_copy_only=False).tolist())]
+        made = self._tokens_of(pieces.dictionary.to_numpy(zero_copy_only=False).tolist())
         sizes = np.fromiter(map(len, made), np.int64, len(made)) // TOKEN.size
         known = np.frombuffer(b"".join(made), np.int32).reshape(-1, 3).T.astype(np.int64, order="C")
         # Each piece's tokens in its place.
@@ -135,12 +137,24 @@ class Pieces:
         cuts[2:] &= ends[1:-1] & begins[:-2] & UNICODE_BLANK == 0
         return cuts
 
+    def _tokens_of(self, pieces: Sequence[str]) -> list[bytes]:
+        """TOKENs of pieces; empty if none is made of how one begins."""
+        if len(self._known) > MAX_KNOWN:
+            self._before, self._known = self._known, {}
+        known, before = self._known, self._before
+        tokens = [*map(known.get, pieces)]
+        missing = [piece for piece, its in zip(pieces, tokens, strict=True) if its is None]
+        found = {piece: before[piece] for piece in missing if piece in before}
+        new = [piece for piece in missing if piece not in found]
+        found |= zip(new, self._made_each(new), strict=True)
+        known.update((piece, its) for piece, its in found.items() if len(piece) <= LONG_CHARS)
+        return [found[piece] if its is None else its for piece, its in zip(pieces, tokens, strict=True)]
+
+    def _made_each(self, pieces: Sequence[str]) -> list[bytes]:
+        made = self._words.tokens_each(pieces) if self._words is not None else [None] * len(pieces)
+        return [self._made_alone(piece) if its is None else its for piece, its in zip(pieces, made, strict=True)]
+
     def _made_alone(self, piece: str) -> bytes:
-        """TOKENs of a piece that isn't known; empty if none is made of how it begins."""
-        if self._before and (tokens := self._before.get(piece)) is not None:
-            return tokens
-        if self._words is not None and (tokens := self._words.tokens(piece)) is not None:
-            return tokens
         ids, starts, ends = self._made(piece)
         if len(starts) == 0 or starts[0] > 0:
             return b""
