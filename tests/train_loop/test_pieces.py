@@ -2,7 +2,6 @@
 
 import pickle
 import threading
-from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -82,13 +81,48 @@ def test_the_tokens_of_a_text_are_those_of_its_pieces(cut_up, text):
         np.testing.assert_array_equal(its.tokens(text), by_itself(tokenizer, text))
 
 
-@given(texts)
+@given(st.lists(texts | st.text(), max_size=5), st.lists(st.none() | st.integers(0, 40), min_size=5, max_size=5))
+@example([TEXT, "", TEXT * 30, "a\x00"], [None, 3, 7, None, None])
+def test_the_tokens_of_several_texts_are_those_of_each(cut_up, several, at_least):
+    for tokenizer, its in cut_up[:2]:
+        for found, text, wanted in zip(its.tokens_each(several, at_least), several, at_least, strict=False):
+            whole = by_itself(tokenizer, text)
+            assert found[0].dtype == np.int32
+            assert len(found[0]) >= min(whole.shape[1], whole.shape[1] if wanted is None else wanted)
+            np.testing.assert_array_equal(found, whole[:, : len(found[0])])
+
+
+def test_of_many_texts_some_are_cut_up_at_a_time(tokenizer, monkeypatch):
+    monkeypatch.setattr(pieces, "MAX_TOGETHER", 2 * len(TEXT))
+    several = [TEXT, "", *(f"{TEXT} {i}" * i for i in range(6))]
+    for at_least in (None, 50):
+        made = pieces_of(tokenizer).tokens_each(several, [at_least] * len(several))
+        for found, text in zip(made, several, strict=True):
+            whole = by_itself(tokenizer, text)
+            assert len(found[0]) >= min(whole.shape[1], at_least or whole.shape[1])
+            np.testing.assert_array_equal(found, whole[:, : len(found[0])])
+
+
+def cuts_of(its, text):
+    """In characters, where the text is cut."""
+    cuts, sizes = its._cuts(text.encode()), [len(character.encode()) for character in text]
+    begins = np.cumsum([0, *sizes])[:-1]
+    assert cuts.sum() == cuts[begins].sum()  # none within a character
+    return {*np.flatnonzero(cuts[begins])}
+
+
+@given(texts | st.text())
 @example(TEXT)
-def test_a_text_is_its_pieces_and_each_ends_where_no_word_goes_on(cut_up, text):
-    for _, its in cut_up:
-        found = its._piece.findall(text)
-        assert "".join(found) == text
-        assert {*accumulate(map(len, found))} <= {*(cut.start() for cut in its._cut.finditer(text)), len(text)}
+@example(" ".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000)])))
+def test_a_text_is_cut_only_where_no_word_goes_on(cut_up, text):
+    its = cut_up[0][1]
+    assert cuts_of(its, text) <= {cut.start() for cut in its._cut.finditer(text)}
+
+
+def test_a_text_is_cut_where_its_words_are(cut_up):
+    its = cut_up[0][1]
+    for text in (TEXT, "Voilà, le café est à côté; так вот он ест , 日本 語 “so” … "):
+        assert cuts_of(its, text) == {cut.start() for cut in its._cut.finditer(text)}
 
 
 def test_no_added_token_is_cut(tokenizer):
@@ -105,8 +139,8 @@ def test_a_limit_in_the_tokenizers_file_is_none_here(tokenizer):
 def test_what_was_known_before_still_is(tokenizer, monkeypatch):
     monkeypatch.setattr(pieces, "MAX_KNOWN", 20)
     its, made = pieces_of(tokenizer), []
-    make = its._words.tokens
-    monkeypatch.setattr(its._words, "tokens", lambda piece: made.append(piece) or make(piece))
+    make = its._words.tokens_each
+    monkeypatch.setattr(its._words, "tokens_each", lambda pieces: made.extend(pieces) or make(pieces))
     its.tokens(" ".join(f"a{i}" for i in range(30)))
     its.tokens("begin again")
     made.clear()

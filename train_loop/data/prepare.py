@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 INDEX = "index.json"  # written last
 EXCERPT_CHARS = 200
-BATCH_BYTES = 1 << 19  # of rows that are judged together
+BATCH_BYTES = 1 << 20  # of rows that are judged together
 MAX_EVAL_LINES = 10_000
 MAX_ROWS_WITH_IMAGES = 2_000  # of a block, whose images are one file
 MAX_VALUES = 4_000_000  # of a row; prose of MAX_LINE_BYTES has fewer commas

@@ -101,7 +101,7 @@ class ChatTokenizer:
 
         A step is done for all of them before the next one, so that what it needs stays in the processor's caches.
         """
-        return each(self._labelled, each(self._tokenised, each(self._told, rows)))
+        return each(self._labelled, self._tokenised_each(each(self._told, rows)))
 
     def _told(self, row: tuple[Conversation, Sizes]) -> _Told:
         """What the template makes of a conversation; plain text as it is."""
@@ -115,11 +115,16 @@ class ChatTokenizer:
         messages, tools, wanted = self._talk(conversation, sizes)
         return _Told(self._render(messages, tools), messages, tools, wanted, self._is_marked(tools))
 
-    def _tokenised(self, told: _Told) -> _Tokenised:
-        text = told.rendered.text
-        if not told.messages:
-            return _Tokenised(told, self._document(text), [])
-        return _Tokenised(told, *self._tokens(text, told.messages, whole=told.is_marked and not all(told.wanted)))
+    def _tokenised_each(self, rows: list[_Told | RowRejected]) -> list[_Tokenised | RowRejected]:
+        chats = [told for told in rows if isinstance(told, _Told) and told.messages]
+        tokens = iter(self._text_tokens(chats))
+
+        def tokenised(told: _Told) -> _Tokenised:
+            if not told.messages:
+                return _Tokenised(told, self._document(told.rendered.text), [])
+            return _Tokenised(told, *self._with_pictures(told, next(tokens)))
+
+        return each(tokenised, rows)
 
     def _labelled(self, row: _Tokenised) -> Sample:
         input_ids = labels = row.tokens[0]
@@ -380,17 +385,14 @@ class ChatTokenizer:
 
     # --- which tokens are trained on ---
 
-    def _tokens(self, text: str, messages: Sequence[Message], *, whole: bool = True) -> tuple[Tokens, list[Span]]:
-        """The tokens of the messages' text, and where in it each starts and ends; and where in them each picture's are.
-
-        Unless `whole`, some that are cut off may be missing.
-        """
-        input_ids, starts, ends = self._text_tokens(text, whole=whole)
+    def _with_pictures(self, told: _Told, tokens: Tokens) -> tuple[Tokens, list[Span]]:
+        """The tokens of its text with those of its pictures, and where in them each picture's are."""
         if self.images is None:
-            return (input_ids, starts, ends), []
-        if self._front.size and not text.startswith(self.tokenizer.bos_token):
+            return tokens, []
+        input_ids, starts, ends = tokens
+        if self._front.size and not told.rendered.text.startswith(self.tokenizer.bos_token):
             input_ids, starts, ends = np.append(self._front, input_ids), np.append(0, starts), np.append(0, ends)
-        return self.images.expanded((input_ids, starts, ends), self._shown(messages))
+        return self.images.expanded((input_ids, starts, ends), self._shown(told.messages))
 
     @cached_property
     def _front(self) -> np.ndarray:
@@ -399,9 +401,15 @@ class ChatTokenizer:
         begins = bos is not None and self.tokenizer("")["input_ids"][:1] == [bos]
         return np.array([bos] if begins else [], dtype=np.int32)
 
-    def _text_tokens(self, text: str, *, whole: bool) -> Tokens:
-        if self._pieces is not None:
-            return self._pieces.tokens(text, None if whole or self.truncation != "right" else self.prompt.max_length + 1)
+    def _text_tokens(self, chats: Sequence[_Told]) -> list[Tokens]:
+        """The tokens of each conversation's text, and where in it each starts and ends; some that are cut off may be missing."""
+        texts = [told.rendered.text for told in chats]
+        if self._pieces is None:
+            return [self._encoded(text) for text in texts]
+        enough = self.prompt.max_length + 1 if self.truncation == "right" else None
+        return self._pieces.tokens_each(texts, [None if t.is_marked and not all(t.wanted) else enough for t in chats])
+
+    def _encoded(self, text: str) -> Tokens:
         out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         input_ids = np.array(out["input_ids"], dtype=np.int32)
         starts, ends = np.array(out["offset_mapping"], dtype=np.int64).reshape(-1, 2).T

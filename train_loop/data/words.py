@@ -10,7 +10,7 @@ import re
 import string
 import struct
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -29,6 +29,7 @@ KINDS = {"L": "A-Za-z", "N": "0-9", "Lu": "A-Z", "Ll": "a-z", "Lt": "", "Lm": ""
 PLAIN = "\t\n\r" + "".join(map(chr, range(ord(" "), ord("~") + 1)))
 LETTERS = " " + string.ascii_letters
 WORD = re.compile(" ?[A-Za-z]?[a-z]*")  # that none of the patterns cuts
+NEVER = re.compile("(?!)")
 MAX_CHARS = 1 << 16  # of a text: its words are objects of Python
 LONG_CHARS = 32  # what won't come again
 MAX_KNOWN = 1 << 15
@@ -50,6 +51,19 @@ class Known(dict[str, bytes]):
         return tokens
 
 
+class OfAscii(dict[int, bytes]):
+    """TOKENs of ASCII by their ids, each of which is made when it is looked up: a vocabulary is large."""
+
+    def __init__(self, backend: Any) -> None:
+        super().__init__()
+        self.backend = backend
+
+    def __missing__(self, i: int) -> bytes:
+        size = len(self.backend.id_to_token(i))
+        self[i] = TOKEN.pack(i, size, size)
+        return self[i]
+
+
 class Words:
     """The words that one tokenizer has met."""
 
@@ -64,8 +78,7 @@ class Words:
         self._knows_words = bounds.covers(LETTERS) and not any(WORD.fullmatch(token) for token in bounds.added)
         self._names = byte_names()
         self._lost = bytes(byte for byte, name in self._names.items() if backend.token_to_id(name) is None)
-        self._sizes = {i: len(name) for name, i in tokenizer.get_vocab().items()}  # in bytes
-        self._of_ascii = {i: TOKEN.pack(i, size, size) for i, size in self._sizes.items()}
+        self._of_ascii = OfAscii(backend)
         self._known = Known(self._made)
 
     @classmethod
@@ -77,12 +90,17 @@ class Words:
         found = [_split(s) for s in splits]
         return cls(tokenizer, [split for split in found if split is not None], bounds)
 
-    def tokens(self, text: str) -> bytes | None:
-        """TOKENs of a text that stands by itself; None where they aren't sure to be those of its words and added tokens."""
+    def tokens_each(self, texts: Iterable[str]) -> list[bytes | None]:
+        """TOKENs of texts that stand by themselves; None where they aren't sure to be those of its words and added tokens."""
+        is_word, written, blank = WORD.fullmatch if self._knows_words else NEVER.fullmatch, self._written, self._names[ord(" ")]
+        return [
+            self._tokens(text) if is_word(text) is None or len(text) > MAX_CHARS else written(text.replace(" ", blank))
+            for text in texts
+        ]
+
+    def _tokens(self, text: str) -> bytes | None:
         if len(text) > MAX_CHARS:
             return None
-        if WORD.fullmatch(text) is not None and self._knows_words:
-            return self._written(text.replace(" ", self._names[ord(" ")]))
         if self._added.search(text) is None:
             return self._between(text)
         found = list[bytes | None]()
@@ -124,7 +142,7 @@ class Words:
         # Of which character each byte is.
         at = [i for i, character in enumerate(word) for _ in character.encode()]
         found = [token.id for token in self._model.tokenize(written)]
-        begins = [0, *accumulate(map(self._sizes.__getitem__, found))]
+        begins = [0, *accumulate(len(self._backend.id_to_token(i)) for i in found)]
         starts = [at[begin] for begin in begins[:-1]] + [len(word)]
         return b"".join(
             TOKEN.pack(i, at[end - 1] + 1 - start, following - start)
