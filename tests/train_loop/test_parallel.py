@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pyarrow.fs import LocalFileSystem
 from safetensors.torch import load_file
 
 from tests.conftest import DOCUMENTED, TINY, rows, with_fields, write_jsonl
@@ -9,7 +10,9 @@ from tests.train_loop.group import run_group
 from tests.train_loop.models import run
 from tests.train_loop.runs import Watcher, curve
 from tests.train_loop.test_adapters import batch_of, load, logits, plain_peft
+from train_loop.context import LocalContext
 from train_loop.errors import Stopped
+from train_loop.parallel import sync_gradients
 from train_loop.spec import JobSpec
 
 HP = "train_config.hyperparameters"
@@ -205,6 +208,18 @@ def test_workers_are_the_same_step_as_a_batch(alone, two, four, shape):
     gradients = first_gradients(whole)
     assert sum(bool(g.abs().max() > 1e-3) for g in gradients) >= len(gradients) // (1 if "pissa" in shape else 2)
     same_gradients(alone / shape, whole)
+
+
+def test_what_has_no_gradient_has_one_of_zero_on_one_worker_as_on_several(tmp_path):
+    """Such as a vision tower's in a step without images: Adam goes on moving it."""
+    moved = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([moved], lr=0.1)
+    ctx = LocalContext(tmp_path, LocalFileSystem(), str(tmp_path), tmp_path, Watcher())
+    for gradient in (torch.ones(3), None):
+        before, moved.grad = moved.detach().clone(), gradient
+        assert sync_gradients([moved], 0.5, ctx) == 0.5
+        optimizer.step()
+        assert not torch.equal(moved, before)
 
 
 @pytest.mark.parametrize("what", WHAT)
