@@ -94,7 +94,7 @@ def validate(
     if "dataset_config" in right:
         errors = beside(errors, _length_errors(spec, config))
     if "model_details" in right:
-        errors = beside(errors, _sight_errors(spec, config, "train_config" in right))
+        errors = beside(errors, _sight_errors(spec, config))
     if errors:
         raise invalid(errors)
     return spec, list(advice(spec, hidden=hidden_size_of(config), context=context_of(config)))
@@ -254,7 +254,7 @@ def _length_errors(spec: JobSpec, config: dict[str, Any]) -> list[dict[str, Any]
     return [field_error("dataset_config.preprocessing.prompt.max_length", message, allowed={"le": context})]
 
 
-def _sight_errors(spec: JobSpec, config: dict[str, Any], is_training_known: bool) -> list[dict[str, Any]]:
+def _sight_errors(spec: JobSpec, config: dict[str, Any]) -> list[dict[str, Any]]:
     """What keeps a vlm job's base from learning from images, if its config is known."""
     if spec.model_details.model_type != "vlm" or not config:
         return []
@@ -266,9 +266,6 @@ def _sight_errors(spec: JobSpec, config: dict[str, Any], is_training_known: bool
         if not isinstance(tower, dict):
             message += "; for one that reads text alone, model_type is llm"
         return [field_error(BASE_MODEL, message, allowed=sorted(FAMILIES))]
-    if is_training_known and spec.train_config.distributed.type == "fsdp" and not family.shards:
-        message = f"{family.name} runs other layers where there are images, which fsdp can't: use ddp"
-        return [field_error("train_config.distributed.type", message, allowed=["ddp"])]
     return []
 
 

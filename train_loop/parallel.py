@@ -17,11 +17,14 @@ BUCKET_BYTES = 64 << 20  # what is copied to be sent in one go
 
 
 def sync_gradients(parameters: Sequence[torch.nn.Parameter], loss: float, ctx: RunContext) -> float:
-    """Replace each parameter's gradient by the sum over ranks, and return that of `loss`. Missing gradients count as zero.
+    """Replace each parameter's gradient by the sum over ranks, and return that of `loss`. Missing gradients count as zero, on one
+    worker too: an optimizer goes on with zero, and leaves out what has none.
 
     The loss rides along in float32, so that every rank knows at once when it isn't a number on any of them.
     """
     if ctx.world_size == 1:
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         return loss
     total = torch.tensor([loss], dtype=torch.float32, device=ctx.device)
     if is_sharded(parameters[0]):

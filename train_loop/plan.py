@@ -145,8 +145,10 @@ def make_plan(
     tokens_seen = round(samples_seen * statistics.fmean(kept))
     large = largest_batch(kept, hp.per_device_train_batch_size, limit, pre.packing)
     patches = _patches(sample, shape, chat.images)
-    at_once = largest_sum(patches, hp.per_device_train_batch_size)
-    memory = memory_of_a_worker(spec, shape, large, hardware, evaluates=eval_rows > 0, batch_patches=at_once)
+    at_once, learned = (largest_sum(counts, hp.per_device_train_batch_size) for counts in (patches, sample.supervised))
+    memory = memory_of_a_worker(
+        spec, shape, large, hardware, evaluates=eval_rows > 0, batch_supervised=round(learned), batch_patches=at_once
+    )
     flops = tokens_seen * flops_per_token(spec, shape)
     if shape.sight is not None:
         recomputes = hp.gradient_checkpointing
@@ -376,9 +378,11 @@ def memory_of_a_worker(
     hardware: Hardware,
     *,
     evaluates: bool,
+    batch_supervised: int | None = None,
     batch_patches: float = 0.0,
 ) -> dict[str, Any]:
-    """Peak bytes of one worker by part, for micro-batches of `batch_tokens`, and of `batch_patches` of images.
+    """Peak bytes of one worker by part, for micro-batches of `batch_tokens` (of them `batch_supervised`; None: all), and of
+    `batch_patches` of images.
 
     Activations are those of one transformer block with adapters under autocast, summed over what is kept.
     """
@@ -399,9 +403,10 @@ def memory_of_a_worker(
         activations = batch_tokens * (shape.num_layers * shape.hidden * width + RECOMPUTED_BLOCKS * block)
     else:
         activations = batch_tokens * shape.num_layers * block
-    still = shape.vision_params * width / held
+    still, kept, passing = shape.vision_params * width / held, 0.0, 0.0
     if shape.sight is not None:
-        activations += shape.sight.activation_bytes(batch_patches, width, recomputes=hp.gradient_checkpointing)
+        kept = shape.sight.kept_bytes(batch_patches, width, recomputes=hp.gradient_checkpointing)
+        passing = shape.sight.passing_bytes(batch_patches, width)
         still = (shape.vision_params - full * shape.sight.whole_params) * width  # whole on each worker
     parts = {
         "weights": (learning if full else linear + shape.other_params * width) / held + still,
@@ -409,10 +414,12 @@ def memory_of_a_worker(
         # With a flat copy, of a bucket at most, to sum over workers.
         "gradients": learning / held + (min(learning, BUCKET_BYTES) if workers > 1 and not sharded else 0),
         "optimizer": 2 * learning / held / (1 if hp.optim == "adamw" else 4),
-        "activations": activations,
-        "logits": min(batch_tokens, chunk_tokens(shape.vocab, hardware.device)) * shape.vocab * (width + 12),
+        "activations": activations + kept,
+        "logits": shape.vocab
+        * _logit_bytes(batch_tokens if batch_supervised is None else batch_supervised, shape, hardware, width),
         "runtime": RUNTIME_BYTES[hardware.device],
     }
+    looking = sum(parts.values()) - parts["activations"] - parts["logits"] + kept + passing
     # Evaluation on a CPU widens what isn't quantised to float32, and keeps no activations.
     widened = linear * (1 if quantization else 4 / width) + (shape.other_params + shape.vision_params) * 4
     widens = evaluates and on_cpu and not full and not sharded
@@ -420,7 +427,7 @@ def memory_of_a_worker(
     # A sharded base is whole while it is dealt out: in the first worker's CPU memory or, quantised, on each device.
     loading = parts["runtime"] + (held + (not quantization)) * (parts["weights"] + parts["adapter"])
     loading = loading if sharded and (on_cpu or quantization) else 0.0
-    total = max(sum(parts.values()), evaluating, loading)
+    total = max(sum(parts.values()), looking, evaluating, loading)
     if on_cpu:
         total = parts["runtime"] + HELD_FREE * (total - parts["runtime"])
     return {f"{name}_bytes": round(size) for name, size in parts.items()} | {
@@ -428,6 +435,13 @@ def memory_of_a_worker(
         "available_bytes": hardware.memory_bytes,
         "batch_tokens": batch_tokens,
     }
+
+
+def _logit_bytes(supervised: int, shape: ModelShape, hardware: Hardware, width: int) -> float:
+    """Bytes that the logits of so many tokens take for each word: them and their shares, which become their gradient, both in
+    float32 as well where they aren't. The next chunk's are there before those of the last one are gone."""
+    chunk = chunk_tokens(shape.vocab, hardware.device)
+    return min(supervised, chunk) * (8 if width == 4 else 12) + min(max(0, supervised - chunk), chunk) * width
 
 
 def _kept_by_adapters(spec: JobSpec, shape: ModelShape, width: int) -> float:

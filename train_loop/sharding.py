@@ -15,7 +15,6 @@ import torch
 from train_loop.context import RunContext
 from train_loop.data.packing import MicroBatch
 from train_loop.data.tokenize import IGNORE_INDEX
-from train_loop.errors import ModelError
 from train_loop.model.load import language_part, quantised_layers
 from train_loop.model.vision import Family
 
@@ -33,14 +32,11 @@ def shard(causal_lm: Any, ctx: RunContext, family: Family | None = None) -> None
     """Shard the weights over all ranks, in place: its parameters are DTensors afterwards. Collective.
 
     What sees (of a `family`) is gathered with the outermost weights, not by itself: a rank whose samples have no images doesn't
-    run it. Raises ModelError where the language model runs otherwise then, too.
+    run it.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    if family is not None and not family.shards:
-        message = f"{family.name} runs other layers where there are images, which fsdp can't: use ddp."
-        raise ModelError(message, field="train_config.distributed.type")
     for layer in quantised_layers(causal_lm):
         _store_as_floats(layer)
     mesh = init_device_mesh(ctx.device.type, (ctx.world_size,))

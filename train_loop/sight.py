@@ -66,12 +66,21 @@ class Sight:
             gated=any(name.endswith("gate_proj") for name, _ in model.get_submodule(family.tower).named_modules()),
         )
 
-    def activation_bytes(self, patches: float, width: int, *, recomputes: bool) -> float:
-        """What of so many patches is held at once, in numbers of `width` bytes."""
-        block = 8 * self.hidden + width * (7 * self.hidden + (4 if self.gated else 2) * self.intermediate)
+    def kept_bytes(self, patches: float, width: int, *, recomputes: bool) -> float:
+        """What of so many patches is kept for the backward pass, in numbers of `width` bytes."""
         if not self.tower_learns:
-            return patches * block  # one block after the other
-        return patches * (self.num_layers * self.hidden * width + 1.5 * block if recomputes else self.num_layers * block)
+            return 0.0
+        return patches * self.num_layers * (self.hidden * width if recomputes else self._block_bytes(width))
+
+    def passing_bytes(self, patches: float, width: int) -> float:
+        """What of so many patches a block holds while it computes, besides what is kept.
+
+        Not while the language model does: that comes after in the forward pass, and before in the backward pass.
+        """
+        return patches * self._block_bytes(width) * (1.5 if self.tower_learns else 1.0)
+
+    def _block_bytes(self, width: int) -> float:
+        return 8 * self.hidden + width * (7 * self.hidden + (4 if self.gated else 2) * self.intermediate)
 
     def flops_per_patch(self, *, recomputes: bool) -> float:
         """FLOPs of one patch in training."""

@@ -81,6 +81,8 @@ def _load_sharded(spec: JobSpec, ctx: RunContext) -> Trainee:
         base = load_base(spec, ctx.model_folder, ctx.device, at=torch.device("cpu"))
         packs = _packs(spec, base)
         source = make_trainable(base, spec, ctx.start)
+        # transformers keeps with what it reads how it renamed it, and undoes that where the whole model is saved.
+        empty.model._weight_conversions = getattr(base.model, "_weight_conversions", None)
     told = ctx.all_reduce_sum(torch.tensor([int(packs)], device=ctx.device))
     shard(empty.model, ctx, empty.family)
     deal_out(source, model, ctx)
@@ -107,8 +109,7 @@ def _packs(spec: JobSpec, base: BaseModel) -> bool:
             "known here: it would be trained on a wrong loss.",
             field="model_details.base_model",
         )
-    may = base.family is None or base.family.packs
-    return spec.dataset_config.preprocessing.packing and may and keeps_documents_apart(base.model)
+    return spec.dataset_config.preprocessing.packing and keeps_documents_apart(base.model)
 
 
 def make_trainable(base: BaseModel, spec: JobSpec, start: Path | None = None) -> Any:

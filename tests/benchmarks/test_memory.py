@@ -35,7 +35,9 @@ def test_the_planned_peak_is_within_15_percent_of_the_measured_one(
     assert planned == pytest.approx(measure(spec, str(mirror)), rel=0.15)
 
 
-def test_so_is_that_of_a_model_whose_vision_tower_learns(tmp_path, tokenizer, monkeypatch):
+@pytest.mark.parametrize("trains", ["lora", "full"])
+@pytest.mark.parametrize(("learns", "checkpointing"), [(False, True), (True, True), (True, False)])
+def test_so_is_that_of_a_model_that_sees(trains, learns, checkpointing, tmp_path, tokenizer, monkeypatch):
     """16 images a step, of 5 tiles and 80 patches each; a tower that is larger than the language model."""
     for sizes, changes in (
         (vision_models.TEXT, {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "head_dim": 64}),
@@ -50,8 +52,8 @@ def test_so_is_that_of_a_model_whose_vision_tower_learns(tmp_path, tokenizer, mo
     of_images = FIELDS | {
         "model_details.base_model": "tuneyard/vlm",
         "train_config.torch_dtype": "float32",
-        "train_config.freeze": {"vision": False, "aligner": False},
+        "train_config.freeze": {"vision": not learns, "aligner": not learns},
     }
-    spec = with_fields(job(tmp_path / "it.zip", None, False, 1024, 4, False), of_images)
+    spec = with_fields(job(tmp_path / "it.zip", None, checkpointing, 1024, 4, False, trains), of_images)
     planned = make_plan(JobSpec.model_validate(spec), ModelPlaces(str(tmp_path)), this_machine())["memory"]["total_bytes"]
     assert planned == pytest.approx(measure(spec, str(tmp_path)), rel=0.15)

@@ -303,14 +303,3 @@ def test_a_vlm_job_is_told_at_once_that_its_base_is_none(http, job, settings, tm
     assert said in refused[MODEL]["message"]
     assert {"idefics3", "qwen2_5_vl"} <= set(refused[MODEL]["allowed"])
     assert http.post("/job/", json=with_fields(job, {MODEL: "acme/model"})).status_code == 200
-
-
-def test_a_vlm_that_fsdp_cannot_shard_is_refused_at_submit(http, job, settings, tmp_path):
-    (tmp_path / "mirror/acme/model").mkdir(parents=True)
-    (tmp_path / "mirror/acme/model/config.json").write_text('{"model_type": "mllama", "vision_config": {}}')
-    settings.model_mirror = str(tmp_path / "mirror")
-    details = {MODEL: "acme/model", "model_details.model_type": "vlm", "dataset_details.dataset_type": "zip"}
-    kind = "train_config.distributed.type"
-    refused = fields(http.post("/job/", json=with_fields(job, details | {kind: "fsdp"})))
-    assert (list(refused), refused[kind]["allowed"]) == ([kind], ["ddp"])
-    assert http.post("/job/", json=with_fields(job, details)).status_code == 200

@@ -21,6 +21,8 @@ from tests.conftest import DOCUMENTED, ORG, TINY, rows, serving
 from tests.observed import DASHBOARDS, Prometheus, Spans, dashboard_queries, rules
 from tests.running import DATASETS, FINISH_S, Running, members
 from tests.serve_app.receivers import receiving, until
+from tests.train_loop.zips import FIELDS, picture, row, zipped
+from train_loop.model.mirror import TINY_VLM
 
 pytestmark = pytest.mark.service
 REPO = Path(__file__).parent.parent.parent
@@ -214,6 +216,31 @@ def test_a_plan_creates_nothing_and_refuses_what_would_fail(service):
         service.client.plan(job | {"dataset_details": job["dataset_details"] | {"dataset_path": "s3://no/x"}})
     assert caught.value.status == 422
     assert service.client.list_jobs(ORG) == before
+
+
+def test_a_job_on_images_of_a_private_bucket_is_planned_and_trained_and_asked_about_one(service, tmp_path):
+    shown = {f"{i}.png": picture(i, (40, 30)) for i in range(12)}
+    asked = [row(f"{i}.png", f"s3://{DATASETS}/outside.png") for i in range(12)]
+    service.s3().put_object(Bucket=DATASETS, Key="pictures.zip", Body=zipped([*asked, row("missing.png")], shown))
+    service.s3().put_object(Bucket=DATASETS, Key="outside.png", Body=shown["3.png"])
+    job = service.job(
+        "pictures",
+        FIELDS
+        | {
+            "dataset_details.dataset_path": f"s3://{DATASETS}/pictures.zip",
+            "model_details.base_model": TINY_VLM,
+            "infra_config.gpu_count": 2,
+            "train_config.hyperparameters.max_steps": 2,
+            REJECTS: 0.2,
+        },
+    )
+    told = "".join(segment["text"] for segment in service.client.plan(job)["samples"][0]["segments"])
+    assert told.count("[image 40x30, ") == 2
+    done = service.wait(service.client.submit(job)["request_id"])
+    assert (done["status"], done["step"]) == ("COMPLETED", 2), done["message"]
+    (tmp_path / "one.png").write_bytes(shown["0.png"])
+    words = ["--image", str(tmp_path / "one.png"), "--prompt", "What is it?", "--max-new-tokens", "4", "--json"]
+    assert json.loads(service.run("chat", done["request_id"], *words).stdout).keys() >= {"base", "tuned"}
 
 
 @pytest.fixture(scope="module")

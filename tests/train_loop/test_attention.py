@@ -88,10 +88,17 @@ def padded_left(mask):
     return mask
 
 
-@pytest.mark.parametrize("changed", [sliding, seen_first, padded_left])
-def test_any_other_mask_goes_to_the_kernel_as_it_is(changed):
+@pytest.mark.parametrize(
+    ("changed", "spans"),
+    [
+        (sliding, [(0, 150, False), (150, 210, False)]),
+        (seen_first, [(0, 150, False), (150, 210, True)]),
+        (padded_left, None),
+    ],
+)
+def test_other_masks_go_to_the_kernel_as_they_are_by_document_where_there_are_any(changed, spans):
     mask = changed(mask_of((150, 60)))
-    assert attention._found(mask[:, 0]) is None
+    assert attention._found(mask[:, 0]) == (spans and [spans])
     tensors, mine = attend(mask)
     theirs = whole(*tensors, mask)
     torch.testing.assert_close(mine[:, 30:], theirs[:, 30:])

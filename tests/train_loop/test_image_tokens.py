@@ -235,6 +235,15 @@ def test_a_size_that_the_processor_refuses_rejects_the_row(processors):
         chat_of(processors["qwen2_vl"]).encode({"messages": [user(IMAGE), said("Yes")]}, [(1, 500)])
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (400, 2), (1, 200), (200, 1), (3000, 20)])
+def test_the_smallest_and_the_longest_pictures_become_tokens(family, processors, size):
+    processor = processors[family]
+    sample = chat_of(processor).encode({"messages": [user(IMAGE), said("Yes")]}, [size])
+    assert sample.input_ids.tolist() == by_the_processor(processor, [user(IMAGE), said("Yes")], [size])
+    (tensors,) = ImageTokens(processor).inputs([Plain(*size)])
+    assert tensors["pixel_values"].isfinite().all()
+
+
 # --- truncation --------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from pyarrow.fs import LocalFileSystem
 from safetensors.torch import load_file
 
 from tests.conftest import DOCUMENTED, TINY, rows, with_fields, write_jsonl
@@ -11,8 +12,10 @@ from tests.train_loop.group import run_group
 from tests.train_loop.models import run
 from tests.train_loop.runs import Watcher, curve
 from tests.train_loop.test_adapters import batch_of, load, logits, plain_peft
+from train_loop.context import LocalContext
 from train_loop.errors import Stopped
 from train_loop.model.tokenizer import load_tokenizer
+from train_loop.parallel import sync_gradients
 from train_loop.spec import JobSpec
 
 HP = "train_config.hyperparameters"
@@ -238,6 +241,18 @@ def test_each_worker_draws_its_own_dropout(two, four, shape, workers):
     # Nothing drops in these runs, so after two steps each generator still is as it was seeded.
     generators = torch.load(two / shape / "checkpoints/step-00000002/random.pt")
     assert len({generator.numpy().tobytes() for generator in generators}) == workers
+
+
+def test_what_has_no_gradient_has_one_of_zero_on_one_worker_as_on_several(tmp_path):
+    """Such as a vision tower's in a step without images: Adam goes on moving it."""
+    moved = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([moved], lr=0.1)
+    ctx = LocalContext(tmp_path, LocalFileSystem(), str(tmp_path), tmp_path, Watcher())
+    for gradient in (torch.ones(3), None):
+        before, moved.grad = moved.detach().clone(), gradient
+        assert sync_gradients([moved], 0.5, ctx) == 0.5
+        optimizer.step()
+        assert not torch.equal(moved, before)
 
 
 @pytest.mark.parametrize("what", WHAT)

@@ -190,13 +190,20 @@ def test_memory_follows_what_it_depends_on(local_job, mirror):
 def test_a_gpu_s_head_holds_more_logits_at_a_time(local_job, mirror):
     spec = JobSpec.model_validate(local_job({"train_config.torch_dtype": "float32"}))
     shape = model_shape(spec, mirror / TINY)
-    tokens, per_logit = 1 << 20, 4 + 12
+    tokens, per_logit = 1 << 20, 8 + 4
     on_cpu, on_gpu = (
         memory_of_a_worker(spec, shape, tokens, Hardware(device, None, 1e14), evaluates=False)["logits_bytes"]
         for device in ("cpu", "cuda")
     )
     assert on_cpu == CHUNK_TOKENS * shape.vocab * per_logit
     assert on_cpu < on_gpu <= CHUNK_LOGITS * per_logit
+
+
+def test_what_is_not_learned_has_no_logits(local_job, mirror):
+    spec = JobSpec.model_validate(local_job({"train_config.torch_dtype": "float32"}))
+    shape, cpu = model_shape(spec, mirror / TINY), Hardware("cpu", None, 1e14)
+    memory = memory_of_a_worker(spec, shape, 1 << 20, cpu, evaluates=False, batch_supervised=100)
+    assert memory["logits_bytes"] == 100 * shape.vocab * 8  # and what they become
 
 
 def test_a_dataset_without_a_usable_row_has_no_plan(local_job, mirror, tmp_path):

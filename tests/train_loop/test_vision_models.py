@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.conftest import TINY
 from tests.train_loop.group import on_workers
-from tests.train_loop.vision_models import FAMILIES, NOT_PACKED, make
+from tests.train_loop.vision_models import FAMILIES, make
 from train_loop import export, weights
 from train_loop.chat import Comparison
 from train_loop.data.image_tokens import ImageTokens
@@ -22,7 +22,7 @@ from train_loop.data.images import admit
 from train_loop.data.packing import collate
 from train_loop.data.tokenize import IGNORE_INDEX, Sample
 from train_loop.errors import ModelError
-from train_loop.loss import supervised_loss
+from train_loop.loss import _hidden, supervised_loss
 from train_loop.metrics import MetricLog
 from train_loop.model import attention, load
 from train_loop.model.adapters import add_adapter, parameter_groups, trainable
@@ -131,18 +131,20 @@ def pictures(processor, rows=ROWS, seed=0):
     return [[{k: v for k, v in one.items() if isinstance(v, torch.Tensor)} for one in row] for row in made]
 
 
+def documents(batch):
+    """(row, start, end) of each, padding included."""
+    for row, positions in enumerate(batch.position_ids):
+        edges = [*(positions == 0).nonzero()[:, 0].tolist(), len(positions)]
+        yield from ((row, start, end) for start, end in itertools.pairwise(edges))
+
+
 def laid_out(family, samples, pictures, packing):
     """Samples with their pictures as one micro-batch."""
     batch = collate(samples, max_length=256, packing=packing, pad_id=2)
-    by_first = {tuple(s.input_ids.tolist()): p for s, p in zip(samples, pictures, strict=True)}
+    by_ids = {tuple(s.input_ids.tolist()): p for s, p in zip(samples, pictures, strict=True)}
     in_order = []
-    for ids, positions in zip(batch.input_ids, batch.position_ids, strict=True):
-        edges = [*(positions == 0).nonzero()[:, 0].tolist(), len(ids)]
-        for start, end in itertools.pairwise(edges):
-            document = ids[start:end].tolist()
-            # Padded, the padding is of one document with it no longer than the row.
-            found = next((k for k in by_first if tuple(document) == k), None)
-            in_order += by_first[found] if found else []
+    for row, start, end in documents(batch):
+        in_order += by_ids.get(tuple(batch.input_ids[row, start:end].tolist()), [])  # none at padding
     vision = family.collate(in_order, batch.input_ids, batch.position_ids)
     return dataclasses.replace(batch, vision=vision)
 
@@ -174,27 +176,48 @@ def micro_batch(base, processor, rows=ROWS, seed=0, packing=False):
 def test_the_loss_is_that_of_transformers_padded_packed_and_one_by_one(name, folders, spec_of):
     _, base, processor = seeing(name, folders, spec_of)
     model = base.model.eval()
-    expected = their_loss(model, processor)
-    padded, others = (float(supervised_loss(model, micro_batch(base, processor, seed=seed))) for seed in (0, 7))
-    assert padded == pytest.approx(expected, rel=1e-5)
-    assert others != pytest.approx(expected, rel=1e-4), "of other images"
-    for row in ROWS:
+    of_each = [their_loss(model, processor, [row]) for row in ROWS]
+    for row, expected in zip(ROWS, of_each, strict=True):
         alone = float(supervised_loss(model, micro_batch(base, processor, [row])))
-        assert alone == pytest.approx(their_loss(model, processor, [row]), rel=1e-5)
-        expected -= alone
-    # In transformers, what comes before the first image in a row of Llama's looks at those of longer rows.
-    assert abs(expected) < 1e-5 * padded or name == "mllama"
-    assert base.family.packs is (name not in NOT_PACKED)
-    if base.family.packs:
-        packed = micro_batch(base, processor, packing=True)
-        assert len(packed.input_ids) < len(ROWS)
-        assert float(supervised_loss(model, packed)) == pytest.approx(padded, rel=1e-5)
+        assert alone == pytest.approx(expected, rel=1e-5)
+    padded, others = (float(supervised_loss(model, micro_batch(base, processor, seed=seed))) for seed in (0, 7))
+    assert padded == pytest.approx(sum(of_each), rel=1e-5)
+    assert others != pytest.approx(padded, rel=1e-4), "of other images"
+    packed = micro_batch(base, processor, packing=True)
+    assert len(packed.input_ids) < len(ROWS)
+    assert float(supervised_loss(model, packed)) == pytest.approx(padded, rel=1e-5)
+    # In transformers' own batch, what comes before the first image in a row of Llama's looks at the images of longer rows.
+    assert (their_loss(model, processor) == pytest.approx(padded, rel=1e-5)) is (name != "mllama")
 
 
-PACKED = [name for name in FAMILIES if name not in NOT_PACKED]
+def hidden_of(base, batch):
+    return _hidden(base.model, batch.input_ids, batch.position_ids, batch.attention_mask, batch.vision)
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_another_document_beside_it_moves_nothing_in_one(name, packing, folders, spec_of):
+    """Whatever it says and shows."""
+    _, base, processor = seeing(name, folders, spec_of)
+    base.model.eval()
+    of_each, shown, others = samples(processor, base.model.config), pictures(processor), pictures(processor, seed=7)
+    batch = laid_out(base.family, of_each, shown, packing)
+    before = hidden_of(base, batch)
+    for i, sample in enumerate(of_each):
+        ids = sample.input_ids.copy()
+        ids[-1] += 1
+        changed = dataclasses.replace(sample, input_ids=ids)
+        its = laid_out(base.family, [*of_each[:i], changed, *of_each[i + 1 :]], [*shown[:i], others[i], *shown[i + 1 :]], packing)
+        moved = (hidden_of(base, its) - before).abs().amax(-1) > 1e-4
+        told = [(row, start, end) for row, start, end in documents(its) if ids.tolist() == its.input_ids[row, start:end].tolist()]
+        [(row, start, end)] = told
+        assert moved[row, start:end].sum() > (1 if shown[i] else 0)
+        moved[row, start:end] = False
+        assert not moved.any()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_each_document_of_a_pack_attends_to_itself_alone_without_a_mask(name, folders, spec_of, monkeypatch):
     from transformers.integrations import sdpa_attention
@@ -202,17 +225,25 @@ def test_each_document_of_a_pack_attends_to_itself_alone_without_a_mask(name, fo
     _, base, processor = seeing(name, folders, spec_of)
     batch = micro_batch(base, processor, packing=True)
     calls, real = [], sdpa_attention.sdpa_attention_forward
+
+    def watched(module, query, key, value, mask, **told):
+        if query.shape[2] == key.shape[2]:  # not what looks at images
+            calls.append((query.shape[2], mask is None))
+        return real(module, query, key, value, mask, **told)
+
     monkeypatch.setattr(attention, "FEW_TOKENS", 0)
-    monkeypatch.setattr(
-        sdpa_attention,
-        "sdpa_attention_forward",
-        lambda m, q, k, v, mask, **kw: calls.append((q.shape[2], mask is None)) or real(m, q, k, v, mask, **kw),
-    )
+    monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", watched)
     packed = float(supervised_loss(base.model.eval(), batch))
-    ends = ((positions == 0).nonzero()[1:, 0].tolist() for positions in batch.position_ids)  # padding counts as one
-    lengths = [b - a for row in ends for a, b in itertools.pairwise([0, *row, batch.input_ids.shape[1]])]
-    assert {len(sample.input_ids) for sample in samples(processor, base.model.config)} <= set(lengths)
-    assert calls == [(n, True) for n in lengths] * base.model.config.get_text_config().num_hidden_layers
+    spans = [(end - start, batch.input_ids[row, start:end]) for row, start, end in documents(batch)]
+    assert {len(sample.input_ids) for sample in samples(processor, base.model.config)} <= {length for length, _ in spans}
+    text = base.model.config.get_text_config()
+    if name == "gemma3":  # whose images see what comes after them, and whose first layer a window
+        of_image = [bool((ids == base.model.config.image_token_id).any()) for _, ids in spans]
+        near = [(n, n <= text.sliding_window and not sees) for (n, _), sees in zip(spans, of_image, strict=True)]
+        assert calls == near + [(n, not sees) for (n, _), sees in zip(spans, of_image, strict=True)]
+    else:
+        layers = text.num_hidden_layers - len(getattr(text, "cross_attention_layers", ()))
+        assert calls == [(n, True) for n, _ in spans] * layers
     monkeypatch.undo()
     assert packed == pytest.approx(float(supervised_loss(base.model, micro_batch(base, processor))), rel=1e-5)
 
@@ -222,7 +253,7 @@ def test_each_document_of_a_pack_attends_to_itself_alone_without_a_mask(name, fo
 def test_on_a_gpu_documents_are_told_apart_by_their_edges(name, folders, spec_of, monkeypatch):
     """On the CPU, where the flash kernel isn't: all but the kernel is what a GPU runs."""
     _, base, processor = seeing(name, folders, spec_of)
-    batch = micro_batch(base, processor, packing=base.family.packs)
+    batch = micro_batch(base, processor, packing=True)
     expected = float(supervised_loss(base.model.eval(), batch))
     reader, told, dense = base.model.get_decoder(), [], attention._dense
     reader.set_attn_implementation("sdpa")
@@ -408,12 +439,13 @@ def test_a_question_about_a_picture_is_answered_by_what_is_in_it(name, folders):
     assert not torch.equal(first, second)
 
 
-def test_workers_that_share_a_model_sum_the_gradients_of_those_that_see(folders, spec_of, tmp_path):
+@pytest.mark.parametrize("name", ["qwen3_vl", "mllama"])
+def test_workers_that_share_a_model_sum_the_gradients_of_those_that_see(name, folders, spec_of, tmp_path):
     """One of them has no image, and neither the other's hang nor its own zeros show."""
     changes = {"train_config.distributed.type": "fsdp", "infra_config": {"gpu_type": "cpu", "gpu_count": 2}}
     changes |= {"train_config.train_type": "full"} | freezing(False, False)
-    job = spec_of("qwen3_vl", **changes).model_dump(mode="json")
-    on_workers("tests.train_loop.test_vision_models:compare", tmp_path, 2, folders("qwen3_vl"), job)
+    job = spec_of(name, **changes).model_dump(mode="json")
+    on_workers("tests.train_loop.test_vision_models:compare", tmp_path, 2, folders(name), job)
 
 
 def compare(ctx, job):

@@ -27,13 +27,20 @@ from tests.train_loop.zips import FIELDS, picture, row, zipped
 from train_loop.errors import Stopped
 
 LEARNS = {"train_config.freeze": {"vision": False, "aligner": False}}
-# Whose image takes positions of its own, and one that cuts it into tiles; what a job has, and how two workers share it.
+TOWER = {"train_config.freeze": {"vision": False, "aligner": True}}
+# Whose image takes positions of its own, one that cuts it into tiles, one whose image's tokens see each other, and one that looks
+# at images in layers of their own; what a job has, and how two workers share it.
 CASES = {
     ("qwen3_vl", "ddp"): (LEARNS, {}),
     ("qwen3_vl", "fsdp nf4"): (LEARNS | NF4, FSDP),
     ("qwen3_vl", "fsdp full"): (LEARNS | FULL, FSDP),
     ("idefics3", "fsdp frozen"): ({}, FSDP),
+    ("gemma3", "ddp"): (TOWER, {}),
+    ("mllama", "ddp"): (LEARNS, {}),
+    ("mllama", "fsdp full"): (LEARNS | FULL, FSDP),
 }
+ALL_WAYS = ("qwen3_vl", "mllama")
+DDP = [(family, changes) for (family, how), (changes, _) in CASES.items() if how == "ddp"]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +75,7 @@ def alone_in(folder, name, its, monitor=None):
 def alone(folder):
     """Runs in this process."""
     made = {f"{family} {how} of one": job(folder, family, changes) for (family, how), (changes, _) in CASES.items()}
-    made["flat"] = job(folder, "qwen3_vl", LEARNS | FLAT, accumulation=2)
+    made |= {f"{family} flat": job(folder, family, changes | FLAT, accumulation=2) for family, changes in DDP}
     made["best"] = job(folder, "qwen3_vl", LEARNS | BEST["lora"])
     for name, its in made.items():
         alone_in(folder, name, its)
@@ -81,10 +88,12 @@ def two(folder):
     runs = [
         (family, f"{family} {how} of two", job(folder, family, c | s, workers=2), None) for (family, how), (c, s) in CASES.items()
     ]
-    full, its = (job(folder, "qwen3_vl", LEARNS | changes, workers=2) for changes in (FULL | FSDP, {}))
-    with pytest.raises(Stopped):
-        alone_in(folder, "more", its, Watcher(stop_at=1))
-    runs += [("qwen3_vl", *what) for what in (("cut", full, 2), ("cut", full, None), ("fewer", its, 1), ("more", its, None))]
+    for family in ALL_WAYS:
+        full, its = (job(folder, family, LEARNS | changes, workers=2) for changes in (FULL | FSDP, {}))
+        with pytest.raises(Stopped):
+            alone_in(folder, f"{family} more", its, Watcher(stop_at=1))
+        runs += [(family, f"{family} cut", full, 2), (family, f"{family} cut", full, None)]
+        runs += [(family, f"{family} fewer", its, 1), (family, f"{family} more", its, None)]
     for family, name, _, _ in runs:
         if not (folder / name / "data").exists():
             shutil.copytree(folder / f"{family} prepared/data", folder / name / "data")
@@ -97,9 +106,10 @@ def run_all(ctx, runs):
         group.run_all(dataclasses.replace(ctx, model_folder=ctx.model_folder / family), [what])
 
 
-def test_neither_accumulation_nor_packing_changes_a_step(alone):
-    close(alone / "flat", alone / "qwen3_vl ddp of one")
-    same_gradients(alone / "flat", alone / "qwen3_vl ddp of one")
+@pytest.mark.parametrize("family", [family for family, _ in DDP])
+def test_neither_accumulation_nor_packing_changes_a_step(alone, family):
+    close(alone / f"{family} flat", alone / f"{family} ddp of one")
+    same_gradients(alone / f"{family} flat", alone / f"{family} ddp of one")
 
 
 @pytest.mark.parametrize(("family", "how"), CASES)
@@ -112,16 +122,18 @@ def test_two_workers_take_the_steps_of_one(alone, two, family, how):
         torch.testing.assert_close(handed_out[name], tensor, rtol=1e-2, atol=1e-3)
 
 
-def test_workers_that_were_stopped_end_with_the_same_bytes(two):
-    whole, cut = two / "qwen3_vl fsdp full of two", two / "cut"
+@pytest.mark.parametrize("family", ALL_WAYS)
+def test_workers_that_were_stopped_end_with_the_same_bytes(two, family):
+    whole, cut = two / f"{family} fsdp full of two", two / f"{family} cut"
     assert curve(cut) == curve(whole)
     assert weights_file(cut).read_bytes() == weights_file(whole).read_bytes()
 
 
-def test_a_run_goes_on_with_fewer_workers_or_more(alone, two):
-    alone_in(two, "fewer", job(two, "qwen3_vl", LEARNS, workers=2))
-    close(two / "fewer", alone / "qwen3_vl ddp of one")
-    close(two / "more", alone / "qwen3_vl ddp of one")
+@pytest.mark.parametrize("family", ALL_WAYS)
+def test_a_run_goes_on_with_fewer_workers_or_more(alone, two, family):
+    alone_in(two, f"{family} fewer", job(two, family, LEARNS, workers=2))
+    close(two / f"{family} fewer", alone / f"{family} ddp of one")
+    close(two / f"{family} more", alone / f"{family} ddp of one")
 
 
 def test_a_run_that_stops_early_hands_out_the_weights_of_its_best_evaluation(alone):

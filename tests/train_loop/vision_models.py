@@ -49,7 +49,6 @@ QWEN_TOKENS = {
 }
 CHATML = "<|im_end|>"
 FAMILIES = ("idefics3", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3", "llava", "mllama")
-NOT_PACKED = ("gemma3", "mllama")
 
 
 def make(family: str, folder: Path, tokenizer: Any) -> None:
@@ -190,8 +189,9 @@ def _gemma3(folder: Path, source: Any) -> None:
         size={"height": 32, "width": 32}, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5]
     )
     _describe("Gemma3Processor", folder, images, tokenizer, image_seq_length=4)
+    layers = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
     config = transformers.Gemma3Config(
-        text_config=_text(tokenizer, "gemma3_text", sliding_window=24, query_pre_attn_scalar=8, tie_word_embeddings=True),
+        text_config=_text(tokenizer, "gemma3_text", **layers, query_pre_attn_scalar=8, tie_word_embeddings=True),
         vision_config=TOWER | {"model_type": "siglip_vision_model", "image_size": 32, "patch_size": 8},
         mm_tokens_per_image=4,
         **_ids(tokenizer, image_token_id="<image_soft_token>", boi_token_id="<start_of_image>", eoi_token_id="<end_of_image>"),

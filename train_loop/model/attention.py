@@ -11,13 +11,14 @@ import itertools
 from typing import Any
 
 import torch
+from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 NAME = "by_document"  # what transformers finds it by
 NAME_VARLEN = "by_document_varlen"  # not "flash": it would be looked for on the hub
 WIDEST = 256  # heads that the flash kernel takes
 FEW_TOKENS = 128  # documents so short together share a call: it costs more than what it saves
 
-Span = tuple[int, int, bool]  # of positions [start, end); whether they are one document
+Span = tuple[int, int, bool]  # of positions [start, end); whether they are one document, whose tokens see all before them
 
 
 def attend_by_document(model: Any, device: torch.device) -> None:
@@ -56,9 +57,9 @@ def _attention(
     outputs = []
     for r, spans in enumerate(rows):
         parts = []
-        for start, end, is_one in spans:
+        for start, end, is_whole in spans:
             part = (slice(r, r + 1), slice(None), slice(start, end))
-            mask = None if is_one else masks[(*part, slice(start, end))]
+            mask = None if is_whole else masks[(*part, slice(start, end))]
             said = kwargs | {"is_causal": True}
             parts.append(attention(module, query[part], key[part], value[part], mask, **said)[0])
         padding = query.shape[2] - spans[-1][1]
@@ -68,8 +69,8 @@ def _attention(
 
 
 def _spans(mask: torch.Tensor, num_rows: int) -> list[list[Span]] | None:
-    """What mask[rows or 1, 1, seq, seq] lets see what, by rows; None where that is more than documents one after another, with
-    padding at the end. All layers are given the same tensor: what is found is kept with it."""
+    """What mask[rows or 1, 1, seq, seq] lets see what, by rows; None where that isn't documents one after another, with padding
+    at the end. All layers are given the same tensor: what is found is kept with it."""
     if not hasattr(mask, "spans"):
         mask.spans = _found(mask[:, 0]) if mask.dtype == torch.bool and mask.shape[1] == 1 else None  # type: ignore[attr-defined]
     found: list[list[Span]] | None = mask.spans  # type: ignore[attr-defined]
@@ -80,23 +81,29 @@ def _found(mask: torch.Tensor) -> list[list[Span]] | None:
     seq = mask.shape[-1]
     at = torch.arange(seq)
     real = mask.diagonal(dim1=1, dim2=2)  # [rows, seq]: padding doesn't see itself
-    first = mask.int().argmax(-1)  # the first position that each sees
-    starts = (first == at) & real
-    # Each sees all from its document's first position to itself, and the real ones come first.
-    begun = torch.where(starts, at, 0).cummax(-1).values
-    if not ((first == begun) & (mask.sum(-1) == at - first + 1))[real].all() or (real[:, 1:] & ~real[:, :-1]).any():
+    if (real[:, 1:] & ~real[:, :-1]).any():
         return None
-    return [_shared([*s.nonzero()[:, 0].tolist(), int(n)]) for s, n in zip(starts, real.sum(-1), strict=True)]
+    first = torch.where(real, mask.byte().argmax(-1), at)  # the first position that each sees, and the last
+    last = torch.where(real, seq - 1 - mask.byte().flip(-1).argmax(-1), at)
+    # A document starts where nothing from there on sees what is before, and nothing before sees what comes.
+    back = first.flip(-1).cummin(-1).values.flip(-1)
+    ahead = F.pad(last.cummax(-1).values[:, :-1], (1, 0), value=-1)
+    starts = real & (back == at) & (ahead < at)
+    begun = torch.where(starts, at, 0).cummax(-1).values
+    is_plain = (last == at) & (mask.sum(-1) == at - begun + 1)
+    return [
+        _shared([*s.nonzero()[:, 0].tolist(), int(n)], plain) for s, n, plain in zip(starts, real.sum(-1), is_plain, strict=True)
+    ]
 
 
-def _shared(edges: list[int]) -> list[Span]:
+def _shared(edges: list[int], is_plain: torch.Tensor) -> list[Span]:
     """Spans between the edges, of several documents where they are short."""
     spans: list[Span] = []
     for start, end in itertools.pairwise(edges):
         if spans and end - spans[-1][0] <= FEW_TOKENS:
             spans[-1] = (spans[-1][0], end, False)
         else:
-            spans.append((start, end, True))
+            spans.append((start, end, bool(is_plain[start:end].all())))
     return spans
 
 

@@ -235,9 +235,10 @@ def load_base(spec: JobSpec, folder: Path, device: torch.device, at: torch.devic
     attend_by_document(model, device)
     if device.type == "cuda":
         fuse_norms(model)
-    if (
-        family is not None and not family.mixes
-    ):  # its images come in the dtype of its first weight, and trained embeddings in float32
+    if family is not None:
+        family.prepare(model)
+    if family is not None and not family.mixes:
+        # Its images come in the dtype of its first weight, and trained embeddings in float32.
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(model.dtype))
     for module in quantised_layers(model):
         # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit layer the first time it runs in eval mode, and the repacked
