@@ -83,7 +83,7 @@ image:
 	DOCKER_BUILDKIT=1 $$(command -v docker || command -v buildah) build --file deploy/image/Dockerfile --target $(TARGET) \
 		--build-arg REVISION=$$(git rev-parse HEAD) --tag tuneyard:$(TARGET) $(BUILD_FLAGS) .
 
-$(TOOLS)/installed: deploy/supply/tools.lock
+$(TOOLS)/installed: deploy/supply/tools.lock | $(VENV)/installed
 	test -x $(TOOLS)/bin/python || $(BIN)/python -m venv $(TOOLS)
 	$(TOOLS)/bin/pip install --quiet --no-deps -r deploy/supply/tools.lock
 	touch $@
