@@ -438,13 +438,13 @@ def test_a_ray_job_is_listed_stopped_with_a_checkpoint_and_gone_on_with_and_its_
         service.client.resume(request_id, ORG)
     assert caught.value.status == 409
 
-    changes[f"{hp}.max_steps"] = canceled["step"] + 20
+    changes[f"{hp}.max_steps"] = canceled["step"] + 3
     out, _ = submitted("third").communicate(timeout=FINISH_S)
     assert f"resumed from the checkpoint of step {canceled['step']}" in out
     assert '"status": "COMPLETED"' in out
     assert "succeeded" in asked("status", "third")
     done = service.wait(request_id)
-    assert (done["status"], done["attempt"], done["step"]) == ("COMPLETED", 3, canceled["step"] + 20)
+    assert (done["status"], done["attempt"], done["step"]) == ("COMPLETED", 3, canceled["step"] + 3)
     assert done["output_model_path"] in out
     query = {"org": ORG, "request_id": request_id}
     assert service.client.metrics(**query)["points"][-1]["step"] == done["step"]
