@@ -65,13 +65,17 @@ def beside(errors: Sequence[dict[str, Any]], more: Iterable[dict[str, Any]]) -> 
 def unknown(name: str, known: Iterable[str], homes: Mapping[str, Sequence[str]] = MappingProxyType({})) -> str:
     """The message for a name that isn't `known` here: where it belongs, by `homes`, or the nearest one that is known."""
     elsewhere, known = " or ".join(homes.get(name, ())), list(known)
-    near = difflib.get_close_matches(name, known, n=1) or sorted(filter(partial(_is_short_for, name), known), key=len)
+    near = difflib.get_close_matches(name, known, n=1) or sorted(filter(partial(_is_short_for, name), known), key=_num_words)
     if elsewhere and (len(homes[name]) == 1 or not near):
         return f"unknown field here: it belongs in {elsewhere}"
     if near:
         return f"unknown field, did you mean {near[0]}?"
     there_are = f"; there are {', '.join(known)}" if len(known) <= SHOWN_NAMES else "; /docs lists those that there are"
     return f"unknown field{there_are if known else ''}"
+
+
+def _num_words(name: str) -> int:
+    return name.count("_") + 1
 
 
 def _is_short_for(name: str, whole: str) -> bool:

@@ -20,7 +20,7 @@ from serve_app.errors import ApiError
 from serve_app.lifecycle import FINAL
 from serve_app.routes import examples
 from serve_app.routes.answers import Artifacts, Events, Logs, Points, documented, reply
-from serve_app.routes.service import MAX_ID, Asking, Here, Service, find_job
+from serve_app.routes.service import MAX_ID, MAX_STEP, Asking, Here, Service, find_job
 from serve_app.storage import artifacts
 from serve_app.store.jobs import Job
 from serve_app.store.tables import wire_time
@@ -49,7 +49,7 @@ def readable_job_by_path(asking: Asking, here: Here, request_id: str) -> Job:
 ByQuery = Annotated[Job, Depends(readable_job)]
 ByPath = Annotated[Job, Depends(readable_job_by_path)]
 After = Annotated[int, Query(ge=0, le=MAX_ID, description="Only what has a larger id.")]
-AfterStep = Annotated[int, Query(ge=-1, le=MAX_ID, description="Only points of later steps; 0 is before training.")]
+AfterStep = Annotated[int, Query(ge=-1, le=MAX_STEP, description="Only points of later steps; 0 is before training.")]
 Rank = Annotated[int | None, Query(ge=0, le=100_000, description="Only this worker's lines.")]
 Tail = Annotated[int | None, Query(ge=1, le=MAX_PAGE, description="The last lines, in order; default 1000.")]
 LastEventId = Annotated[str | None, Header(description="Where a broken stream goes on (sent by EventSource itself).")]

@@ -165,6 +165,7 @@ def json_body(
 FRESH_S = 2.0
 PAUSED = "The operator has paused the service: nothing starts until it goes on."
 MAX_ID = 2**63 - 1  # the databases' largest integer
+MAX_STEP = 2**31 - 1  # the largest of their columns for steps
 UUID_SCHEMA = {"type": "string", "format": "uuid"}
 
 

@@ -727,6 +727,8 @@ def test_metrics_and_logs_of_a_job(http, store, job):
     assert steps("/job/metrics", **query, after_step=1) == [2]
     store.report(request_id, 1, Notes(points=[{"step": 2, "loss": 0.9}]))
     assert http.get("/job/metrics/", params=query | {"after_step": 1}).json()["points"] == [{"step": 2, "loss": 0.9}]
+    assert steps("/job/metrics", **query, after_step=2**31 - 1) == []
+    assert http.get("/job/metrics/", params=query | {"after_step": 2**31}).status_code == 422
 
     def lines(**more):
         return [entry["line"] for entry in http.get("/job/logs/", params=query | more).json()["logs"]]

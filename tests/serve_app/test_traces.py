@@ -11,6 +11,7 @@ from serve_app.app import build_app
 from serve_app.auth import mint_token
 from serve_app.dispatcher import Passes
 from serve_app.lifecycle import Status
+from serve_app.scheduler import Shares
 from serve_app.traces import AttemptTrace
 from tests.conftest import DOCUMENTED, ORG, Idle, with_fields
 from tests.observed import Spans
@@ -50,9 +51,8 @@ def test_all_that_happens_to_a_job_is_one_trace_whose_id_is_its_own(spans, setti
     request_id = answer.json()["request_id"]
     world = World()
     world.now = store.get(request_id).created_at
-    Passes(settings.model_copy(update={"max_running_jobs": 0}), store, SimCluster(world), world.clock)._start(
-        store.get(request_id), 1
-    )
+    passes = Passes(settings.model_copy(update={"max_running_jobs": 0}), store, SimCluster(world), world.clock)
+    passes._start(store.get(request_id), 1, Shares())
     attempt = AttemptTrace(store.get(request_id))
     attempt.phase("preparing_data")
     attempt.phase("training")

@@ -5,9 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import TINY
 from tests.train_loop.runs import HP, curve
-from tests.train_loop.test_parallel import STEPS, folder, launch, weights
+from tests.train_loop.test_parallel import SMALL, STEPS, bases, folder, launch, weights
 from tests.train_loop.test_parallel import job as plain_job
 from train_loop.data.packing import IGNORE_INDEX
 from train_loop.data.sampler import BatchPlan
@@ -17,26 +16,26 @@ from train_loop.model.tokenizer import load_tokenizer
 from train_loop.optim import learning_rate
 from train_loop.spec import JobSpec
 
-__all__ = ["folder"]
+__all__ = ["bases", "folder"]
 
 
 @pytest.fixture(scope="module")
-def ours(folder, mirror):
+def ours(folder, bases):
     """Our run; and its samples in the order of its steps."""
     job = plain_job(folder, {f"{HP}.max_grad_norm": 1.0, f"{HP}.save_steps": 100})
-    launch(folder, mirror, "ours", job)
+    launch(folder, bases, "ours", job)
     spec = JobSpec.model_validate(job)
     prepared = PreparedDataset.from_json((folder / "ours/data/index.json").read_text())
     shards = ShardSet(prepared, folder / "ours/data")
-    chat = ChatTokenizer.of(spec, load_tokenizer(mirror / TINY))
+    chat = ChatTokenizer.of(spec, load_tokenizer(bases / SMALL))
     ids = shards.ids("train")
     plan = BatchPlan(len(ids), 8, 1, 1, 1, STEPS, spec.train_config.hyperparameters.seed)
     batches = [[chat.encode(shards.conversation(int(ids[i]))) for i in plan.global_batch(step)] for step in range(1, STEPS + 1)]
     return folder / "ours", spec, batches
 
 
-def model_with_adapter(mirror, spec):
-    base = AutoModelForCausalLM.from_pretrained(mirror / TINY, dtype=torch.float32)
+def model_with_adapter(bases, spec):
+    base = AutoModelForCausalLM.from_pretrained(bases / SMALL, dtype=torch.float32)
     torch.manual_seed(spec.train_config.hyperparameters.seed)
     config = LoraConfig(r=4, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(base, config)
@@ -50,10 +49,10 @@ def same(folder, theirs, model):
         torch.testing.assert_close(state[name].detach(), tensor, rtol=1e-2, atol=2e-3)
 
 
-def test_plain_transformers_and_peft_take_the_same_steps(ours, mirror):
+def test_plain_transformers_and_peft_take_the_same_steps(ours, bases):
     folder, spec, batches = ours
     hp = spec.train_config.hyperparameters
-    model = model_with_adapter(mirror, spec).train()
+    model = model_with_adapter(bases, spec).train()
     learns = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learns, weight_decay=0.0)
     losses = []
@@ -75,7 +74,7 @@ def test_plain_transformers_and_peft_take_the_same_steps(ours, mirror):
     same(folder, losses, model)
 
 
-def test_trl_takes_the_same_steps(ours, mirror, tmp_path):
+def test_trl_takes_the_same_steps(ours, bases, tmp_path):
     """One process and no accumulation: then TRL's loss of a step, too, is the mean over the supervised tokens of its batch."""
     from datasets import Dataset
     from torch.utils.data import DataLoader
@@ -89,7 +88,7 @@ def test_trl_takes_the_same_steps(ours, mirror, tmp_path):
         def get_train_dataloader(self):
             return DataLoader(as_lists, batch_size=None, collate_fn=self.data_collator)  # an epoch's last batch is smaller
 
-    model = model_with_adapter(mirror, spec)
+    model = model_with_adapter(bases, spec)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1.0, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: learning_rate(hp, done + 1, STEPS))
     arguments = SFTConfig(
@@ -112,7 +111,7 @@ def test_trl_takes_the_same_steps(ours, mirror, tmp_path):
         model,
         arguments,
         train_dataset=Dataset.from_list([row for batch in as_lists for row in batch]),
-        processing_class=load_tokenizer(mirror / TINY),
+        processing_class=load_tokenizer(bases / SMALL),
         optimizers=(optimizer, schedule),
     )
     trainer.train()

@@ -5,10 +5,10 @@ import math
 import pytest
 
 from tests.train_loop.runs import HP, curve
-from tests.train_loop.test_parallel import folder, launch
+from tests.train_loop.test_parallel import bases, folder, launch
 from tests.train_loop.test_parallel import job as plain_job
 
-__all__ = ["folder"]
+__all__ = ["bases", "folder"]
 LORA = "train_config.adapter_config"
 CHANGES = {
     "learning_rate": {f"{HP}.learning_rate": 0.02},
@@ -47,27 +47,27 @@ def adapter(folder):
 
 
 @pytest.fixture(scope="module")
-def plain(folder, mirror):
-    launch(folder, mirror, "plain", short(folder, {}))
+def plain(folder, bases):
+    launch(folder, bases, "plain", short(folder, {}))
     return folder / "plain"
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_it_changes_the_run(folder, mirror, plain, name):
-    launch(folder, mirror, name, short(folder, CHANGES[name]))
+def test_it_changes_the_run(folder, bases, plain, name):
+    launch(folder, bases, name, short(folder, CHANGES[name]))
     assert adapter(folder / name) != adapter(plain)
 
 
-def test_the_same_again_changes_nothing(folder, mirror, plain):
-    launch(folder, mirror, "again", short(folder, {}))
+def test_the_same_again_changes_nothing(folder, bases, plain):
+    launch(folder, bases, "again", short(folder, {}))
     assert adapter(folder / "again") == adapter(plain)
     assert curve(folder / "again") == curve(plain)
 
 
-def test_epochs_may_be_fractions_and_lines_evaluations_and_checkpoints_come_when_they_are_due(folder, mirror):
+def test_epochs_may_be_fractions_and_lines_evaluations_and_checkpoints_come_when_they_are_due(folder, bases):
     due = {f"{HP}.logging_steps": 3, f"{HP}.eval_steps": 5, f"{HP}.save_steps": 2, f"{HP}.save_total_limit": 3}
     job = plain_job(folder, due | {f"{HP}.max_steps": None, f"{HP}.num_epochs": 1.4})
-    manifest = launch(folder, mirror, "due", job)
+    manifest = launch(folder, bases, "due", job)
     points = curve(folder / "due")
     an_epoch = -(-manifest["dataset"]["split"]["train"] // 8)
     last = math.ceil(1.4 * an_epoch)
