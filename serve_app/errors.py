@@ -11,7 +11,7 @@ import typing
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from http import HTTPStatus
 from types import MappingProxyType
 from typing import Any
@@ -65,17 +65,22 @@ def beside(errors: Sequence[dict[str, Any]], more: Iterable[dict[str, Any]]) -> 
 def unknown(name: str, known: Iterable[str], homes: Mapping[str, Sequence[str]] = MappingProxyType({})) -> str:
     """The message for a name that isn't `known` here: where it belongs, by `homes`, or the nearest one that is known."""
     elsewhere, known = " or ".join(homes.get(name, ())), list(known)
-    near = difflib.get_close_matches(name, known, n=1) or sorted(filter(partial(_is_short_for, name), known), key=_num_words)
+    near = difflib.get_close_matches(name, known, n=1) or _shortened_by(name, known)
     if elsewhere and (len(homes[name]) == 1 or not near):
         return f"unknown field here: it belongs in {elsewhere}"
     if near:
-        return f"unknown field, did you mean {near[0]}?"
+        return f"unknown field, did you mean {' or '.join(near)}?"
     there_are = f"; there are {', '.join(known)}" if len(known) <= SHOWN_NAMES else "; /docs lists those that there are"
     return f"unknown field{there_are if known else ''}"
 
 
-def _num_words(name: str) -> int:
-    return name.count("_") + 1
+def _shortened_by(name: str, known: Iterable[str]) -> list[str]:
+    """Those that `name` may be short for: of them the ones with the fewest words."""
+    found = defaultdict[int, list[str]](list)
+    for whole in known:
+        if _is_short_for(name, whole):
+            found[whole.count("_")].append(whole)
+    return found[min(found)] if found else []
 
 
 def _is_short_for(name: str, whole: str) -> bool:

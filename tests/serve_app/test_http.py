@@ -310,7 +310,7 @@ CORRECTED = {  # what is asked, where the error is, what it says
     "a part of a name": (
         {f"{HP}.batch_size": 8},
         f"{HP}.batch_size",
-        "unknown field, did you mean per_device_train_batch_size?",
+        "unknown field, did you mean per_device_train_batch_size or per_device_eval_batch_size?",
     ),
     "the initials of a name": ({f"{HP}.lr": 1e-4}, f"{HP}.lr", "unknown field, did you mean learning_rate?"),
     "a name like none of many": ({f"{HP}.fp16": True}, f"{HP}.fp16", "unknown field; /docs lists those that there are"),
@@ -327,7 +327,11 @@ CORRECTED = {  # what is asked, where the error is, what it says
         "train_config.quantization",
         "unknown field here: it belongs in model_details",
     ),
-    "a name of several": ({"model_details.type": "llm"}, "model_details.type", "unknown field, did you mean model_type?"),
+    "a name of several": (
+        {"model_details.type": "llm"},
+        "model_details.type",
+        "unknown field, did you mean source_type or model_type?",
+    ),
     "a name like none": (
         {"train_config.distributed.rank": 8},
         "train_config.distributed.rank",
