@@ -93,9 +93,11 @@ sbom: $(VENV)/installed $(TOOLS)/installed
 	$(TOOLS)/bin/cyclonedx-py environment --output-reproducible --output-format JSON --output-file sbom.json $(BIN)/python
 	$(BIN)/python deploy/supply/covered.py requirements.lock sbom.json
 
-# Known vulnerabilities of what the lock names. A mirror of PyPI may have no advisories: then this fails, for nothing was looked at.
+# What the lock names and its authors have withdrawn, which any index knows; and known vulnerabilities. A mirror of PyPI may have no
+# advisories: then this fails, for nothing was looked at.
 AUDIT ?= pypi
 audit: $(TOOLS)/installed
+	$(TOOLS)/bin/python deploy/supply/withdrawn.py requirements.lock
 	$(TOOLS)/bin/pip-audit --strict --no-deps --disable-pip --vulnerability-service $(AUDIT) --requirement requirements.lock
 
 clean:

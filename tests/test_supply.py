@@ -1,11 +1,19 @@
-"""The check that the SBOM has all of the lock, and the tools that make it."""
+"""The checks that the SBOM has all of the lock and that none of it was withdrawn, and the tools that make them."""
 
 import json
 import runpy
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
-missing = runpy.run_path(str(ROOT / "deploy" / "supply" / "covered.py"))["missing"]
+SUPPLY = ROOT / "deploy" / "supply"
+sys.path.insert(0, str(SUPPLY))  # as it is when one of its scripts is run
+missing = runpy.run_path(str(SUPPLY / "covered.py"))["missing"]
+fault = runpy.run_path(str(SUPPLY / "withdrawn.py"))["fault"]
+sys.path.remove(str(SUPPLY))
 LOCK = """# made by hand
 
 torch==2.13.0
@@ -25,6 +33,27 @@ def test_an_sbom_has_every_line_of_the_lock():
     assert missing(LOCK, sbom(**whole)) == []
     assert missing(LOCK, sbom(**(whole | {"SQLAlchemy": "2.1.8", "sqlalchemy": "2.1.8"}))) == ["SQLAlchemy==2.1.9"]
     assert missing(LOCK, sbom(torch="2.13.0")) == ["SQLAlchemy==2.1.9", "jaraco.context==6.0", "ray[default]==2.60.0", "x==1"]
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("1.0", None),
+        ("1.1", "was withdrawn: it loses data; no reason given"),
+        ("1.2", None),  # of which a file is left
+        ("1.3", "is not in the index any more"),
+    ],
+)
+def test_a_version_that_its_authors_have_withdrawn_is_told(version, said):
+    files = [
+        ("1.0", None, False),
+        ("1.1", "it loses data", True),
+        ("1.1+cpu", None, True),
+        ("1.2", "", True),
+        ("1.2", None, False),
+    ]
+    packages = [SimpleNamespace(version=v, yanked_reason=why, is_yanked=yanked) for v, why, yanked in files]
+    assert fault(version, packages) == said
 
 
 def test_tools_and_lock_are_pinned_line_by_line():

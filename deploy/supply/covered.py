@@ -5,6 +5,8 @@ import re
 import sys
 from pathlib import Path
 
+from lock import pins
+
 
 def canonical(name: str) -> str:
     """A package's name as all of its spellings are compared."""
@@ -14,9 +16,7 @@ def canonical(name: str) -> str:
 def missing(lock: str, sbom: str) -> list[str]:
     """The lines of the lock that the CycloneDX document doesn't have; builds for a device (2.13.0+cpu) are of their release."""
     found = {(canonical(c["name"]), c.get("version", "").partition("+")[0]) for c in json.loads(sbom)["components"]}
-    lines = [line.split(";")[0].strip() for line in lock.splitlines() if line.strip() and not line.startswith(("#", "-"))]
-    pins = {line: line.partition("==") for line in lines}
-    return [line for line, (name, _, version) in pins.items() if (canonical(name.partition("[")[0]), version) not in found]
+    return [pin.line for pin in pins(lock) if (canonical(pin.name), pin.version) not in found]
 
 
 if __name__ == "__main__":
