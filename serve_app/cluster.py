@@ -193,13 +193,13 @@ class RayCluster:
         return machines_lost(node_ids) if node_ids else set()
 
     def growth(self) -> Growth | None:
-        # Ray tells nobody what its autoscaler was given; on the head, where the dispatcher is, its process has it.
-        for process in psutil.process_iter(["cmdline"]):
-            words = process.info["cmdline"] or []
-            if any(word.endswith("monitor.py") and "autoscaler" in word for word in words):
-                paths = [word.removeprefix(CONFIG_OPTION) for word in words if word.startswith(CONFIG_OPTION)]
-                return _growth_of(Path(paths[0])) if paths and paths[0] else None
-        return None
+        # Ray tells nobody what its autoscaler was given; on the head, where the dispatcher is, its process has it. Another Ray of
+        # the machine may have one, too.
+        commands = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
+        found = [c for c in commands if any(word.endswith("monitor.py") and "autoscaler" in word for word in c)]
+        ours = [c for c in found if f"--gcs-address={ray.get_runtime_context().gcs_address}" in c] or found
+        paths = [word.removeprefix(CONFIG_OPTION) for c in ours for word in c if word.startswith(CONFIG_OPTION)]
+        return _growth_of(Path(paths[0])) if paths and paths[0] else None
 
     def ask_for(self, bundles: Sequence[Bundle]) -> None:
         from ray.autoscaler.sdk import request_resources

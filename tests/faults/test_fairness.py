@@ -18,7 +18,7 @@ from tests.faults.conftest import SETTINGS
 from tests.faults.harness import Service
 from tests.running import DATASETS
 
-pytestmark = [pytest.mark.faults, pytest.mark.faults_full]
+pytestmark = pytest.mark.faults
 NUM_ORGS, JOBS_EACH = 10, 5
 LENGTHS_S = (20, 15, 12)  # of the jobs of each of three orgs; none is so short that its start counts for more
 MANY, AT_ONCE = 30, 4
@@ -99,6 +99,7 @@ def _at_work(jobs):
 
 
 @pytest.mark.timeout(WATCHED_S + 300)
+@pytest.mark.faults_full
 def test_orgs_with_longer_and_shorter_jobs_have_the_same_worker_seconds(for_few, serve):
     """Taking turns by jobs, the first org would have more than half as many again as the last."""
     assert min(LENGTHS_S) > LEAST_S

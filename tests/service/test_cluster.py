@@ -49,7 +49,16 @@ class Head:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory, mirror):
+def neighbour():
+    """What the autoscaler of another Ray on this machine looks like."""
+    its = ["/another/autoscaler/_private/monitor.py", "--gcs-address=127.0.0.1:1", "--autoscaling-config="]
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)", *its]) as process:
+        yield
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory, mirror, neighbour):
     """A Ray of this test's own with Ray's fake node provider: raylets on this machine play the cloud's nodes."""
     import ray
     from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
