@@ -249,7 +249,7 @@ class JobActor:
             self.outbox.event(
                 "placement",
                 f"embedded mode: {infra.gpu_type} x {infra.gpu_count} x {infra.node_count} runs as "
-                f"{self.job.num_workers} CPU workers on this machine",
+                f"{self.job.num_workers} CPU worker{'s' if self.job.num_workers > 1 else ''} on this machine",
             )
         return Placement(
             resources=profile.resources,

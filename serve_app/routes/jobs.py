@@ -152,9 +152,10 @@ def in_short(spec: JobSpec, here: Service) -> str:
     """The job in a sentence, for a person."""
     infra, hp, quantization = spec.infra_config, spec.train_config.hyperparameters, spec.model_details.quantization
     gpu = f"{infra.gpu_type} x {infra.gpu_count} x {infra.node_count}"
-    where = f"{infra.num_workers} workers ({gpu})"
+    workers = f"worker{'s' if infra.num_workers > 1 else ''}"
+    where = f"{infra.num_workers} {workers} ({gpu})"
     if here.settings.embedded:
-        where = f"{infra.num_workers} CPU workers on this machine (embedded mode, in place of {gpu})"
+        where = f"{infra.num_workers} CPU {workers} on this machine (embedded mode, in place of {gpu})"
     base = spec.model_details.base_model + (f" in {quantization.quant_bits} bit" if quantization else "")
     length = f"{hp.max_steps} steps" if hp.max_steps else f"{hp.num_epochs:g} epoch{'s' if hp.num_epochs != 1 else ''}"
     batch = infra.num_workers * hp.per_device_train_batch_size * hp.gradient_accumulation_steps
