@@ -146,7 +146,6 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
             said = f"eval loss {loss:.4f} after {step} steps" if is_number else f"the eval loss isn't a number after {step} steps"
             ctx.event("evaluated", said)
         report()
-        checkpoints.behind(metrics_upload())
         ctx.phase("training")
 
     def report() -> None:
@@ -190,6 +189,7 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
     try:
         if is_due(hp.eval_steps):
             run_evaluation()
+            checkpoints.behind(metrics_upload())
         ctx.phase("training")
         report()
         log.restart_clock()
@@ -251,6 +251,8 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
                 run_evaluation()
             if is_due(hp.save_steps) or log.best_step == step:
                 save()
+            elif step == log.evaluated_at:
+                checkpoints.behind(metrics_upload())
             if step == log.logged_at:
                 log.restart_clock()
     except Stopped:

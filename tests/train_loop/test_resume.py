@@ -182,7 +182,8 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path, mirror):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [f"step-{s:08d}" for s in (4, 10, 12, 14)]
 
 
-def test_steps_go_on_while_what_was_saved_is_on_its_way_to_storage(local_job, launch, monkeypatch):
+@pytest.mark.parametrize("eval_steps", [2, 3])  # in the step of a save, and in another
+def test_steps_go_on_while_what_was_saved_is_on_its_way_to_storage(local_job, launch, monkeypatch, eval_steps):
     class Steps(Watcher):
         third = threading.Event()
 
@@ -200,7 +201,7 @@ def test_steps_go_on_while_what_was_saved_is_on_its_way_to_storage(local_job, la
 
     monkeypatch.setattr("train_loop.loop.write_bytes", write)
     monkeypatch.setattr("train_loop.storage.write_bytes", write)
-    launch(short(local_job), monitor=monitor)
+    launch(short(local_job, {f"{HP}.eval_steps": eval_steps}), monitor=monitor)
     assert all(came)
 
 
