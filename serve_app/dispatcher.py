@@ -46,6 +46,8 @@ READY_S = 3.0
 WEBHOOKS_S = 1.0
 OUTSIDE_S = 2.0
 
+Turn = Callable[[], object]
+
 
 class Dispatcher:
     """The actor. Starts its loop by itself, so that a restarted one goes on without being called.
@@ -64,11 +66,11 @@ class Dispatcher:
         self.settings = settings
         self.leads = False
         threading.Thread(target=self._loop, name="dispatch", daemon=True).start()
-        threading.Thread(target=self._keep_house, name="housekeeping", daemon=True).start()
-        threading.Thread(target=self._tell, name="webhooks", daemon=True).start()
-        threading.Thread(target=self._listen, name="outside", daemon=True).start()
+        self._often("housekeeping", CLEAN_S, self._housekeeping)
+        self._often("webhooks", WEBHOOKS_S, self._telling)
+        self._often("outside", OUTSIDE_S, lambda: Listener(self.store, RayRuns()).run)
         if settings.ready_workers:
-            threading.Thread(target=self._keep_ready, args=[settings.ready_workers], name="ready", daemon=True).start()
+            self._often("ready", READY_S, self._readying)
 
     def poke(self) -> None:
         """Look now instead of at the next poll."""
@@ -104,50 +106,42 @@ class Dispatcher:
             self.wake.wait(BUSY_POLL_S if busy else POLL_S)
             self.wake.clear()
 
-    def _keep_ready(self, num_workers: int) -> None:
-        # In a thread of its own: Ray answers when all of the machine's processes have, and one may hang.
-        ready = ReadyProcesses(num_workers)
-        while True:
-            time.sleep(READY_S)
-            try:
-                if self.leads and not self.passes.starting:
-                    ready.top_up(one_by_one=self.passes.running)
-            except Exception:
-                log.warning("no processes can be kept ready; trying again", exc_info=True)
+    def _often(self, name: str, every_s: float, made: Callable[[], Turn]) -> None:
+        """Have a thread of that name take turns while this dispatcher leads; what hangs there holds up nothing else."""
 
-    def _tell(self) -> None:
+        def go() -> None:
+            turn = made()
+            while True:
+                time.sleep(every_s)
+                try:
+                    if self.leads:
+                        turn()
+                except STORE_AWAY as error:
+                    log.warning("the job store is away; trying again", thread=name, error=type(error).__name__)
+                except Exception:
+                    log.exception("a turn failed; trying again", thread=name)
+
+        threading.Thread(target=go, name=name, daemon=True).start()
+
+    def _housekeeping(self) -> Turn:
+        def turn() -> None:
+            if any((done := clean(self.settings, self.store)).values()):
+                log.info("cleaned up", **done)
+
+        return turn
+
+    def _telling(self) -> Turn:
         vault = SecretVault.from_settings(self.store, self.settings)
-        deliverer = Deliverer(self.store, Webhooks.of(self.store, vault, self.settings))
-        while True:
-            time.sleep(WEBHOOKS_S)
-            try:
-                if self.leads:
-                    deliverer.run()
-            except STORE_AWAY as error:
-                log.warning("the job store is away; webhooks wait", error=type(error).__name__)
-            except Exception:
-                log.exception("webhooks can't be told; trying again")
+        return Deliverer(self.store, Webhooks.of(self.store, vault, self.settings)).run
 
-    def _listen(self) -> None:
-        listener = Listener(self.store, RayRuns())
-        while True:
-            time.sleep(OUTSIDE_S)
-            try:
-                if self.leads:
-                    listener.run()
-            except STORE_AWAY as error:
-                log.warning("the job store is away; runs outside the service aren't listened to", error=type(error).__name__)
-            except Exception:
-                log.exception("runs outside the service can't be listened to; trying again")
+    def _readying(self) -> Turn:
+        ready = ReadyProcesses(self.settings.ready_workers or 0)
 
-    def _keep_house(self) -> None:
-        while True:
-            time.sleep(CLEAN_S)
-            try:
-                if self.leads and any((done := clean(self.settings, self.store)).values()):
-                    log.info("cleaned up", **done)
-            except Exception:
-                log.exception("cleaning up failed; trying again later")
+        def turn() -> None:
+            if not self.passes.starting:
+                ready.top_up(one_by_one=self.passes.running)
+
+        return turn
 
 
 class Passes:
