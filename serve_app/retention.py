@@ -17,7 +17,7 @@ from serve_app.settings import Settings
 from serve_app.storage import run_uri, storage_credentials
 from serve_app.store.jobs import JobStore
 from serve_app.store.journal import add_event
-from serve_app.store.tables import job_events, job_logs, job_metrics, jobs
+from serve_app.store.tables import OURS, job_events, job_logs, job_metrics, jobs
 from train_loop.data.sources import filesystem_for
 from train_loop.layout import CHECKPOINTS
 from train_loop.storage import delete_folder
@@ -57,7 +57,7 @@ def remove_checkpoints(settings: Settings, store: JobStore, *, dry_run: bool = F
     if settings.keep_checkpoints_days is None:
         return 0
     count, keys = 0, storage_credentials(settings)
-    days, which = settings.keep_checkpoints_days, (jobs.c.status == Status.COMPLETED, jobs.c.ray_job.is_(None))
+    days, which = settings.keep_checkpoints_days, (jobs.c.status == Status.COMPLETED, OURS)
     for request_id, org_id in _ended(store, days, jobs.c.checkpoints_removed_at, *which):
         if not dry_run:
             storage, path = filesystem_for(run_uri(settings, org_id, request_id), keys)

@@ -25,7 +25,7 @@ from serve_app.store import schema
 from serve_app.store.audit import By, add_entry
 from serve_app.store.journal import Journal, Notes, add_event, add_notes
 from serve_app.store.pauses import PAUSED
-from serve_app.store.tables import capacity, idempotency, jobs, leases, quotas
+from serve_app.store.tables import OURS, capacity, idempotency, jobs, leases, quotas
 from serve_app.store.webhooks import announce
 from train_loop.errors import Cause
 from train_loop.spec import JobSpec
@@ -288,7 +288,7 @@ class JobStore:
     def _holder(self, tx: Connection, org_id: str, name: str) -> str | None:
         same_name = (jobs.c.org_id == org_id) & (jobs.c.experiment_name == name)
         live = jobs.c.status.in_([Status.QUEUED, Status.RUNNING, Status.COMPLETED])
-        return tx.execute(sa.select(jobs.c.request_id).where(same_name & live, jobs.c.ray_job.is_(None))).scalar()
+        return tx.execute(sa.select(jobs.c.request_id).where(same_name & live, OURS)).scalar()
 
     def replay(self, org_id: str, idempotency_key: str, body_hash: str) -> Job | None:
         """The job that this key made before, or None. Raises IdempotencyMismatch for another body."""
@@ -354,21 +354,20 @@ class JobStore:
         queued = sa.select(jobs.c.seq, by_priority, by_age).where(jobs.c.status == Status.QUEUED).subquery()
         foremost = sa.select(queued.c.seq).where((queued.c.by_priority <= limit_per_org) | (queued.c.by_age <= limit_per_org))
         between = (jobs.c.status == Status.RUNNING) & jobs.c.retry_at.is_not(None) & jobs.c.cancel_requested_at.is_(None)
-        ours = jobs.c.ray_job.is_(None)
-        query = sa.select(jobs).where(jobs.c.seq.in_(foremost) | between, ours).order_by(jobs.c.seq)
+        query = sa.select(jobs).where(jobs.c.seq.in_(foremost) | between, OURS).order_by(jobs.c.seq)
         with self.read() as tx:
             return [job_of(row) for row in tx.execute(query)]
 
     def running(self) -> list[Job]:
         """Jobs of the service that are RUNNING, oldest first, also those between two attempts."""
-        query = sa.select(jobs).where(jobs.c.status == Status.RUNNING, jobs.c.ray_job.is_(None)).order_by(jobs.c.seq)
+        query = sa.select(jobs).where(jobs.c.status == Status.RUNNING, OURS).order_by(jobs.c.seq)
         with self.read() as tx:
             return [job_of(row) for row in tx.execute(query)]
 
     def worked_since(self, since: dt.datetime) -> list[Job]:
         """Jobs of the service that had an attempt since then: under way, between two, back in the queue, or ended."""
         live = jobs.c.status.in_([Status.QUEUED, Status.RUNNING]) & (jobs.c.updated_at >= since)
-        query = sa.select(jobs).where(jobs.c.ray_job.is_(None), jobs.c.attempt > 0, (jobs.c.completed_at >= since) | live)
+        query = sa.select(jobs).where(OURS, jobs.c.attempt > 0, (jobs.c.completed_at >= since) | live)
         with self.read() as tx:
             return [job_of(row) for row in tx.execute(query)]
 

@@ -17,12 +17,11 @@ from sqlalchemy.engine import Connection
 from serve_app.lifecycle import FINAL, Phase, Status, check
 from serve_app.store.jobs import Job, announced, job_of, new_row, require
 from serve_app.store.journal import Notes, add_event, add_notes
-from serve_app.store.tables import jobs
+from serve_app.store.tables import OURS, jobs
 from train_loop.spec import JobSpec
 
 # A version that knows of no such runs takes this one for a job between two attempts, the next of which never comes.
 NEVER = dt.datetime(9999, 1, 1, tzinfo=dt.UTC)
-IS_OUTSIDE = jobs.c.ray_job.is_not(None)
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def cursors(tx: Connection, request_ids: Collection[str]) -> dict[str, str]:
 
 def running(tx: Connection) -> list[Job]:
     """Those that go on, as far as is known."""
-    query = sa.select(jobs).where(jobs.c.status == Status.RUNNING, IS_OUTSIDE).order_by(jobs.c.seq)
+    query = sa.select(jobs).where(jobs.c.status == Status.RUNNING, ~OURS).order_by(jobs.c.seq)
     return [job_of(row) for row in tx.execute(query)]
 
 

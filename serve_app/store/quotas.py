@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from serve_app.lifecycle import FINAL, Status
-from serve_app.store.tables import jobs, quotas
+from serve_app.store.tables import OURS, jobs, quotas
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def use_by_org(tx: Connection, workers: Iterable[tuple[str, int]]) -> dict[str, 
     """
     used: dict[str, Use] = defaultdict(Use)
     count, work = sa.func.count(), sa.func.sum(jobs.c.worker_s)
-    ours = sa.select(jobs.c.org_id, jobs.c.status, count, work).where(jobs.c.ray_job.is_(None))
+    ours = sa.select(jobs.c.org_id, jobs.c.status, count, work).where(OURS)
     for org_id, status, number, worker_s in tx.execute(ours.group_by(jobs.c.org_id, jobs.c.status)):
         use = used[org_id]
         use.worker_hours += (worker_s or 0.0) / 3600

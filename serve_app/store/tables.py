@@ -87,6 +87,7 @@ jobs = sa.Table(
     sa.Column("completed_at", UtcTime),
     sa.Column("heartbeat_at", UtcTime),
 )
+OURS = jobs.c.ray_job.is_(None)  # not a run outside the service, which is shown alone
 LIVE = sa.text("status IN ('QUEUED', 'RUNNING', 'COMPLETED') AND ray_job IS NULL")
 sa.Index("uq_jobs_live_name", jobs.c.org_id, jobs.c.experiment_name, unique=True, sqlite_where=LIVE, postgresql_where=LIVE)
 sa.Index("ix_jobs_status", jobs.c.status, jobs.c.seq)
