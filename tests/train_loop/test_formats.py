@@ -1,11 +1,13 @@
+import gc
 import json
+import weakref
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train_loop.data.formats import Preference, RowRejected, parse, to_conversation
+from train_loop.data.formats import Preference, RowRejected, each, parse, to_conversation
 
 WEATHER = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
 SAID = '{"name": "weather", "arguments": {"city": "Oslo"}}'
@@ -434,3 +436,20 @@ def check_conversation(made):
     assert next(r for r in roles if r != "system") == "user"
     assert all(a != b or a == "tool" for a, b in pairwise(roles))
     assert all(isinstance(m["content"], str) for m in made["messages"])
+
+
+def test_a_rejected_row_holds_nothing_of_the_others():
+    class Made:
+        def __init__(self, row):
+            if row == "bad":
+                raise RowRejected("it is bad")
+
+    gc.disable()
+    try:
+        made = each(Made, ["good", "bad", "good"])
+        assert made[1].reason == "it is bad"
+        held = [weakref.ref(made[0]), weakref.ref(made[2])]
+        del made
+        assert [ref() for ref in held] == [None, None]
+    finally:
+        gc.enable()

@@ -52,7 +52,9 @@ def each(step: Callable[[T], S], items: Iterable[T | RowRejected]) -> list[S | R
                 done.append(step(item))
                 continue
             except RowRejected as error:
-                item = error
+                item = RowRejected(
+                    error.reason
+                )  # without its traceback, which would hold all that is done until it is found as garbage
         done.append(item)
     return done
 
