@@ -2,6 +2,7 @@
 
 import pickle
 import threading
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -17,9 +18,27 @@ from train_loop.data.words import PATTERNS
 
 TEXT = "You're right:\n\n  it's 3.14 (or 22/7), isn't it? <|im_end|>\n<|im_start|>assistant\nNo.\r\nx = [1, 2]\t# done "
 
-words = ["word", " word", "Über", "é", "e\u0301", "\u0301", "日本", "🚢", "1", "2345", "½", "'s", "'RE", "'\u017f", "_", "//"]
+words = [
+    "word",
+    " word",
+    "Über",
+    "é",
+    "e\u0301",
+    "\u0301",
+    "日本",
+    "🚢",
+    "1",
+    "2345",
+    "½",
+    "'s",
+    "'RE",
+    "'\u017f",
+    "_",
+    "//",
+    "(a",
+]
 marks = ["<|im_end|>", "<|im_", "end|>", "<|endoftext|>"]
-parts = st.sampled_from([*words, *marks, *' \n\t.,"*/)(a\x00\x1c\x85\u2003', "  ", "\r\n"])
+parts = st.sampled_from([*words, *marks, *' \n\r\t.,"*/)(a5\x00\x0b\x1c\x85\u2003', "  ", "\r\n"])
 texts = st.lists(parts | st.text(max_size=3), max_size=30).map("".join)
 
 
@@ -58,10 +77,22 @@ def added(backend):
     backend.add_tokens([AddedToken("word", normalized=False), AddedToken("_", normalized=True), AddedToken("<|im_end|>_")])
 
 
+def added_where_words_end(backend):
+    backend.add_tokens(["a5", "5a", ".b", "((c", "*/", "  ", "\n\n", "\n"])
+
+
 @pytest.fixture(scope="module")
 def cut_up(tokenizer):
     """Tokenizers of every kind that is cut up, with their pieces."""
-    changes = [lambda backend: None, composing, digits(True), digits(False), added, *map(split_by, sorted(PATTERNS))]
+    changes = [
+        lambda backend: None,
+        composing,
+        digits(True),
+        digits(False),
+        added,
+        added_where_words_end,
+        *map(split_by, sorted(PATTERNS)),
+    ]
     made = [variant(tokenizer, change) for change in changes]
     return [(each, pieces_of(each)) for each in made]
 
@@ -76,6 +107,8 @@ def by_itself(tokenizer, text):
 @example(TEXT)
 @example(TEXT * 30)
 @example("<|im_end|>_ word \U00040000word")
+@example("  word\n\nword  <|im_end|>\n\n")
+@example(")\n/(x */(x <|im_end|>(x ((x .'s '(s \u3000 \nx \x0b\nx\r\nx   5\n5\n\n5 \t (x  'x\t'x")
 def test_the_tokens_of_a_text_are_those_of_its_pieces(cut_up, text):
     for tokenizer, its in cut_up:
         np.testing.assert_array_equal(its.tokens(text), by_itself(tokenizer, text))
@@ -83,8 +116,9 @@ def test_the_tokens_of_a_text_are_those_of_its_pieces(cut_up, text):
 
 @given(st.lists(texts | st.text(), max_size=5), st.lists(st.none() | st.integers(0, 40), min_size=5, max_size=5))
 @example([TEXT, "", TEXT * 30, "a\x00"], [None, 3, 7, None, None])
+@example(["  ", "word", " (", "(x", "\n\nword"], [None] * 5)
 def test_the_tokens_of_several_texts_are_those_of_each(cut_up, several, at_least):
-    for tokenizer, its in cut_up[:2]:
+    for tokenizer, its in (cut_up[0], cut_up[-1]):
         for found, text, wanted in zip(its.tokens_each(several, at_least), several, at_least, strict=False):
             whole = by_itself(tokenizer, text)
             assert found[0].dtype == np.int32
@@ -103,26 +137,38 @@ def test_of_many_texts_some_are_cut_up_at_a_time(tokenizer, monkeypatch):
             np.testing.assert_array_equal(found, whole[:, : len(found[0])])
 
 
-def cuts_of(its, text):
-    """In characters, where the text is cut."""
-    cuts, sizes = its._cuts(text.encode()), [len(character.encode()) for character in text]
-    begins = np.cumsum([0, *sizes])[:-1]
-    assert cuts.sum() == cuts[begins].sum()  # none within a character
-    return {*np.flatnonzero(cuts[begins])}
+def cut_where_it_is(its, text):
+    """The text's pieces."""
+    if not text:
+        return []
+    written = text.encode()
+    cuts = [0, *np.flatnonzero(its._cuts.within([written]))[1:], len(written)]
+    return [written[start:end].decode() for start, end in pairwise(cuts)]
 
 
 @given(texts | st.text())
 @example(TEXT)
 @example(" ".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000)])))
-def test_a_text_is_cut_only_where_no_word_goes_on(cut_up, text):
-    its = cut_up[0][1]
-    assert cuts_of(its, text) <= {cut.start() for cut in its._cut.finditer(text)}
+def test_a_text_is_cut_only_where_no_token_is(cut_up, text):
+    for tokenizer, its in cut_up:
+        pieces = cut_where_it_is(its, text)
+        made = tokenizer([text, *pieces], add_special_tokens=False)["input_ids"]
+        assert made[0] == [*chain(*made[1:])]
 
 
-def test_a_text_is_cut_where_its_words_are(cut_up):
-    its = cut_up[0][1]
-    for text in (TEXT, "Voilà, le café est à côté; так вот он ест , 日本 語 “so” … "):
-        assert cuts_of(its, text) == {cut.start() for cut in its._cut.finditer(text)}
+@pytest.mark.parametrize(
+    ("gpt2", "others"),
+    [
+        ("You|'re| right|:\n\n | it|'s", None),
+        ("Yes|.\n|\n|No|.\r|\n|x", "Yes|.\n\n|No|.\r\n|x"),
+        ("f|(|x|2|)| ==| [\"|a|.|b|\",| 'c|']", "f|(x|2|)| ==| [\"|a|.b|\",| 'c|']"),
+        ("\tif| x|:\n\t\treturn| 3|.|14| | #| so", None),
+        ("Voilà,| le| café| est| à| côté;| так| вот| он| ест| ,| 日本| 語| “so”| …| ", None),
+    ],
+)
+def test_a_text_is_cut_where_its_words_are(cut_up, gpt2, others):
+    for its, marked in ((cut_up[0][1], gpt2), (cut_up[-1][1], others or gpt2)):
+        assert "|".join(cut_where_it_is(its, marked.replace("|", ""))) == marked
 
 
 def test_no_added_token_is_cut(tokenizer):

@@ -1,9 +1,9 @@
 """A text's tokens piece by piece, most of them from memory: words come again and again.
 
 A tokenizer over bytes first cuts a text into words, by a pattern, and makes the tokens of each by itself. So it may be cut
-beforehand at places where each of the known patterns does, and what a piece became is remembered. Text without blanks is one
-piece, and takes as long as it did. Several texts are cut up together by NumPy and Arrow, and a piece is looked up once for all
-of its places in them.
+beforehand at places where each of the known patterns does (`cuts.py`), and what a piece became is remembered. Text that has no
+such places is one piece, and takes as long as it did. Several texts are cut up together by NumPy and Arrow, and a piece is
+looked up once for all of its places in them.
 """
 
 from __future__ import annotations
@@ -16,49 +16,39 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from train_loop.data.token_bounds import FIRST_OF_SEVERAL, TokenBounds, steps
+from train_loop.data.cuts import Cuts
+from train_loop.data.token_bounds import TokenBounds, steps
 from train_loop.data.words import LONG_CHARS, TOKEN, Words, is_known
 
-# Before a blank that follows a character, and where a word or number ends before one of some signs: no word that a pattern finds
-# goes on there, nor does it look at what follows to see where it ends, or at what came before to see where it begins.
-CUT = r"(?<=\S)(?= )|(?<=[A-Za-z0-9])(?=[\s{signs}])"
-SIGNS = r"""!"#$%&'()*+,-./:;<=>?@[\]^_`{|}~"""
-CHARS_PER_TOKEN = 3  # or more: so much text is looked at first for each token that is asked for
+# Where one may stop to look at a text: at some of the places where it is cut.
+STOP = re.compile(r"(?<=\S)(?= )|(?<=[A-Za-z0-9])(?=\s)")
+CHARS_PER_TOKEN = 3  # or more, as far as is known before a text was seen: so much is looked at first for each token asked for
 MORE_CHARS = 64  # and this
-MAX_TOGETHER = 1 << 20  # characters that are cut up at a time
-MAX_KNOWN = 1 << 16  # pieces: some 12 MB, twice
+MAX_TOGETHER = 2 << 20  # characters that are cut up at a time
+MAX_KNOWN = 1 << 17  # pieces: some 25 MB, twice
 
 Tokens = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
-# What a byte of UTF-8 says of a cut before it (`_begins`) and behind it (`_ends`). A blank that isn't in ASCII ends in one of
-# LAST_BUT_ONE and then one of LAST_OF_BLANKS; so do a few other characters, after which nothing is cut either.
-BLANK, STOP, UNICODE_BLANK = 1, 2, 4
-LAST_OF_BLANKS = bytes(range(0x80, 0x8B)) + b"\x9f\xa0\xa8\xa9\xaf"
-LAST_BUT_ONE = b"\xc2\x80\x81\x9a"
 
 
 class Pieces:
     """The pieces that one tokenizer has met."""
 
-    def __init__(self, tokenizer: Any, words: Words | None, signs: str) -> None:
-        """`signs`: those before which a word may be cut off."""
-        self._backend, self._words = tokenizer.backend_tokenizer, words
+    def __init__(self, tokenizer: Any, words: Words | None, cuts: Cuts) -> None:
+        self._backend, self._words, self._cuts = tokenizer.backend_tokenizer, words, cuts
         # As a file may have it; a call of `tokenizer` does the same.
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._cut = re.compile(CUT.format(signs=re.escape(signs)))
-        self._ends, self._begins = _ends(), _begins(signs)
-        self._known: dict[str, bytes] = {}  # TOKENs by piece
-        self._before: dict[str, bytes] = {}  # what was known until there was too much of it
+        self._known: dict[bytes, bytes] = {}  # TOKENs by piece
+        self._before: dict[bytes, bytes] = {}  # what was known until there was too much of it
+        self._chars_per_token = float(CHARS_PER_TOKEN)  # of the texts before
 
     @classmethod
     def of(cls, tokenizer: Any, bounds: TokenBounds | None) -> Pieces | None:
         """The tokenizer's pieces, if it, with these `bounds`, is known to make their tokens one by one."""
         if bounds is None or not _keeps_apart(tokenizer, bounds):
             return None
-        inside = {sign for token in bounds.added for sign in re.findall(r"(?<=[A-Za-z0-9])[^A-Za-z0-9]", token)}
-        return cls(tokenizer, Words.of(tokenizer, bounds), "".join(sign for sign in SIGNS if sign not in inside))
+        joins_signs = any(is_known(step) for step in steps(tokenizer.backend_tokenizer.pre_tokenizer))
+        return cls(tokenizer, Words.of(tokenizer, bounds), Cuts(bounds.added, joins_signs=joins_signs))
 
     def tokens(self, text: str, at_least: int | None = None) -> Tokens:
         """The text's tokens, and where in it each starts and ends; or the first ones, `at_least` so many."""
@@ -85,6 +75,8 @@ class Pieces:
                 found[i].append(tokens)
                 made[i] += tokens.shape[1]
             left = [i for i in left if at[i] < len(texts[i]) and ((wanted := at_least[i]) is None or made[i] < wanted)]
+        if made_in_all := sum(made):
+            self._chars_per_token = sum(at) / made_in_all
         joined = (parts[-1] if len(parts) < 3 else np.concatenate(parts, axis=1) for parts in found)
         return [(ids.astype(np.int32), starts, ends) for ids, starts, ends in joined]
 
@@ -92,20 +84,19 @@ class Pieces:
         """Where to stop looking at a text for so many tokens, of which some are made of what is before `at`."""
         if at_least is None:
             return len(text)
-        chars = (at / made if made else CHARS_PER_TOKEN) * (at_least - made)
-        cut = self._cut.search(text, at + round(chars) + MORE_CHARS)
+        chars = (at / made if made else self._chars_per_token) * (at_least - made)
+        cut = STOP.search(text, at + round(chars) + MORE_CHARS)
         return cut.start() if cut else len(text)
 
     def _looked_up(self, texts: Sequence[str]) -> Iterator[np.ndarray | None]:
         """Of each text (none is empty) its tokens, where they start and end `[3, n]`; None if some of it makes no token."""
         written = [text.encode() for text in texts]
         data = b"".join(written)
-        cuts = self._cuts(data)
+        cuts = self._cuts.within(written)
         texts_at = np.cumsum([0, *map(len, written)])
-        cuts[texts_at[:-1]] = True
         places = np.append(np.flatnonzero(cuts), len(data)).astype(np.int32)
         buffers = [None, pa.py_buffer(places), pa.py_buffer(data)]
-        pieces = pa.Array.from_buffers(pa.string(), len(places) - 1, buffers).dictionary_encode()
+        pieces = pa.Array.from_buffers(pa.binary(), len(places) - 1, buffers).dictionary_encode()
         which = pieces.indices.to_numpy()
         made = self._tokens_of(pieces.dictionary.to_numpy(zero_copy_only=False).tolist())
         sizes = np.fromiter(map(len, made), np.int64, len(made)) // TOKEN.size
@@ -129,16 +120,8 @@ class Pieces:
                 found[1:] -= found[1, 0]
                 yield found
 
-    def _cuts(self, text: bytes) -> np.ndarray:
-        """Of each byte of a text in UTF-8, whether the text is cut before it: at CUT, but for some rare places of it."""
-        ends, begins = (np.frombuffer(text.translate(table), np.uint8) for table in (self._ends, self._begins))
-        cuts = np.zeros(len(text), bool)
-        cuts[1:] = ends[:-1] & begins[1:] & (BLANK | STOP)
-        cuts[2:] &= ends[1:-1] & begins[:-2] & UNICODE_BLANK == 0
-        return cuts
-
-    def _tokens_of(self, pieces: Sequence[str]) -> list[bytes]:
-        """TOKENs of pieces; empty if none is made of how one begins."""
+    def _tokens_of(self, pieces: Sequence[bytes]) -> list[bytes]:
+        """TOKENs of pieces in UTF-8; empty if none is made of how one begins."""
         if len(self._known) > MAX_KNOWN:
             self._before, self._known = self._known, {}
         known, before = self._known, self._before
@@ -146,7 +129,7 @@ class Pieces:
         missing = [piece for piece, its in zip(pieces, tokens, strict=True) if its is None]
         found = {piece: before[piece] for piece in missing if piece in before}
         new = [piece for piece in missing if piece not in found]
-        found |= zip(new, self._made_each(new), strict=True)
+        found |= zip(new, self._made_each([piece.decode() for piece in new]), strict=True)
         known.update((piece, its) for piece, its in found.items() if len(piece) <= LONG_CHARS)
         return [found[piece] if its is None else its for piece, its in zip(pieces, tokens, strict=True)]
 
@@ -164,26 +147,6 @@ class Pieces:
         encoding = self._backend.encode(text, add_special_tokens=False)
         offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(encoding))
         return np.array(encoding.ids, np.int32), offsets[::2], offsets[1::2]
-
-
-def _ends() -> bytes:
-    """Of each byte, what may be cut off behind it."""
-    return bytes(
-        BLANK * (byte >= FIRST_OF_SEVERAL or not chr(byte).isspace())
-        + STOP * (byte < FIRST_OF_SEVERAL and chr(byte).isalnum())
-        + UNICODE_BLANK * (byte in LAST_OF_BLANKS)
-        for byte in range(256)
-    )
-
-
-def _begins(signs: str) -> bytes:
-    """Of each byte, as what it may be cut off from what is before it. `signs`: those before which a word may be."""
-    return bytes(
-        BLANK * (byte == ord(" "))
-        + STOP * (byte < FIRST_OF_SEVERAL and (chr(byte).isspace() or chr(byte) in signs))
-        + UNICODE_BLANK * (byte in LAST_BUT_ONE)
-        for byte in range(256)
-    )
 
 
 def _keeps_apart(tokenizer: Any, bounds: TokenBounds) -> bool:
