@@ -1,3 +1,4 @@
+import gc
 import gzip
 import json
 import random
@@ -69,6 +70,14 @@ def test_rejected_lines_have_their_numbers_whatever_the_ranges(local_job, prepar
         seen.append([shards.conversation(i) for split in ("train", "eval") for i in shards.ids(split)])
         assert len(prepared.eval_lines) == prepared.counts["eval"] == len(shards.ids("eval"))
     assert seen[0] == seen[1]
+
+
+def test_garbage_is_looked_for_afterwards_as_before(local_job, prepare):
+    before = gc.get_threshold()
+    prepare(local_job(), rows(3))
+    with pytest.raises(DatasetError):
+        prepare(local_job(), ["{broken\n"])
+    assert (gc.get_threshold(), gc.get_freeze_count()) == (before, 0)
 
 
 @pytest.mark.parametrize("how", [{}, {"lazy_tokenize": False}, {"streaming": True}])
