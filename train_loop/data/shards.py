@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,10 +199,18 @@ class ShardSet:
 
     def sample(self, row: int) -> Sample:
         """The row's tokens (eager shards)."""
-        table, at = self._row(row)
-        ids, labels = (table.column(c)[at].values.to_numpy() for c in ("input_ids", "labels"))
+        shard, at = self._place(row)
+        ids, labels = (values[ends[at] : ends[at + 1]] for ends, values in self._token_lists[shard])
+        table = self._tables[shard]
         num_images = len(table.column("images")[at]) if "images" in table.column_names else 0
         return Sample(ids, labels, tuple(range(num_images)))
+
+    @cached_property
+    def _token_lists(self) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+        """Of each (eager) shard, of each of TOKENS: where a row's list ends and the next one's begins, and all of them."""
+        # A shard is written whole, so that a column is one array.
+        columns = [[table.column(name).chunk(0) for name in TOKENS] for table in self._tables]
+        return [[(column.offsets.to_numpy(), column.values.to_numpy()) for column in its] for its in columns]
 
     def pictures(self, row: int) -> list[Picture]:
         """The row's images, in order; of one that was tokenised before, those that are left."""
