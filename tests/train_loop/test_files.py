@@ -148,6 +148,21 @@ def test_parquet_rows_are_python_objects_and_row_groups_are_read_apart(tmp_path)
     assert [line.offset for line in found] == list(range(25))
 
 
+@pytest.mark.parametrize(
+    ("mebibytes", "number", "longest"),
+    [(0, 0, 0), (1, 1, 1), (16, 1, 16), (17, 2, 8.5), (512, 32, 16), (1024, 32, 32), (50 << 10, 400, 128)],
+)
+def test_ranges_are_alike_and_longer_where_there_are_many(mebibytes, number, longest):
+    size = mebibytes << 20
+    file = SourceFile("rows.jsonl", "rows.jsonl", size, "")
+    ranges = [(part.start, part.end) for part in parts.plan_parts(LOCAL, [file], "jsonl")]
+    assert len(ranges) == number
+    assert [0, *(end for _, end in ranges)] == [*(start for start, _ in ranges), size]
+    lengths = [end - start for start, end in ranges]
+    assert max(lengths, default=0) == longest * 2**20
+    assert max(lengths, default=0) - min(lengths, default=0) < max(1, number)
+
+
 @pytest.mark.parametrize("damage", ["head", "middle", "tail"])
 def test_damaged_parquet_is_told_from_storage_that_is_away(tmp_path, damage):
     path = write_parquet(tmp_path / "f", [{"text": "abc" * i} for i in range(100)])

@@ -5,6 +5,7 @@ Tasks are given functions that open storage, not storage itself, so that no cred
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from train_loop.data.tokenize import ChatTokenizer
 
+LOOK_S = 0.1
 SUMMARIES = pa.schema([("summaries", pa.large_binary())])
 
 
@@ -67,6 +69,7 @@ def prepare_with_ray(
     num_cpus_per_task: float,
 ) -> PreparedDataset:
     """Prepare in parallel; same result as `prepare_local`. Errors inside tasks, DatasetError too, come in Ray's wrappers."""
+    _look_again_soon()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -80,6 +83,18 @@ def prepare_with_ray(
     )
     found = (summary for row in done.iter_rows() for summary in cloudpickle.loads(row["summaries"]))
     return finish(spec, files, found, open_storage(), run_path)
+
+
+def _look_again_soon() -> None:
+    """Have Ray Data ask again soon what the cluster has.
+
+    It doesn't wait for the first answer, and until it asks again, a second later, it runs one task at a time (Ray 2.60, where
+    that is no setting).
+    """
+    with contextlib.suppress(ImportError):
+        from ray.data._internal.execution.resource_manager import ResourceManager
+
+        ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = LOOK_S
 
 
 def _tokenizer_of(run_path: str, load: Callable[[], ChatTokenizer]) -> ChatTokenizer:
