@@ -28,7 +28,9 @@ PATTERNS = {
 KINDS = {"L": "A-Za-z", "N": "0-9", "Lu": "A-Z", "Ll": "a-z", "Lt": "", "Lm": "", "Lo": "", "M": ""}  # of ASCII
 PLAIN = "\t\n\r" + "".join(map(chr, range(ord(" "), ord("~") + 1)))
 LETTERS = " " + string.ascii_letters
-WORD = re.compile(" ?[A-Za-z]?[a-z]*")  # that none of the patterns cuts
+LETTER_CASES = r"\p{Lu}"  # in a pattern that also cuts where a large letter follows a small one
+# What the other patterns don't cut, and what none of them cuts.
+WORD, WORD_IN_CASES = re.compile(" ?[A-Za-z]+"), re.compile(" ?[A-Za-z]?[a-z]*")
 NEVER = re.compile("(?!)")
 MAX_CHARS = 1 << 16  # of a text: its words are objects of Python
 LONG_CHARS = 32  # what won't come again
@@ -67,15 +69,18 @@ class OfAscii(dict[int, bytes]):
 class Words:
     """The words that one tokenizer has met."""
 
-    def __init__(self, tokenizer: Any, splits: Sequence[Callable[[str], list[str]]], bounds: TokenBounds) -> None:
-        """`splits` cut plain text, one after another."""
+    def __init__(
+        self, tokenizer: Any, splits: Sequence[Callable[[str], list[str]]], bounds: TokenBounds, *, in_cases: bool
+    ) -> None:
+        """`splits` cut plain text, one after another; `in_cases`: also before a large letter that follows a small one."""
         backend = tokenizer.backend_tokenizer
         self._backend, self._model, self._bounds = backend, backend.model, bounds
         self._cut, *self._cut_again = splits
         self._added = re.compile(f"({'|'.join(map(re.escape, sorted(bounds.added, key=len, reverse=True))) or '(?!)'})")
         self._ids = {token: backend.token_to_id(token) for token in bounds.added}
         self._plain = re.compile(f"[{re.escape(''.join(sign for sign in PLAIN if bounds.covers(sign)))}]*")
-        self._knows_words = bounds.covers(LETTERS) and not any(WORD.fullmatch(token) for token in bounds.added)
+        word = WORD_IN_CASES if in_cases else WORD
+        self._is_word = (word if bounds.covers(LETTERS) and not any(map(word.fullmatch, bounds.added)) else NEVER).fullmatch
         self._names = byte_names()
         self._lost = bytes(byte for byte, name in self._names.items() if backend.token_to_id(name) is None)
         self._of_ascii = OfAscii(backend)
@@ -88,11 +93,12 @@ class Words:
         if [s["type"] == "ByteLevel" for s in splits] != [False] * (len(splits) - 1) + [True]:
             return None  # bytes are cut in other places
         found = [_split(s) for s in splits]
-        return cls(tokenizer, [split for split in found if split is not None], bounds)
+        in_cases = any(LETTER_CASES in s["pattern"]["Regex"] for s in splits if is_known(s))
+        return cls(tokenizer, [split for split in found if split is not None], bounds, in_cases=in_cases)
 
     def tokens_each(self, texts: Iterable[str]) -> list[bytes | None]:
         """TOKENs of texts that stand by themselves; None where they aren't sure to be those of its words and added tokens."""
-        is_word, written, blank = WORD.fullmatch if self._knows_words else NEVER.fullmatch, self._written, self._names[ord(" ")]
+        is_word, written, blank = self._is_word, self._written, self._names[ord(" ")]
         return [
             self._tokens(text) if is_word(text) is None or len(text) > MAX_CHARS else written(text.replace(" ", blank))
             for text in texts
