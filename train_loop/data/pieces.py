@@ -22,7 +22,7 @@ from train_loop.data.words import LONG_CHARS, TOKEN, Words, is_known
 
 # Where one may stop to look at a text: at some of the places where it is cut.
 STOP = re.compile(r"(?<=\S)(?= )|(?<=[A-Za-z0-9])(?=\s)")
-CHARS_PER_TOKEN = 3  # or more, as far as is known before a text was seen: so much is looked at first for each token asked for
+CHARS_PER_TOKEN = 3  # or more, until texts were seen: so much is looked at first for each token that is asked for
 MORE_CHARS = 64  # and this
 MAX_TOGETHER = 2 << 20  # characters that are cut up at a time
 MAX_KNOWN = 1 << 17  # pieces: some 25 MB, twice
@@ -40,7 +40,7 @@ class Pieces:
         self._backend.no_padding()
         self._known: dict[bytes, bytes] = {}  # TOKENs by piece
         self._before: dict[bytes, bytes] = {}  # what was known until there was too much of it
-        self._chars_per_token = float(CHARS_PER_TOKEN)  # of the texts before
+        self._chars, self._tokens = CHARS_PER_TOKEN, 1  # of the texts before
 
     @classmethod
     def of(cls, tokenizer: Any, bounds: TokenBounds | None) -> Pieces | None:
@@ -75,8 +75,8 @@ class Pieces:
                 found[i].append(tokens)
                 made[i] += tokens.shape[1]
             left = [i for i in left if at[i] < len(texts[i]) and ((wanted := at_least[i]) is None or made[i] < wanted)]
-        if made_in_all := sum(made):
-            self._chars_per_token = sum(at) / made_in_all
+        self._chars += sum(at)
+        self._tokens += sum(made)
         joined = (parts[-1] if len(parts) < 3 else np.concatenate(parts, axis=1) for parts in found)
         return [(ids.astype(np.int32), starts, ends) for ids, starts, ends in joined]
 
@@ -84,7 +84,7 @@ class Pieces:
         """Where to stop looking at a text for so many tokens, of which some are made of what is before `at`."""
         if at_least is None:
             return len(text)
-        chars = (at / made if made else self._chars_per_token) * (at_least - made)
+        chars = (at / made if made else self._chars / self._tokens) * (at_least - made)
         cut = STOP.search(text, at + round(chars) + MORE_CHARS)
         return cut.start() if cut else len(text)
 
