@@ -33,8 +33,9 @@ demo: setup
 demo-vlm: setup
 	$(BIN)/python -m examples.demo_vlm
 
+# One process more than cores, up to four: many a test waits, for another process to start or for a limit to pass.
 test: setup $(PROMETHEUS)
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --maxprocesses 4 --dist loadfile
 
 # Whole jobs on Ray, and the whole service: twenty minutes.
 service: setup $(PROMETHEUS)

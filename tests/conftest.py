@@ -23,7 +23,7 @@ settings.register_profile("tuneyard", deadline=None, suppress_health_check=[Heal
 settings.load_profile("tuneyard")
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    # A core each: with torch's threads on all cores, two of them would spin and wait for each other.
+    # One core for each, which it may share: with torch's threads on all cores, two of them would spin and wait for each other.
     _cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {_cores[int(worker.removeprefix("gw")) % len(_cores)]})
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -12,9 +12,10 @@ import logging
 import os
 import signal
 import sys
-import threading
+import time
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
@@ -25,27 +26,22 @@ VITAL = ("gcs_server", "raylet")
 WATCH_S = 0.5
 
 
-def main(ray_dir: str, ready_file: str, num_cpus: str) -> int:
-    """Start Ray and the service, say where they are in `ready_file`, and stay until told to end or unable to go on."""
+def main(ray_dir: str, ready_file: str, num_cpus: str) -> NoReturn:
+    """Start Ray and the service, say where they are in `ready_file`, and stay until killed or unable to go on."""
     supervisor = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to the supervisor too, which sees to us
     url, dashboard_url = _start_ray(Settings.load(), ray_dir, int(num_cpus))
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())  # after Ray, which sets its own
     vital = [p for p in psutil.Process().children(recursive=True) if p.name() in VITAL]
     if {p.name() for p in vital} != set(VITAL):
         raise RuntimeError(f"of {', '.join(VITAL)} only {[p.name() for p in vital]} are there")
     write_private(Path(ready_file), json.dumps({"url": url, "dashboard_url": dashboard_url}))
-    while not stop.wait(WATCH_S):
+    while True:
+        time.sleep(WATCH_S)
         lost = [p.pid for p in vital if not p.is_running() or p.status() == psutil.STATUS_ZOMBIE]
         if lost or os.getppid() != supervisor:
             sys.stderr.write("a part of Ray ended by itself\n" if lost else "the supervisor is gone\n")
             # Ray's own shutdown would wait for what is dead; the kernel ends its processes with this one.
             os._exit(1)
-    import ray
-
-    ray.shutdown()
-    return 0
 
 
 def _start_ray(settings: Settings, ray_dir: str, num_cpus: int) -> tuple[str, str]:
@@ -95,4 +91,4 @@ def _start_ray(settings: Settings, ray_dir: str, num_cpus: int) -> tuple[str, st
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    main(*sys.argv[1:])

@@ -17,8 +17,13 @@ def pytest_configure(config):
 
 
 @pytest.fixture(scope="session")
-def service(tmp_path_factory, mirror):
-    with Service(tmp_path_factory.mktemp("faults"), mirror, **SETTINGS).up_with_data() as running:
+def service(tmp_path_factory, mirror, request):
+    settings = SETTINGS
+    if not any(item.get_closest_marker("faults_full") for item in request.session.items):
+        # To have processes ready for each attempt costs 5 s of CPU more than to start them when it does, and 25 s each time that
+        # the service ends with them. The service on PostgreSQL has them in CI, this one in the long suite.
+        settings = SETTINGS | {"TUNEYARD_READY_WORKERS": "0"}
+    with Service(tmp_path_factory.mktemp("faults"), mirror, **settings).up_with_data() as running:
         yield running
 
 

@@ -13,7 +13,7 @@ from tests.faults.harness import S3, Row, Service, ends_well
 
 pytestmark = pytest.mark.faults
 SIZE_MIB = 3072  # what SeaweedFS wants for its volumes
-BAD_S = 20
+FULL_S, SLOW_S = 20, 12
 STOPPED_S, GOES_S = 2.0, 0.3
 
 
@@ -41,7 +41,7 @@ def on_small_disk(small_disk, mirror):
 
 @pytest.mark.faults_full
 def test_a_job_goes_on_after_the_disk_of_everything_was_full(on_small_disk, small_disk, table):
-    service, row = on_small_disk, Row(f"no room on the disk for {BAD_S} s", "training")
+    service, row = on_small_disk, Row(f"no room on the disk for {FULL_S} s", "training")
     table.rows.append(row)
     request_id = service.submit("full-disk")
     service.until(request_id, lambda job: job["step"] >= 5, "its fifth step")
@@ -52,7 +52,7 @@ def test_a_job_goes_on_after_the_disk_of_everything_was_full(on_small_disk, smal
                 os.write(file.fileno(), bytes(1 << 16))
         except OSError:
             pass
-    room_at = time.monotonic() + BAD_S
+    room_at = time.monotonic() + FULL_S
     while time.monotonic() < room_at:
         refused = httpx.post(
             f"{service.up['url']}/job/", headers={"Authorization": f"Bearer {service.token}"}, json=service.job("no-room")
@@ -70,7 +70,7 @@ def test_a_job_waits_for_a_slow_disk(service, table):
     table.rows.append(row)
     request_id = service.submit("slow-disk")
     service.until(request_id, lambda job: job["step"] >= 5, "its fifth step")
-    well_at = time.monotonic() + BAD_S
+    well_at = time.monotonic() + SLOW_S
     storage = S3.find(service)
     assert storage
     try:

@@ -12,6 +12,7 @@ import datetime as dt
 import itertools
 import os
 import threading
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -27,8 +28,8 @@ from serve_app.lifecycle import FINAL, Status
 from serve_app.settings import Profile, Settings
 from serve_app.store import pauses
 from serve_app.store.audit import By
-from serve_app.store.jobs import Conflict, JobStore, StaleAttempt
-from serve_app.store.tables import metadata
+from serve_app.store.jobs import Conflict, JobStore, StaleAttempt, job_of
+from serve_app.store.tables import job_events, jobs, metadata
 from tests.conftest import DOCUMENTED, ORG, OTHER_ORG, with_fields
 from tests.serve_app.simulated import GPUS, NODES, SimCluster, World
 from train_loop.errors import Cause, RunFault, Stopped, UserError
@@ -329,36 +330,45 @@ class Service(RuleBasedStateMachine):
     # --- what must hold ---
 
     @invariant()
-    def final_states_are_final(self):
-        for request_id in self.jobs:
-            job = self.store.get(request_id)
-            assert self.final.get(request_id, job.status) is job.status
+    def what_must_hold(self):
+        """In all jobs, which are read at once: this is looked at after every step."""
+        found = self._found()
+        assert {job.request_id for job in found} == set(self.jobs)
+        with self.store.read() as db:
+            query = sa.select(job_events.c.request_id).where(job_events.c.kind == "started")
+            starts = Counter(db.execute(query).scalars())
+        self.final_states_are_final(found)
+        self.nothing_runs_of_a_canceled_job(found)
+        self.no_more_runs_than_may(found)
+        self.nothing_starts_during_a_pause(found)
+        self.at_most_one_attempt_can_write(found, starts)
+
+    def _found(self):
+        with self.store.read() as db:
+            return [job_of(row) for row in db.execute(sa.select(jobs))]
+
+    def final_states_are_final(self, found):
+        for job in found:
+            assert self.final.get(job.request_id, job.status) is job.status
             if job.status in FINAL:
-                self.final[request_id] = job.status
+                self.final[job.request_id] = job.status
 
-    @invariant()
-    def nothing_runs_of_a_canceled_job(self):
-        for request_id in self.jobs:
-            job = self.store.get(request_id)
-            assert job.status is not Status.CANCELED or not self.world.actors.get((request_id, job.attempt))
+    def nothing_runs_of_a_canceled_job(self, found):
+        for job in found:
+            assert job.status is not Status.CANCELED or not self.world.actors.get((job.request_id, job.attempt))
 
-    @invariant()
-    def no_more_runs_than_may(self):
-        assert len([job for job in self.store.running() if job.open]) <= self.config.max_running_jobs
+    def no_more_runs_than_may(self, found):
+        assert len([job for job in found if job.open]) <= self.config.max_running_jobs
 
-    @invariant()
-    def nothing_starts_during_a_pause(self):
-        started = sum(self.store.get(request_id).attempt for request_id in self.jobs)
+    def nothing_starts_during_a_pause(self, found):
+        started = sum(job.attempt for job in found)
         assert started == self.started or not self.was_paused
         self.started, self.was_paused = started, self.paused
 
-    @invariant()
-    def at_most_one_attempt_can_write(self):
-        for request_id in self.jobs:
-            job = self.store.get(request_id)
-            started = [e for e in self.store.journal.events(request_id) if e.kind == "started"]
-            assert len(started) == job.attempt  # each attempt once, however many dispatchers
-            assert max((n for r, n in self.world.actors if r == request_id), default=0) <= job.attempt
+    def at_most_one_attempt_can_write(self, found, starts):
+        for job in found:
+            assert starts[job.request_id] == job.attempt  # each attempt once, however many dispatchers
+            assert max((n for r, n in self.world.actors if r == job.request_id), default=0) <= job.attempt
 
     def _settle(self):
         """Without more faults everything comes to an end, and nothing is left."""
@@ -373,7 +383,7 @@ class Service(RuleBasedStateMachine):
                 for act in ("work", "work", "complete"):
                     if attempt in self.world.actors:
                         self._act(attempt, act)
-            self.final_states_are_final()
+            self.final_states_are_final(self._found())
             self.world.later(10)
             if len(self.final) == len(self.jobs) and not self.world.actors:
                 break

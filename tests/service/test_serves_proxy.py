@@ -21,7 +21,7 @@ ANSWER_S = 30
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory, mirror):
-    running = Running(tmp_path_factory.mktemp("home"), mirror)
+    running = Running(tmp_path_factory.mktemp("home"), mirror, TUNEYARD_READY_WORKERS="0")  # it has no jobs
     running.start()
     yield running
     running.down()

@@ -206,8 +206,16 @@ def test_secrets_are_nowhere_but_where_they_belong(service):
         assert not any(canary in answer.content for canary in canaries), page
 
 
-def test_a_plan_creates_nothing_and_refuses_what_would_fail(service):
-    before = service.client.list_jobs(ORG)
+@pytest.fixture(scope="module")
+def unreachable(service):
+    """A job whose dataset's storage doesn't answer, which is waited for while the next tests run."""
+    away = service.client.create_secret(ORG, "away", "s3", service.keys | {"endpoint_url": "http://127.0.0.1:1"})["secret_id"]
+    job = service.job("storage_unreachable", {"dataset_details.secret_id": away})
+    return service.client.submit(job)["request_id"]
+
+
+def test_a_plan_creates_nothing_and_refuses_what_would_fail(service, unreachable):
+    before = {job["request_id"] for job in service.client.iter_jobs(ORG)}
     job = service.job("planned", {"infra_config": DOCUMENTED["infra_config"]})
     plan = service.client.plan(job)
     assert (plan["workers"], len(plan["samples"])) == (4, 3)
@@ -215,7 +223,7 @@ def test_a_plan_creates_nothing_and_refuses_what_would_fail(service):
     with pytest.raises(ApiError) as caught:
         service.client.plan(job | {"dataset_details": job["dataset_details"] | {"dataset_path": "s3://no/x"}})
     assert caught.value.status == 422
-    assert service.client.list_jobs(ORG) == before
+    assert {job["request_id"] for job in service.client.iter_jobs(ORG)} == before
 
 
 def test_a_job_on_images_of_a_private_bucket_is_planned_and_trained_and_asked_about_one(service, tmp_path):
@@ -244,16 +252,23 @@ def test_a_job_on_images_of_a_private_bucket_is_planned_and_trained_and_asked_ab
 
 
 @pytest.fixture(scope="module")
-def unreachable(service):
-    """A job whose dataset's storage doesn't answer, which is waited for longer than the next test takes."""
-    away = service.client.create_secret(ORG, "away", "s3", service.keys | {"endpoint_url": "http://127.0.0.1:1"})["secret_id"]
-    job = service.job("storage_unreachable", {"dataset_details.secret_id": away})
-    return service.client.submit(job)["request_id"]
+def wrong(service, unreachable):
+    """Jobs with something wrong about their dataset, by the code of that. They run while the next test does."""
+    keys = service.client.create_secret(ORG, "wrong", "s3", service.keys | {"secret_access_key": "wrong"})["secret_id"]
+    cases = {
+        "object_not_found": {"dataset_details.dataset_path": f"s3://{DATASETS}/missing.jsonl"},
+        "bucket_not_found": {"dataset_details.dataset_path": "s3://no-such-bucket/rows.jsonl"},
+        "storage_access_denied": {"dataset_details.secret_id": keys},
+        "dataset_empty": {"dataset_details.dataset_path": f"s3://{DATASETS}/empty.jsonl"},
+        "no_usable_rows": {"dataset_details.dataset_path": f"s3://{DATASETS}/unusable.jsonl"},
+        "too_many_rejects": {"dataset_config.preprocessing.max_reject_ratio": 0},
+    }
+    ids = {code: service.client.submit(service.job(code, changes))["request_id"] for code, changes in cases.items()}
+    return ids | {"storage_unreachable": unreachable}
 
 
-def test_a_second_service_runs_beside_the_first_and_a_killed_one_comes_back(service, unreachable, mirror, tmp_path):
-    """Meanwhile the job of the next test waits for its storage."""
-    other = Running(tmp_path / "other", mirror)
+def test_a_second_service_runs_beside_the_first_and_a_killed_one_comes_back(service, wrong, mirror, tmp_path):
+    other = Running(tmp_path / "other", mirror, TUNEYARD_READY_WORKERS="0")  # it has no jobs
     other.start()
     try:
         assert other.up["url"] != service.up["url"]
@@ -268,20 +283,9 @@ def test_a_second_service_runs_beside_the_first_and_a_killed_one_comes_back(serv
     assert service.secret_id in listed  # the first one still answers, from its own store
 
 
-def test_what_is_wrong_with_a_dataset_is_said_in_a_sentence(service, unreachable):
-    wrong = service.client.create_secret(ORG, "wrong", "s3", service.keys | {"secret_access_key": "wrong"})["secret_id"]
-    cases = {
-        "object_not_found": {"dataset_details.dataset_path": f"s3://{DATASETS}/missing.jsonl"},
-        "bucket_not_found": {"dataset_details.dataset_path": "s3://no-such-bucket/rows.jsonl"},
-        "storage_access_denied": {"dataset_details.secret_id": wrong},
-        "dataset_empty": {"dataset_details.dataset_path": f"s3://{DATASETS}/empty.jsonl"},
-        "no_usable_rows": {"dataset_details.dataset_path": f"s3://{DATASETS}/unusable.jsonl"},
-        "too_many_rejects": {"dataset_config.preprocessing.max_reject_ratio": 0},
-    }
-    ids = {code: service.client.submit(service.job(code, changes))["request_id"] for code, changes in cases.items()}
-    ids["storage_unreachable"] = unreachable
-    jobs = {code: service.wait(request_id) for code, request_id in ids.items()}
-    assert {code: (job["status"], job["error_code"]) for code, job in jobs.items()} == {code: ("FAILED", code) for code in ids}
+def test_what_is_wrong_with_a_dataset_is_said_in_a_sentence(service, wrong):
+    jobs = {code: service.wait(request_id) for code, request_id in wrong.items()}
+    assert {code: (job["status"], job["error_code"]) for code, job in jobs.items()} == {code: ("FAILED", code) for code in wrong}
     for job in jobs.values():
         assert job["attempt"] == 1  # another one would find the same
         assert job["message"] == job["error_message"]
