@@ -18,7 +18,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -55,6 +55,7 @@ class Checkpoints:
         self._under_way: Future[None] | None = None
         self._newest: int | None = None
         self._snapshot = Snapshot(ctx.device)
+        self._layout: weights.Layout | None = None  # of the model: the thread doesn't touch it, for steps go on in it
         self._told_slow = False
 
     def save(
@@ -72,7 +73,7 @@ class Checkpoints:
             self._take_turn()
         random_states = _of_all_ranks(_random_state(self._ctx.device), self._ctx)
         learned, state = weights.trained(model), optimizer.state_dict()
-        live = [*(p.detach() for p in learned.values()), *_moments(state)]
+        live = [*(p.detach() for p in learned.values()), *_tensors(state)]
         tensors = [whole(tensor, keep=writes) for tensor in live]
         if not writes:
             return
@@ -82,9 +83,10 @@ class Checkpoints:
             copies = dict(zip(ours, self._snapshot.take(list(ours.values())), strict=True))
             tensors = [copies.get(id(tensor), tensor) for tensor in tensors]
         trained = dict(zip(learned, tensors[: len(learned)], strict=True))
-        moments = _with_moments(state, tensors[len(learned) :])
+        moments = _with_tensors(state, iter(tensors[len(learned) :]))
         about = {"step": step, "world_size": self._ctx.world_size, "log": metrics.state()}
-        write: Callable[[], Path] = partial(self._write, model, trained, moments, random_states, about)
+        self._layout = self._layout or weights.Layout.of(model)
+        write: Callable[[], Path] = partial(self._write, self._layout, trained, moments, random_states, about)
         if not copied:
             write = partial(Path, write())  # before the next step changes what it is of
         best = metrics.best["step"] if metrics.best else None
@@ -165,7 +167,7 @@ class Checkpoints:
 
     def _write(
         self,
-        model: Any,
+        layout: weights.Layout,
         trained: Mapping[str, torch.Tensor],
         moments: Mapping[str, Any],
         random_states: torch.Tensor,
@@ -174,7 +176,7 @@ class Checkpoints:
         """A local folder with the files of a checkpoint."""
         self._snapshot.wait()
         folder = Path(tempfile.mkdtemp(dir=self._ctx.scratch, prefix="checkpoint-"))
-        weights.write(folder, model, trained)
+        layout.write(folder, trained)
         torch.save(moments, folder / OPTIMIZER)
         torch.save(random_states, folder / RANDOM)
         (folder / STATE).write_text(json.dumps(about))
@@ -273,25 +275,24 @@ def _of_all_ranks(row: torch.Tensor, ctx: RunContext) -> torch.Tensor:
     return ctx.all_reduce_sum(rows).cpu()
 
 
-def _moments(state: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The tensors of an optimizer's state dict."""
-    return [v for values in state["state"].values() for v in values.values() if isinstance(v, torch.Tensor)]
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Those of an optimizer's state dict, however deep: bitsandbytes puts a parameter's into a dict of their own."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _tensors(each)
 
 
-def _with_moments(state: Mapping[str, Any], tensors: Iterable[torch.Tensor]) -> dict[str, Any]:
-    """The state dict with these in place of what `_moments` found. No step changes it: numbers are those of now."""
-    each = iter(tensors)
-    return {
-        **state,
-        "state": {
-            index: {name: next(each) if isinstance(v, torch.Tensor) else v for name, v in values.items()}
-            for index, values in state["state"].items()
-        },
-    }
+def _with_tensors(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    """The state dict with these in place of what `_tensors` found, and its numbers as they are now."""
+    if isinstance(value, torch.Tensor):
+        return next(tensors)
+    return {name: _with_tensors(each, tensors) for name, each in value.items()} if isinstance(value, Mapping) else value
 
 
 def _load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take over what `_with_moments` returned, each rank its part."""
+    """Take over what `_with_tensors` returned, each rank its part."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, values in state["state"].items():
         p = parameters[index]

@@ -31,9 +31,11 @@ def taken(snapshot, live):
 def test_copies_are_equal_and_stay_so_when_the_tensors_change():
     live = tensors()
     before = [t.clone() for t in live]
-    copies = taken(Snapshot(DEVICE), live)
+    snapshot = Snapshot(DEVICE)
+    copies = snapshot.take(live)
     for tensor in live:
-        tensor.zero_()
+        tensor.zero_()  # as the next step does, without waiting
+    snapshot.wait()
     for copy, tensor in zip(copies, before, strict=True):
         assert copy.device.type == "cpu"
         assert copy.dtype == tensor.dtype
