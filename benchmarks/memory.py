@@ -48,6 +48,7 @@ def job(
             "adapter_config": {"use_dora": trains == "dora"},
             "hyperparameters": {
                 "max_steps": 2,
+                "save_steps": 1,  # so that the second step is beside what a checkpoint is written from
                 "per_device_train_batch_size": batch,
                 "per_device_eval_batch_size": batch,
                 "gradient_checkpointing": checkpointing,

@@ -102,26 +102,31 @@ def ours(task: Task) -> int:
 
     Returns the bytes that it held on a GPU at its peak.
     """
+    clock = Clock()
+    trained(task, clock)
+    return clock.held_bytes
+
+
+def trained(task: Task, monitor: Console) -> None:
+    """Our run, with someone who listens."""
     from pyarrow.fs import LocalFileSystem
 
     from train_loop.context import LocalContext
 
     rank, world_size = rank_and_world()
-    clock = Clock()
     with tempfile.TemporaryDirectory() as scratch:
         ctx = LocalContext(
             model_folder=task.model,
             storage=LocalFileSystem(),
             run_path=str(task.folder),
             scratch=Path(scratch),
-            monitor=clock,
+            monitor=monitor,
             rank=rank,
             world_size=world_size,
             local_rank=rank,
             local_world_size=world_size,
         )
         run(task.spec, PreparedDataset.from_json((task.folder / "data/index.json").read_text()), ctx)
-    return clock.held_bytes
 
 
 def peers_model(task: Task) -> tuple[Any, Any]:

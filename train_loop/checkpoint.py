@@ -5,8 +5,9 @@ weight in float32), optimizer, metrics and position, the random state of every r
 hash of each file: without it, or when they differ, the folder is not picked up.
 
 Rank 0 writes all of it. What the others have of their own, their random state and their slices of a sharded model, is gathered
-first; so the upload can run in a thread behind the next steps without a word between ranks, and another number of workers can
-go on from it.
+first; so the rest can run in a thread behind the next steps without a word between ranks, and another number of workers can
+go on from it. Steps wait only for a copy of what is trained and of its moments: serialising, hashing and uploading are done
+from that copy. Where it is too large to be held twice (`snapshot.affordable`), the files are written before the next step.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -30,7 +32,8 @@ from train_loop.errors import Cause, RunFault
 from train_loop.layout import CHECKPOINTS
 from train_loop.metrics import MetricLog
 from train_loop.node import barrier, from_first_worker
-from train_loop.sharding import placed_like, whole
+from train_loop.sharding import is_sharded, placed_like, whole
+from train_loop.snapshot import Snapshot, affordable
 from train_loop.storage import delete_file, delete_folder, download_file, list_files, read_bytes, upload_folder, write_json
 
 log = logging.getLogger(__name__)
@@ -38,6 +41,7 @@ MARKER = "complete.json"
 SET_ASIDE = "damaged.json"
 STATE, OPTIMIZER, RANDOM = "state.json", "optimizer.pt", "random.pt"
 CUT_OFF = "it was cut off while it was written"
+SLOW_S = 1.0  # waiting that is told of
 
 
 class Checkpoints:
@@ -50,35 +54,48 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: Future[None] | None = None
         self._newest: int | None = None
+        self._snapshot = Snapshot(ctx.device)
+        self._layout: weights.Layout | None = None  # of the model: the thread doesn't touch it, for steps go on in it
+        self._told_slow = False
 
     def save(
         self, step: int, model: Any, optimizer: torch.optim.Optimizer, metrics: MetricLog, first: Callable[[], None]
     ) -> None:
         """Take a checkpoint after `step` steps, uploaded after `first` has run. Collective. It is whole once `wait` has returned.
 
-        Raises what the upload of the one before failed with.
+        Waits for the one before, and raises what that failed with.
         """
         if step == self._newest:
             return  # stopped or taken back right after it was saved
         self._newest = step
-        random_states = _of_all_ranks(_random_state(self._ctx.device), self._ctx)
         writes = self._ctx.rank == 0
-        trained, moments = weights.gathered(model, keep=writes), _gathered(optimizer, keep=writes)
+        if writes:
+            self._take_turn()
+        random_states = _of_all_ranks(_random_state(self._ctx.device), self._ctx)
+        learned, state = weights.trained(model), optimizer.state_dict()
+        live = [*(p.detach() for p in learned.values()), *_tensors(state)]
+        tensors = [whole(tensor, keep=writes) for tensor in live]
         if not writes:
             return
-        self.wait()
-        folder = Path(tempfile.mkdtemp(dir=self._ctx.scratch, prefix="checkpoint-"))
-        weights.write(folder, model, trained)
-        torch.save(moments, folder / OPTIMIZER)
-        torch.save(random_states, folder / RANDOM)
-        (folder / STATE).write_text(json.dumps({"step": step, "world_size": self._ctx.world_size, "log": metrics.state()}))
+        copied = affordable(sum(tensor.nbytes for tensor in tensors), self._ctx.device.type)
+        if copied:
+            ours = {id(tensor): tensor for tensor in live if not is_sharded(tensor)}  # the others have just been gathered
+            copies = dict(zip(ours, self._snapshot.take(list(ours.values())), strict=True))
+            tensors = [copies.get(id(tensor), tensor) for tensor in tensors]
+        trained = dict(zip(learned, tensors[: len(learned)], strict=True))
+        moments = _with_tensors(state, iter(tensors[len(learned) :]))
+        about = {"step": step, "world_size": self._ctx.world_size, "log": metrics.state()}
+        self._layout = self._layout or weights.Layout.of(model)
+        write: Callable[[], Path] = partial(self._write, self._layout, trained, moments, random_states, about)
+        if not copied:
+            write = partial(Path, write())  # before the next step changes what it is of
         best = metrics.best["step"] if metrics.best else None
-        self.behind(first, partial(self._publish, folder, step, best))
+        self._under_way = self._thread.submit(self._finish, first, write, step, best)
 
-    def behind(self, *uploads: Callable[[], None]) -> None:
-        """Have these run in turn behind the next steps, once what is under way is done. Raises what that failed with."""
-        self.wait()
-        self._under_way = self._thread.submit(_in_turn, uploads)
+    def behind(self, upload: Callable[[], None]) -> None:
+        """Have this run behind the next steps, once what is under way is done. Raises what that failed with."""
+        self._take_turn()
+        self._under_way = self._thread.submit(upload)
 
     def wait(self) -> None:
         """Return when all is in storage. Raises what the upload failed with."""
@@ -130,6 +147,40 @@ class Checkpoints:
         self._remove(folder)
 
     # --- on rank 0 ---
+
+    def _take_turn(self) -> None:
+        """Wait for what is under way, and say it once if the steps are held up by that."""
+        began = time.monotonic()
+        self.wait()
+        waited_s = time.monotonic() - began
+        if waited_s < SLOW_S:
+            return
+        log.warning("steps waited %.1f s for the checkpoint before", waited_s)
+        if not self._told_slow:
+            self._told_slow = True
+            said = f"steps waited {waited_s:.0f} s for the checkpoint before: storage is slower than the steps between two saves"
+            self._ctx.event("checkpoint_slow", f"{said}; raise save_steps")
+
+    def _finish(self, first: Callable[[], None], write: Callable[[], Path], step: int, best: int | None) -> None:
+        first()
+        self._publish(write(), step, best)
+
+    def _write(
+        self,
+        layout: weights.Layout,
+        trained: Mapping[str, torch.Tensor],
+        moments: Mapping[str, Any],
+        random_states: torch.Tensor,
+        about: Mapping[str, Any],
+    ) -> Path:
+        """A local folder with the files of a checkpoint."""
+        self._snapshot.wait()
+        folder = Path(tempfile.mkdtemp(dir=self._ctx.scratch, prefix="checkpoint-"))
+        layout.write(folder, trained)
+        torch.save(moments, folder / OPTIMIZER)
+        torch.save(random_states, folder / RANDOM)
+        (folder / STATE).write_text(json.dumps(about))
+        return folder
 
     def _publish(self, folder: Path, step: int, best: int | None) -> None:
         path = self._path(step)
@@ -210,11 +261,6 @@ class Checkpoints:
         return None
 
 
-def _in_turn(uploads: Iterable[Callable[[], None]]) -> None:
-    for upload in uploads:
-        upload()
-
-
 def _random_state(device: torch.device) -> torch.Tensor:
     """CPU's and, behind it, the GPU's: one row of bytes."""
     states = [torch.get_rng_state()]
@@ -229,18 +275,24 @@ def _of_all_ranks(row: torch.Tensor, ctx: RunContext) -> torch.Tensor:
     return ctx.all_reduce_sum(rows).cpu()
 
 
-def _gathered(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
-    """The optimizer's state dict, with whole tensors on the ranks that `keep` them. Collective."""
-    state = optimizer.state_dict()
-    moments = {
-        index: {name: whole(v, keep=keep) if isinstance(v, torch.Tensor) else v for name, v in values.items()}
-        for index, values in state["state"].items()
-    }
-    return state | {"state": moments}
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Those of an optimizer's state dict, however deep: bitsandbytes puts a parameter's into a dict of their own."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _tensors(each)
+
+
+def _with_tensors(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    """The state dict with these in place of what `_tensors` found, and its numbers as they are now."""
+    if isinstance(value, torch.Tensor):
+        return next(tensors)
+    return {name: _with_tensors(each, tensors) for name, each in value.items()} if isinstance(value, Mapping) else value
 
 
 def _load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take over what `_gathered` returned, each rank its part."""
+    """Take over what `_with_tensors` returned, each rank its part."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, values in state["state"].items():
         p = parameters[index]

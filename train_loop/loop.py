@@ -30,8 +30,9 @@ from train_loop.data.streaming import RowReader
 from train_loop.data.tokenize import ChatTokenizer
 from train_loop.errors import Stopped
 from train_loop.evaluate import evaluate
-from train_loop.layout import MERGED_FOLDER, METRICS, TENSORBOARD
+from train_loop.layout import MERGED_FOLDER
 from train_loop.loss import supervised_loss
+from train_loop.metric_files import MetricFiles
 from train_loop.metrics import MetricLog, memory_held
 from train_loop.model.adapters import parameter_groups
 from train_loop.model.merge import write_merged
@@ -44,8 +45,7 @@ from train_loop.parallel import clip_gradients, set_threads, sync_gradients
 from train_loop.sharding import IDLE
 from train_loop.spec import JobSpec
 from train_loop.step import agree, not_finite
-from train_loop.storage import upload_folder, write_bytes
-from train_loop.tensorboard import event_file
+from train_loop.storage import upload_folder
 from train_loop.trainee import load_trainee, load_whole
 
 logger = logging.getLogger(__name__)
@@ -119,6 +119,7 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
     torch.manual_seed(hp.seed + 1 + ctx.rank)
 
     step, log = 0, MetricLog(plan.total_steps)
+    metric_files = MetricFiles(ctx.storage, ctx.run_path)
     if (saved := checkpoints.restore(model, optimizer)) is not None:
         step, log = saved
         ctx.event("resumed", f"resumed from the checkpoint of step {step}")
@@ -162,13 +163,7 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
         )
 
     def metrics_upload() -> Callable[[], None]:
-        files = {METRICS: log.lines().encode(), TENSORBOARD: event_file(log.points)} if ctx.rank == 0 else {}  # as they are now
-
-        def upload() -> None:
-            for name, content in files.items():
-                write_bytes(ctx.storage, f"{ctx.run_path}/{name}", content)
-
-        return upload
+        return partial(metric_files.write, list(log.points)) if ctx.rank == 0 else lambda: None
 
     def save(*, wait: bool = False) -> None:
         ctx.phase("saving")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ class MetricLog:
     """The points so far, `eval_loss` before, after and best, and the clock behind tokens/s and ETA."""
 
     total_steps: int
-    points: list[dict[str, Any]] = field(default_factory=list)
+    points: list[dict[str, Any]] = field(default_factory=list)  # none is ever changed: the last may be replaced
     eval_before: float | None = None
     eval_after: float | None = None
     best: dict[str, Any] | None = None
@@ -93,7 +92,7 @@ class MetricLog:
         if step > 0 and is_better:
             self.best = {"step": step, "eval_loss": loss}
         if self.points and self.points[-1]["step"] == step:
-            self.points[-1]["eval_loss"] = loss
+            self.points[-1] = self.points[-1] | {"eval_loss": loss}
         else:
             self.points.append({"step": step, "eval_loss": loss, "time": round(time.time(), 3)})
         self._unsent[step] = self.points[-1]
@@ -126,13 +125,10 @@ class MetricLog:
         fresh, self._unsent = list(self._unsent.values()), {}
         return fresh
 
-    def lines(self) -> str:
-        """metrics.jsonl."""
-        return "".join(json.dumps(point) + "\n" for point in self.points)
-
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {k: v for k, v in asdict(self).items() if not k.startswith("_")}
+        """What a checkpoint keeps, as it is now."""
+        now = {k: v for k, v in vars(self).items() if not k.startswith("_")}
+        return now | {"points": list(self.points), "worlds": list(self.worlds)}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> MetricLog:

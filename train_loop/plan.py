@@ -38,6 +38,7 @@ from train_loop.model.source import ModelPlaces, model_folder
 from train_loop.model.tokenizer import load_tokenizer
 from train_loop.parallel import BUCKET_BYTES
 from train_loop.sight import NUM_BATCHES, Sight, Size, image_spans, image_tokens, largest_sum, patches_per_token
+from train_loop.snapshot import affordable
 from train_loop.spec import JobSpec, Quantization, RandomSplit
 
 if TYPE_CHECKING:
@@ -395,6 +396,8 @@ def memory_of_a_worker(
     full, sharded = spec.train_config.train_type == "full", spec.train_config.distributed.type == "fsdp"
     held = workers if sharded else 1  # each worker holds so much of what is sharded
     learning = 4 * trained_params(spec, shape)  # in float32
+    moments = 2 * learning / (1 if hp.optim == "adamw" else 4)
+    copied = learning + moments  # whole, by the first worker; from a GPU to its host's memory
     # What a block keeps of a token: two norms' float32 input; what goes into its linear layers and its attention, and what comes
     # out; the MLP's four widths; and what its adapters add.
     block = 8 * shape.hidden + _kept_by_adapters(spec, shape, width)
@@ -413,7 +416,8 @@ def memory_of_a_worker(
         "adapter": 0 if full else learning / held,
         # With a flat copy, of a bucket at most, to sum over workers.
         "gradients": learning / held + (min(learning, BUCKET_BYTES) if workers > 1 and not sharded else 0),
-        "optimizer": 2 * learning / held / (1 if hp.optim == "adamw" else 4),
+        "optimizer": moments / held,
+        "checkpoint": copied if on_cpu and affordable(round(copied), "cpu") else 0,
         "activations": activations + kept,
         "logits": shape.vocab
         * _logit_bytes(batch_tokens if batch_supervised is None else batch_supervised, shape, hardware, width),

@@ -1,4 +1,4 @@
-"""The run's metrics as a TensorBoard event file.
+"""The run's metrics as a TensorBoard event file: its start, and an event for each point.
 
 It is written anew from all points each time, so a run that was restarted holds every step once.
 """
@@ -6,22 +6,24 @@ It is written anew from all points each time, so a run that was restarted holds 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
-from typing import Any
 
-from train_loop.trackers.curves import values
+from train_loop.trackers.curves import Point, values
 
 
-def event_file(points: Iterable[Mapping[str, Any]]) -> bytes:
-    """The points of metrics.jsonl as an event file."""
+def start() -> bytes:
+    """What comes before the events."""
     from tensorboardX.proto.event_pb2 import Event  # type: ignore[import-untyped]
+
+    return _record(Event(wall_time=0.0, file_version="brain.Event:2").SerializeToString())
+
+
+def event(point: Point) -> bytes:
+    """A point of metrics.jsonl."""
+    from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
-    events = [Event(wall_time=0.0, file_version="brain.Event:2")]
-    for point in points:
-        curves = [Summary.Value(tag=name, simple_value=value) for name, value in values(point).items()]
-        events.append(Event(wall_time=point["time"], step=point["step"], summary=Summary(value=curves)))
-    return b"".join(_record(event.SerializeToString()) for event in events)
+    curves = [Summary.Value(tag=name, simple_value=value) for name, value in values(point).items()]
+    return _record(Event(wall_time=point["time"], step=point["step"], summary=Summary(value=curves)).SerializeToString())
 
 
 def _record(data: bytes) -> bytes:

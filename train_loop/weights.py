@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,6 +14,7 @@ from train_loop.layout import ADAPTER_WEIGHTS
 from train_loop.sharding import placed_like, whole
 
 MODEL = "model.safetensors"
+T = TypeVar("T")
 
 
 def is_adapter(model: Any) -> bool:
@@ -42,26 +45,54 @@ def handed_out(model: Any, *, keep: bool) -> dict[str, torch.Tensor]:
     return {name: whole(p.detach(), keep=keep) for name, p in model.named_parameters()}
 
 
-def write(folder: Path, model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write what `gathered` returned into the local folder: PEFT's layout for an adapter, else one file in float32."""
-    from safetensors.torch import save_file
+@dataclass(frozen=True)
+class Layout:
+    """How what a model learns lies in a folder: in PEFT's layout for an adapter, else in one file, in float32."""
 
-    if is_adapter(model):
-        model.save_pretrained(folder, state_dict=dict(tensors), save_embedding_layers=False)
-    else:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, folder / MODEL, {"format": "pt"})
+    names: dict[str, str]  # of the parameters, by those in the file
+    config: Any  # PEFT's, of an adapter
+
+    @classmethod
+    def of(cls, model: Any) -> Layout:
+        """The model's."""
+        names = {name: name for name in trained(model)}
+        if not is_adapter(model):
+            return cls(names, None)
+        config = copy.copy(model.peft_config["default"])
+        config.inference_mode = True  # as PEFT saves it
+        return cls(_named_by_peft(model, names), config)
+
+    def write(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write what `gathered` returned into the local folder."""
+        from safetensors.torch import save_file
+
+        if self.config is not None:
+            self.config.save_pretrained(folder)
+        written: dict[str, torch.Tensor] = {}
+        places = set[int]()
+        for name, ours in self.names.items():
+            tensor = tensors[ours].contiguous()
+            written[name] = tensor.clone() if tensor.data_ptr() in places else tensor  # a tied weight has two names
+            places.add(tensor.data_ptr())
+        save_file(written, folder / (MODEL if self.config is None else ADAPTER_WEIGHTS), {"format": "pt"})
+
+
+def _named_by_peft(model: Any, values: Mapping[str, T]) -> dict[str, T]:
+    """What there is of each trained parameter of an adapter, by the parameter's name in its file."""
+    from peft import get_peft_model_state_dict
+
+    named: dict[str, T] = get_peft_model_state_dict(model, state_dict=dict(values), save_embedding_layers=False)
+    return named
 
 
 @torch.no_grad()
 def read(folder: Path, model: Any) -> None:
-    """Put what `write` wrote into the model's parameters. Raises KeyError where they are others."""
-    from peft import get_peft_model_state_dict
+    """Put what a `Layout` wrote into the model's parameters. Raises KeyError where they are others."""
     from safetensors import safe_open
 
     into: Mapping[str, torch.Tensor] = trained(model)
     if is_adapter(model):
-        # The same tensors by the names they have in the file.
-        into = get_peft_model_state_dict(model, state_dict=dict(into), save_embedding_layers=False)
+        into = _named_by_peft(model, into)
     with safe_open(folder / (ADAPTER_WEIGHTS if is_adapter(model) else MODEL), "pt") as file:
         if missing := into.keys() - file.keys():
             raise KeyError(min(missing))

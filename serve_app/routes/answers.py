@@ -220,6 +220,7 @@ class PlanMemory(TypedDict):
     adapter_bytes: Annotated[int, _is("What is trained.")]
     gradients_bytes: Annotated[int, _is("Its gradients.")]
     optimizer_bytes: Annotated[int, _is("Its optimizer's state.")]
+    checkpoint_bytes: Annotated[int, _is("On CPUs: a copy of what is trained and of that state, for checkpoints.")]
     activations_bytes: Annotated[int, _is("What is kept for the backward pass.")]
     logits_bytes: Annotated[int, _is("A chunk of the head's outputs.")]
     runtime_bytes: Annotated[int, _is("Interpreter, libraries, CUDA context.")]

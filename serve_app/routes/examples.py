@@ -117,7 +117,7 @@ PLAN = {
     "trainable_params": 11272192,
     "memory": {
         **{"weights_bytes": 1027604480, "adapter_bytes": 45088768, "gradients_bytes": 70254592, "optimizer_bytes": 90177536},
-        **{"activations_bytes": 2013265920, "logits_bytes": 1838678016, "runtime_bytes": 943718400},
+        **{"checkpoint_bytes": 0, "activations_bytes": 2013265920, "logits_bytes": 1838678016, "runtime_bytes": 943718400},
         **{"total_bytes": 6028787712, "available_bytes": 85899345920, "batch_tokens": 8192},
     },
     "time_s": 61,

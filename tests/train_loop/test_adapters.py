@@ -9,8 +9,10 @@ from safetensors.torch import load_file
 
 from tests.conftest import TINY
 from tests.train_loop.models import run, samples
+from train_loop import weights
 from train_loop.data.packing import collate
 from train_loop.errors import ModelError
+from train_loop.layout import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from train_loop.loss import supervised_loss
 from train_loop.model.adapters import add_adapter, parameter_groups
 from train_loop.model.load import load_base
@@ -142,6 +144,19 @@ def test_saved_and_merged_adapters_compute_what_was_trained(make, base, spec_of,
     if base is INT8:  # LLM.int8() rounds activations too, which the merged model doesn't
         ours = logits(PeftModel.from_pretrained(dequantised(spec, bases), tmp_path / "adapter"), batch)
     torch.testing.assert_close(logits(whole, batch), ours, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("make", MAKES)
+def test_an_adapter_is_written_as_peft_writes_it(make, spec_of, bases, tmp_path):
+    spec_base = "tuneyard/qwen3_moe" if make == "experts" else "tuneyard/smollm"
+    spec = spec_of((NF4 if "loftq" in make else FLOAT) | MAKES[make], spec_base)
+    model = add_adapter(load(spec, bases), spec)
+    tensors = weights.gathered(model, keep=True)
+    (tmp_path / "ours").mkdir()
+    weights.Layout.of(model).write(tmp_path / "ours", tensors)
+    model.save_pretrained(tmp_path / "theirs", state_dict=tensors, save_embedding_layers=False)
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
 
 
 def test_pissa_trains_what_pefts_own_does(spec_of, bases, tokenizer):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import TINY, write_jsonl
 from tests.train_loop.models import run
+from train_loop import tensorboard
 from train_loop.__main__ import Console, main
 from train_loop.data.packing import collate
 from train_loop.data.tokenize import ChatTokenizer
@@ -20,7 +21,6 @@ from train_loop.model.adapters import add_adapter, trainable
 from train_loop.model.load import load_base, quantization_config
 from train_loop.model.tokenizer import load_tokenizer
 from train_loop.spec import JobSpec
-from train_loop.tensorboard import event_file
 
 
 class StopAfter(Console):
@@ -110,7 +110,7 @@ def test_it_learns_and_leaves_a_complete_run_folder(local_job, tmp_path, mirror)
     }
     points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [p["step"] for p in points if "loss" in p] == list(range(1, 13))
-    assert (folder / TENSORBOARD).read_bytes() == event_file(points)
+    assert (folder / TENSORBOARD).read_bytes() == tensorboard.start() + b"".join(map(tensorboard.event, points))
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step-00000008", "step-00000012"]
 
 

@@ -359,6 +359,15 @@ def test_full_training_takes_more_memory_and_sharding_less(local_job, mirror):
     assert not any("targets" in w for w in whole["warnings"])
 
 
+def test_a_cpu_has_room_for_a_copy_of_what_is_trained_where_that_is_little(local_job, mirror, monkeypatch):
+    cpu, gpu = (Hardware(device, 1 << 40, 1e14) for device in ("cpu", "cuda"))
+    plan = planned(local_job(), mirror, cpu)
+    assert plan["memory"]["checkpoint_bytes"] == 12 * plan["trainable_params"]  # and two moments
+    assert planned(local_job(), mirror, gpu)["memory"]["checkpoint_bytes"] == 0
+    monkeypatch.setattr("train_loop.snapshot.CPU_BYTES", 100)
+    assert planned(local_job(), mirror, cpu)["memory"]["checkpoint_bytes"] == 0
+
+
 def test_a_sharded_base_needs_room_for_all_of_it_where_it_is_loaded(local_job):
     """Eight billion parameters over sixteen workers, with little else in memory."""
     shape = ModelShape(

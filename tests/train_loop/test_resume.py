@@ -1,7 +1,9 @@
 """A run that ends at any point goes on as if it hadn't, and only from a checkpoint that is whole."""
 
+import errno
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from pyarrow.fs import LocalFileSystem
 from tests.conftest import TINY
 from tests.train_loop.group import run_group
 from tests.train_loop.runs import HP, STEPS, Watcher, adapter, curve, short
+from train_loop import weights
 from train_loop.checkpoint import Checkpoints
 from train_loop.context import LocalContext
 from train_loop.data.shards import PreparedDataset
@@ -199,10 +202,83 @@ def test_steps_go_on_while_what_was_saved_is_on_its_way_to_storage(local_job, la
             came.append(monitor.third.wait(HANG_S))
         write_bytes(storage, path, content)
 
-    monkeypatch.setattr("train_loop.loop.write_bytes", write)
+    monkeypatch.setattr("train_loop.metric_files.write_bytes", write)
     monkeypatch.setattr("train_loop.storage.write_bytes", write)
     launch(short(local_job, {f"{HP}.eval_steps": eval_steps}), monitor=monitor)
     assert all(came)
+
+
+@pytest.mark.parametrize("changes", [{}, {f"{HP}.optim": "adamw_8bit", "train_config.adapter_config.r": 64}])
+def test_what_is_written_of_a_step_after_the_next_one_is_still_of_that_step(local_job, tmp_path, launch, monkeypatch, changes):
+    class Steps(Watcher):
+        def on_progress(self, progress):
+            if progress["step"] == 3:
+                third.set()
+            super().on_progress(progress)
+
+    def late(*arguments):
+        came.append(third.wait(HANG_S))
+        write(*arguments)
+
+    third, came, write = threading.Event(), [], weights.Layout.write
+    job = short(local_job, changes)
+    launch(job, "whole")
+    monkeypatch.setattr("train_loop.weights.Layout.write", late)
+    with pytest.raises(RunFault):
+        launch(job, "cut", Steps(break_at=3))
+    assert came == [True]
+    monitor = Watcher()
+    launch(job, "cut", monitor)
+    assert monitor.said("resumed") == ["resumed from the checkpoint of step 2"]
+    assert adapter(tmp_path / "cut") == adapter(tmp_path / "whole")
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+
+
+def test_what_is_too_large_to_be_copied_is_written_before_the_next_step(local_job, tmp_path, launch, monkeypatch):
+    def write(*arguments):
+        wrote.append((threading.current_thread() is threading.main_thread(), monitor.seen))
+        theirs(*arguments)
+
+    monitor, wrote, theirs = Watcher(break_at=5), [], weights.Layout.write
+    monkeypatch.setattr("train_loop.snapshot.CPU_BYTES", 100)
+    monkeypatch.setattr("train_loop.weights.Layout.write", write)
+    job = short(local_job)
+    with pytest.raises(RunFault):
+        launch(job, "cut", monitor)
+    assert wrote == [(True, step) for step in SAVED]
+    launch(job, "cut")
+    launch(job, "whole")
+    assert adapter(tmp_path / "cut") == adapter(tmp_path / "whole")
+
+
+def test_a_disk_that_is_full_behind_the_steps_ends_the_run_at_the_next_save(local_job, tmp_path, launch, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("train_loop.weights.Layout.write", full)
+    monitor = Watcher()
+    with pytest.raises(RunFault) as caught:
+        launch(short(local_job), "run", monitor)
+    assert caught.value.cause is Cause.STORAGE_AWAY
+    assert monitor.seen == 3
+    assert not list((tmp_path / "run").rglob("complete.json"))
+
+
+def test_steps_that_wait_for_slow_storage_say_so_once(local_job, launch, monkeypatch):
+    def slow(*arguments):
+        writes.append(time.monotonic())
+        while monitor.phases.count("saving") == len(writes) and monitor.phases[-1] != "exporting":
+            assert time.monotonic() < writes[-1] + HANG_S
+            time.sleep(0.01)
+        time.sleep(0.1)  # the next save waits by now
+        write(*arguments)
+
+    monitor, writes, write = Watcher(), [], weights.Layout.write
+    monkeypatch.setattr("train_loop.checkpoint.SLOW_S", 0.001)
+    monkeypatch.setattr("train_loop.weights.Layout.write", slow)
+    launch(short(local_job), "run", monitor)
+    (said,) = monitor.said("checkpoint_slow")
+    assert said.startswith("steps waited 0 s for the checkpoint before")
 
 
 def test_rows_prepared_by_an_earlier_attempt_are_used_again_unless_they_changed(local_job, tmp_path, launch):

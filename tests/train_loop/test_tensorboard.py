@@ -1,5 +1,5 @@
+from train_loop import tensorboard
 from train_loop.layout import TENSORBOARD
-from train_loop.tensorboard import event_file
 
 
 def test_other_readers_find_every_point_once(tmp_path):
@@ -10,7 +10,7 @@ def test_other_readers_find_every_point_once(tmp_path):
         {"step": 0, "eval_loss": 3.0, "time": 1.5},
         {"step": 5, "loss": 2.5, "learning_rate": 0.1, "grad_norm": 1.0, "epoch": 0.5, "tokens_per_second": 9.0, "time": 2.5},
     ]
-    data = event_file(points)
+    data = tensorboard.start() + b"".join(map(tensorboard.event, points))
     assert "tfevents" in TENSORBOARD  # by which TensorBoard knows the file
     events, at = [], 0
     while at < len(data):
