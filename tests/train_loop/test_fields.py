@@ -123,7 +123,7 @@ def trainee_of(local_job, tmp_path, mirror):
 
 @pytest.fixture
 def batch(tokenizer):
-    return collate(samples(tokenizer), max_length=128, packing=True, pad_id=0)
+    return collate(samples(tokenizer), capacity=128, pad_id=0)
 
 
 @pytest.mark.parametrize("base", [{}, NF4, {f"{ADAPTER}.dropout": 0.5}], ids=["plain", "nf4", "dropout"])

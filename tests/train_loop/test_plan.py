@@ -375,6 +375,7 @@ def test_a_sharded_base_needs_room_for_all_of_it_where_it_is_loaded(local_job):
         adapted=[(4096, 4096)],
         saved_params=0,
         leaves_experts=False,
+        joins=True,
     )
 
     def memory(workers, kind, device, bits=None):
