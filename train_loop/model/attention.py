@@ -157,7 +157,8 @@ def _spans(mask: Any, query: torch.Tensor, key: torch.Tensor) -> list[list[Span]
 
 
 def _of_edges(edges: Any, seq: int) -> list[list[Span]]:
-    places, rows = edges.tolist(), []
+    places: list[int] = edges.tolist()
+    rows = []
     for begin, filled in zip(range(0, places[-1], seq), edges.filled.tolist(), strict=True):
         own = [place - begin for place in places if begin <= place < begin + filled]
         rows.append([(group[0], group[-1], _mask(group, edges)) for group in _shared([*own, filled])])
