@@ -89,8 +89,12 @@ def _attention(
             parts.append(attention(module, query[part], key[part], value[part], mask, **said)[0])
         if filled < query.shape[2]:  # with padding, which nothing sees
             parts.append(query.new_zeros(1, query.shape[2] - filled, query.shape[1], value.shape[-1]))
-        outputs.append(torch.cat(parts, dim=1))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs), None
+        outputs.append(_joined(parts, dim=1))
+    return _joined(outputs, dim=0), None
+
+
+def _joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)  # of one it would be a copy to keep for the backward pass
 
 
 def _flash_attention(
