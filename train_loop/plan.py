@@ -403,6 +403,8 @@ def memory_of_a_worker(
     # out; the MLP's four widths; and what its adapters add.
     block = 8 * shape.hidden + _kept_by_adapters(spec, shape, width)
     block += width * (2 * shape.hidden + 3 * shape.attention + 2 * shape.key_value + 4 * shape.intermediate)
+    if on_cpu and spec.dataset_config.preprocessing.packing and hp.per_device_train_batch_size > 1:
+        block += width * shape.attention  # what comes out of each document's attention, beside all of them put together
     if hp.gradient_checkpointing:
         activations = batch_tokens * (shape.num_layers * shape.hidden * width + RECOMPUTED_BLOCKS * block)
     else:

@@ -93,7 +93,7 @@ def _attention(
     return _joined(outputs, dim=0), None
 
 
-def _joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)  # of one it would be a copy to keep for the backward pass
 
 
@@ -177,7 +177,8 @@ def _mask(group: Sequence[int], edges: Any) -> torch.Tensor | None:
     at = torch.arange(start, end, device=edges.device)
     document = torch.bucketize(at, torch.tensor(group, device=edges.device), right=True)
     behind = at[:, None] - at
-    return ((document[:, None] == document) & (behind >= 0) & (behind < window))[None, None]
+    sees: torch.Tensor = (document[:, None] == document) & (behind >= 0) & (behind < window)
+    return sees[None, None]
 
 
 def _found(mask: torch.Tensor) -> list[list[Span]] | None:
