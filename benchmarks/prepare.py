@@ -140,7 +140,7 @@ def ours(task: Task, rows: str, folder: str) -> tuple[Stages, dict[str, int]]:
     tokens = supervised = sequences = 0
     with timed(stages, "packing"):
         shards, hp = ShardSet(prepared, Path(folder, "data")), spec.train_config.hyperparameters
-        ids, layout = shards.ids("train"), Layout(None, MAX_LENGTH, True, tokenizer.pad_token_id)
+        ids, layout = shards.ids("train"), Layout(None, MAX_LENGTH, MAX_LENGTH, tokenizer.pad_token_id)
         plan = BatchPlan(len(ids), hp.per_device_train_batch_size, 1, 1, 1, None, hp.seed)
         for _, batches in step_batches(shards, ids, plan, 0, 1, layout, num_workers=0, start_step=1):
             for batch in batches:

@@ -174,7 +174,7 @@ def measure_rows(folder: Path, model: Path) -> dict[str, Any]:
     chat = ChatTokenizer.of(spec, tokenizer := load_tokenizer(model))
     prepared = prepare_local(spec, local, find_files(spec, local), local, str(folder), chat)
     shards = ShardSet(prepared, folder / "data")
-    layout, documents = Layout(chat, SIMULATED_LENGTH, True, tokenizer.pad_token_id), []
+    layout, documents = Layout(chat, SIMULATED_LENGTH, None, tokenizer.pad_token_id), []
     started = time.process_time()
     for row in shards.ids("train"):
         batch = layout.micro_batch(shards, [int(row)])

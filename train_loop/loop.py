@@ -110,10 +110,10 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
     if trainee.note:
         ctx.event("compute_dtype", trainee.note)
     model, parameters = trainee.model, trainee.parameters
-    if pre.packing and not trainee.packs:
+    if pre.packing and trainee.capacity is None:
         ctx.event("packing", "this architecture can't keep packed samples apart: rows are padded instead, same loss")
     vision = Vision(images, trainee.family.collate) if images is not None and trainee.family is not None else None
-    layout = Layout(chat, pre.prompt.max_length, trainee.packs, tokenizer.pad_token_id, vision)
+    layout = Layout(chat, pre.prompt.max_length, trainee.capacity, tokenizer.pad_token_id, vision)
     optimizer = build_optimizer(parameter_groups(model, spec.train_config), hp)
     # Dropout differs between ranks; everything before this line is the same on all of them.
     torch.manual_seed(hp.seed + 1 + ctx.rank)

@@ -24,7 +24,7 @@ from train_loop.data.formats import Conversation, Preference, RowRejected, parse
 from train_loop.data.glance import Glance, glance
 from train_loop.data.image_source import ImageSource, image_source
 from train_loop.data.image_tokens import ImageTokens
-from train_loop.data.packing import pack
+from train_loop.data.packing import NO_LIMIT, rows_of
 from train_loop.data.prepare import decode_row
 from train_loop.data.sampler import BatchPlan
 from train_loop.data.sources import SourceFile, filesystem_for, find_files
@@ -32,6 +32,7 @@ from train_loop.data.tokenize import IGNORE_INDEX, ChatTokenizer, Sample
 from train_loop.errors import DatasetError, ModelError, why_unloadable
 from train_loop.loss import chunk_tokens
 from train_loop.model.adapters import ALL_LINEAR, expert_parameters, is_named, linear_layers, named, rank
+from train_loop.model.attention import can_attend_by_document
 from train_loop.model.load import DTYPES, auto_class, compute_dtype, family_of, language_part
 from train_loop.model.processor import load_processor
 from train_loop.model.source import ModelPlaces, model_folder
@@ -81,6 +82,7 @@ class ModelShape:
     adapted: list[tuple[int, int]]  # (in, out) features of each adapted layer
     saved_params: int  # of modules_to_save
     leaves_experts: bool  # it has experts, and targets doesn't name them
+    joins: bool  # all samples of a micro-batch in a row, where they are packed
     sight: Sight | None = None  # of a model that is to see
 
 
@@ -144,7 +146,8 @@ def make_plan(
     epochs, rest = divmod(steps, batches.steps_per_epoch)
     samples_seen = epochs * train_rows + min(rest * batches.samples_per_step, train_rows)
     tokens_seen = round(samples_seen * statistics.fmean(kept))
-    large = largest_batch(kept, hp.per_device_train_batch_size, limit, pre.packing)
+    capacity = (NO_LIMIT if shape.joins else limit) if pre.packing else None
+    large = largest_batch(kept, hp.per_device_train_batch_size, capacity)
     patches = _patches(sample, shape, chat.images)
     at_once, learned = (largest_sum(counts, hp.per_device_train_batch_size) for counts in (patches, sample.supervised))
     memory = memory_of_a_worker(
@@ -246,6 +249,7 @@ def model_shape(spec: JobSpec, folder: Path) -> ModelShape:
         adapted=[(int(i), int(o)) for o, i in adapted],
         saved_params=sum(p.numel() for p in {p for module in inside for p in module.parameters(recurse=False)}),
         leaves_experts=bool(experts) and not any(is_named(n, targets) for n in experts),
+        joins=can_attend_by_document(model) and (family is None or family.joins),
         sight=None if family is None else Sight.of(spec, model, family),
     )
 
@@ -351,13 +355,13 @@ def _text(
     return "".join([*pieces, chat.tokenizer.decode(input_ids[start:end])])
 
 
-def largest_batch(lengths: Sequence[int], batch_size: int, max_length: int, packing: bool) -> int:
-    """Tokens, padding included, that a large micro-batch of rows like these takes."""
+def largest_batch(lengths: Sequence[int], batch_size: int, capacity: int | None) -> int:
+    """Tokens, padding included, that a large micro-batch of rows like these takes; `capacity` as `collate` has it."""
     drawn = random.Random(0)
     largest = 0
     for _ in range(NUM_BATCHES):
         batch = drawn.choices(lengths, k=batch_size)
-        rows = pack(batch, max_length) if packing else [[i] for i in range(batch_size)]
+        rows = rows_of(batch, capacity)
         largest = max(largest, len(rows) * max(sum(batch[i] for i in row) for row in rows))
     return largest
 
@@ -402,6 +406,8 @@ def memory_of_a_worker(
     # out; the MLP's four widths; and what its adapters add.
     block = 8 * shape.hidden + _kept_by_adapters(spec, shape, width)
     block += width * (2 * shape.hidden + 3 * shape.attention + 2 * shape.key_value + 4 * shape.intermediate)
+    if on_cpu and spec.dataset_config.preprocessing.packing and hp.per_device_train_batch_size > 1:
+        block += width * shape.attention  # what comes out of each document's attention, beside all of them put together
     if hp.gradient_checkpointing:
         activations = batch_tokens * (shape.num_layers * shape.hidden * width + RECOMPUTED_BLOCKS * block)
     else:

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from train_loop.context import RunContext
+from train_loop.data.packing import NO_LIMIT
 from train_loop.errors import ModelError
 from train_loop.evaluate import full_precision
 from train_loop.loss import computes_its_logits, keeps_documents_apart
 from train_loop.model.adapters import add_adapter, trainable, with_trained
+from train_loop.model.attention import heard
 from train_loop.model.layers import fuse
 from train_loop.model.load import META, BaseModel, is_quantised, load_base
 from train_loop.model.vision import Family
@@ -33,7 +35,7 @@ class Trainee:
     note: str
     device: torch.device
     sharded: bool
-    packs: bool  # whether samples are packed: asked for, and kept apart by this architecture
+    capacity: int | None  # tokens of samples that share a row; None: each has its own
     family: Family | None  # of a model that is to see
 
     @property
@@ -62,12 +64,12 @@ def load_trainee(spec: JobSpec, ctx: RunContext) -> Trainee:
     if sharded and not is_quantised(spec, ctx.model_folder):
         return _load_sharded(spec, ctx)
     base = load_base(spec, ctx.model_folder, ctx.device)
-    packs = _packs(spec, base)
+    capacity = row_capacity(spec, base)
     model = make_trainable(base, spec, ctx.start)
     sync_parameters(trainable(model), ctx)
     if sharded:
         shard(base.model, ctx, base.family)
-    return Trainee(model, base.compute_dtype, base.note, ctx.device, sharded, packs, base.family)
+    return Trainee(model, base.compute_dtype, base.note, ctx.device, sharded, capacity, base.family)
 
 
 def _load_sharded(spec: JobSpec, ctx: RunContext) -> Trainee:
@@ -76,17 +78,17 @@ def _load_sharded(spec: JobSpec, ctx: RunContext) -> Trainee:
     empty = load_base(spec, ctx.model_folder, ctx.device, at=META)
     with META:
         model = make_trainable(empty, spec)
-    source, packs = None, False
+    source, capacity = None, None
     if ctx.rank == 0:
         base = load_base(spec, ctx.model_folder, ctx.device, at=torch.device("cpu"))
-        packs = _packs(spec, base)
+        capacity = row_capacity(spec, base)
         source = make_trainable(base, spec, ctx.start)
         # transformers keeps with what it reads how it renamed it, and undoes that where the whole model is saved.
         empty.model._weight_conversions = getattr(base.model, "_weight_conversions", None)
-    told = ctx.all_reduce_sum(torch.tensor([int(packs)], device=ctx.device))
+    told = int(ctx.all_reduce_sum(torch.tensor([capacity or 0], device=ctx.device)))
     shard(empty.model, ctx, empty.family)
     deal_out(source, model, ctx)
-    return Trainee(model, empty.compute_dtype, empty.note, ctx.device, True, bool(told), empty.family)
+    return Trainee(model, empty.compute_dtype, empty.note, ctx.device, True, told or None, empty.family)
 
 
 def load_whole(spec: JobSpec, ctx: RunContext, trainee: Trainee, tensors: Mapping[str, torch.Tensor]) -> Any:
@@ -101,15 +103,22 @@ def load_whole(spec: JobSpec, ctx: RunContext, trainee: Trainee, tensors: Mappin
     return with_trained(base.model, trainee.model.peft_config["default"], tensors)
 
 
-def _packs(spec: JobSpec, base: BaseModel) -> bool:
-    """Whether samples are packed. Raises ModelError where the model couldn't be trained right at all."""
+def row_capacity(spec: JobSpec, base: BaseModel) -> int | None:
+    """How many tokens a row takes: as many as there are where attention goes by document, else those of a sample at most; None
+    where samples aren't packed. Raises ModelError where the model couldn't be trained right at all."""
     if not computes_its_logits(base.model):
         raise ModelError(
             f"base model {spec.model_details.base_model} ({base.model.config.model_type}) makes its logits in a way that isn't "
             "known here: it would be trained on a wrong loss.",
             field="model_details.base_model",
         )
-    return spec.dataset_config.preprocessing.packing and keeps_documents_apart(base.model)
+    if not spec.dataset_config.preprocessing.packing:
+        return None
+    with heard() as by_edges:
+        if not keeps_documents_apart(base.model):
+            return None
+    joins = by_edges == {True} and (base.family is None or base.family.joins)
+    return NO_LIMIT if joins else spec.dataset_config.preprocessing.prompt.max_length
 
 
 def make_trainable(base: BaseModel, spec: JobSpec, start: Path | None = None) -> Any:

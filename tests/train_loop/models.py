@@ -63,29 +63,39 @@ TOWER = {
 
 def make_base(name: str, mirror: Path, tokenizer: Any) -> str:
     """Put a random model of the architecture into `mirror`; return its id."""
+    return save_base(config_of(name, len(tokenizer)), name, mirror, tokenizer)
+
+
+def config_of(name: str, vocab_size: int) -> Any:
+    """The configuration of a tiny model of the architecture."""
     import transformers
 
-    sizes = SIZES | {"vocab_size": len(tokenizer)}
+    sizes = SIZES | {"vocab_size": vocab_size}
     if name in VISION:
         kind, text, changes = VISION[name]
         fields = {"text_config": sizes | {"model_type": text}, "vision_config": TOWER, "image_token_id": 0} | changes
     else:
         kind, changes = ARCHITECTURES[name]
         fields = {k: v for k, v in (sizes | changes).items() if v is not None}
-    return save_base(getattr(transformers, kind)(**fields), name, mirror, tokenizer)
+    return getattr(transformers, kind)(**fields)
 
 
 def save_base(config: Any, name: str, mirror: Path, tokenizer: Any) -> str:
     """Put a random model of this configuration into `mirror`; return its id."""
+    folder = mirror / "tuneyard" / name
+    random_model(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return f"tuneyard/{name}"
+
+
+def random_model(config: Any) -> Any:
+    """A model of this configuration, always the same."""
     torch.manual_seed(0)
     model = auto_class(config).from_config(config)
     for n, p in model.named_parameters():
         if p.ndim > 1:  # large enough to matter: transformers' own 0.02 makes attention all but uniform
             torch.nn.init.normal_(p, std=0.3 if "embed" not in n else 0.5)
-    folder = mirror / "tuneyard" / name
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return f"tuneyard/{name}"
+    return model
 
 
 def run(job: dict[str, Any], tmp_path: Path, mirror: Path, name: str = "run", monitor: Any = None) -> dict[str, Any]:

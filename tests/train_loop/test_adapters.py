@@ -43,7 +43,7 @@ def load(spec, bases):
 
 
 def batch_of(tokenizer):
-    return collate(samples(tokenizer), max_length=128, packing=True, pad_id=0)
+    return collate(samples(tokenizer), capacity=128, pad_id=0)
 
 
 def train(model, spec, batch, steps=3):

@@ -98,7 +98,8 @@ def padded_left(mask):
 )
 def test_other_masks_go_to_the_kernel_as_they_are_by_document_where_there_are_any(changed, spans):
     mask = changed(mask_of((150, 60)))
-    assert attention._found(mask[:, 0]) == (spans and [spans])
+    found = attention._found(mask)
+    assert (found and [[(start, end, part is None) for start, end, part in row] for row in found]) == (spans and [spans])
     tensors, mine = attend(mask)
     theirs = whole(*tensors, mask)
     torch.testing.assert_close(mine[:, 30:], theirs[:, 30:])
@@ -124,7 +125,7 @@ def test_only_a_model_that_attends_by_torchs_kernel_is_changed(implementation):
 
     config = LlamaConfig(**SIZES, vocab_size=32)
     model = LlamaForCausalLM._from_config(config, attn_implementation=implementation)
-    attend_by_document(model, torch.device("cpu"))
+    attend_by_document(model)
     ids, positions = torch.arange(1, 9)[None], torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
     mine = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     assert model.config._attn_implementation == {"eager": "eager", "sdpa": attention.NAME}[implementation]
@@ -132,18 +133,17 @@ def test_only_a_model_that_attends_by_torchs_kernel_is_changed(implementation):
     torch.testing.assert_close(mine, torch.cat(apart, dim=1))
 
 
-def model_that_attends_by_edges(monkeypatch, **config):
-    """On the CPU, where the flash kernel isn't: all but the kernel is what a GPU runs."""
+def model_that_attends_by_edges(**config):
+    """And the same as transformers makes it. The flash kernel is told the same edges on a GPU."""
     from transformers import MistralConfig, MistralForCausalLM
 
     from tests.train_loop.models import SIZES
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     torch.manual_seed(0)
     plain, model = (MistralForCausalLM._from_config(MistralConfig(**SIZES, vocab_size=32, **config)) for _ in range(2))
     model.load_state_dict(plain.state_dict())
-    attend_by_document(model, torch.device("cuda"))
-    assert (plain.config._attn_implementation, model.config._attn_implementation) == ("sdpa", attention.NAME_VARLEN)
+    attend_by_document(model)
+    assert (plain.config._attn_implementation, model.config._attn_implementation) == ("sdpa", attention.NAME)
     return plain.eval(), model.eval()
 
 
@@ -151,10 +151,15 @@ PACKED = {"position_ids": torch.tensor([[0, 1, 2, 0, 0, 1, 2, 3, 4, 5], [0, 1, 2
 PADDED = {"attention_mask": torch.tensor([[1] * 10, [1] * 4 + [0] * 6])}
 
 
+PADDED_LEFT = {"attention_mask": torch.tensor([[1] * 10, [0] * 6 + [1] * 4])}
+
+
+@pytest.mark.parametrize("together", [0, 4, 128])
 @pytest.mark.parametrize("window", [None, 3], ids=["all", "sliding"])
-@pytest.mark.parametrize("rows", [PACKED, PADDED, {}], ids=["packed", "padded", "plain"])
-def test_edges_say_of_documents_what_a_mask_says(monkeypatch, rows, window):
-    plain, model = model_that_attends_by_edges(monkeypatch, sliding_window=window)
+@pytest.mark.parametrize("rows", [PACKED, PADDED, PADDED_LEFT, {}], ids=["packed", "padded", "padded left", "plain"])
+def test_edges_say_of_documents_what_a_mask_says(monkeypatch, rows, window, together):
+    monkeypatch.setattr(attention, "FEW_TOKENS", together)
+    plain, model = model_that_attends_by_edges(sliding_window=window)
     ids = torch.arange(20).view(2, 10) + 1
     real = rows.get("attention_mask", torch.ones_like(ids)).bool()
     theirs, mine = (m(input_ids=ids, use_cache=False, **rows).logits[real] for m in (plain, model))
@@ -162,9 +167,9 @@ def test_edges_say_of_documents_what_a_mask_says(monkeypatch, rows, window):
 
 
 def test_the_kernel_is_told_each_document_and_its_window_once(monkeypatch):
-    _, model = model_that_attends_by_edges(monkeypatch, sliding_window=3)
-    masks, dense = [], attention._dense
-    monkeypatch.setattr(attention, "_dense", lambda edges, *shape: masks.append(edges) or dense(edges, *shape))
+    _, model = model_that_attends_by_edges(sliding_window=3)
+    masks, spans = [], attention._spans
+    monkeypatch.setattr(attention, "_spans", lambda edges, *tensors: masks.append(edges) or spans(edges, *tensors))
     model(input_ids=torch.arange(20).view(2, 10) + 1, use_cache=False, **PACKED)
     assert len({id(edges) for edges in masks}) == 1
     assert len(masks) == model.config.num_hidden_layers
@@ -172,8 +177,29 @@ def test_the_kernel_is_told_each_document_and_its_window_once(monkeypatch):
     assert (edges.tolist(), edges.dtype, edges.longest, edges.window) == ([0, 3, 4, 10, 19, 20], torch.int32, 9, 3)
 
 
-def test_writing_goes_on_with_a_cache_that_edges_know_nothing_of(monkeypatch):
-    plain, model = model_that_attends_by_edges(monkeypatch, sliding_window=None)
+def test_nothing_as_large_as_a_mask_is_made_of_a_long_row():
+    """Of 2^15 tokens it would be a gigabyte."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(out):
+                self.numel = max(self.numel, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+            return out
+
+    _, model = model_that_attends_by_edges(sliding_window=64)
+    lengths = [200, 100, 50, 2, 1] * 6
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    with torch.no_grad(), Largest() as largest:
+        model.base_model(input_ids=torch.ones_like(positions), position_ids=positions, use_cache=False)
+    assert largest.numel < positions.numel() ** 2 / 8
+
+
+def test_writing_goes_on_with_a_cache_that_edges_know_nothing_of():
+    plain, model = model_that_attends_by_edges(sliding_window=None)
     ids = torch.arange(1, 6)[None]
     written = [m.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0) for m in (plain, model)]
     assert torch.equal(*written)

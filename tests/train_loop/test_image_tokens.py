@@ -464,7 +464,8 @@ def layout_of(gemma, packing, *, lazy=True, max_length=LIMIT):
     processor, collate = gemma
     chat = chat_of(processor, max_length=max_length)
     vision = Vision(chat.images, collate)
-    return Layout(chat if lazy else None, max_length, packing, processor.tokenizer.pad_token_id, vision), chat
+    capacity = max_length if packing else None
+    return Layout(chat if lazy else None, max_length, capacity, processor.tokenizer.pad_token_id, vision), chat
 
 
 def told(document, processor):

@@ -147,7 +147,7 @@ def test_nf4_gradients_survive_an_evaluation(local_job, mirror, tokenizer):
     model = add_adapter(load_base(spec, mirror / spec.model_details.base_model, torch.device("cpu")).model, spec)
     chat = ChatTokenizer(tokenizer, spec.dataset_config.preprocessing.prompt, "right", "assistant")
     sample = chat.encode({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]})
-    micro = collate([sample] * 3, max_length=128, packing=False, pad_id=2)
+    micro = collate([sample] * 3, capacity=None, pad_id=2)
 
     def gradients():
         for p in trainable(model):

@@ -103,7 +103,7 @@ def test_eight_bit_layers_compute_in_another_dtype_and_back(local_job, bases, to
     changes = {"model_details": {"base_model": "tuneyard/smollm", "quantization": {"quant_bits": 8}}}
     spec = JobSpec.model_validate(local_job(changes | {"train_config.torch_dtype": "float32"}))
     model = load_base(spec, bases / "tuneyard/smollm", torch.device("cpu")).model
-    batch = collate(samples(tokenizer), max_length=128, packing=True, pad_id=0)
+    batch = collate(samples(tokenizer), capacity=128, pad_id=0)
 
     def loss():
         with torch.no_grad():

@@ -28,13 +28,16 @@ def losses(folder):
 def test_the_flash_kernel_attends_by_document(window):
     rows, seq, lengths = 2, 300, [5, 1, 130, 164, 300]
     edges = torch.tensor([0, 5, 6, 136, 300, 600], dtype=torch.int32, device="cuda")
-    edges.longest, edges.window = max(lengths), window
+    edges.longest, edges.window, edges.filled = max(lengths), window, torch.tensor([seq, seq])
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = 2, True
     torch.manual_seed(0)
     tensors = [torch.randn(rows, h, seq, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (4, 2, 2)]
-    mine = attention._flash_attention(module, *tensors, edges, scaling=0.2)[0]
-    mask = attention._dense(edges, rows, seq)
+    mine = attention._flash_attention(*tensors, edges, scaling=0.2)
+    mask = torch.zeros(rows, 1, seq, seq, dtype=torch.bool, device="cuda")
+    for r, spans in enumerate(attention._of_edges(edges, seq)):
+        for start, end, sees in spans:
+            mask[r, :, start:end, start:end] = torch.ones(end - start, end - start).tril() if sees is None else sees
     query, key, value = (t.float() for t in tensors)
     key, value = (t.repeat_interleave(2, dim=1) for t in (key, value))
     theirs = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.2).transpose(1, 2)

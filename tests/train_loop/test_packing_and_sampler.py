@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import TINY
-from train_loop.data.packing import collate, pack
+from train_loop.data.packing import NO_LIMIT, collate, pack
 from train_loop.data.sampler import BatchPlan, deal
 from train_loop.data.tokenize import Sample
 from train_loop.loss import CHUNK_TOKENS, Head, head_loss, supervised_loss
@@ -42,6 +42,17 @@ def samples(count, seed=0):
     return made
 
 
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=20))
+def test_a_row_that_takes_all_has_no_padding(lengths):
+    of = [Sample(np.full(n, n, dtype=np.int32), np.full(n, n, dtype=np.int32)) for n in lengths]
+    batch = collate(of, capacity=NO_LIMIT, pad_id=0)
+    assert batch.input_ids.shape == (1, batch.num_tokens) == (1, sum(lengths))
+    assert batch.input_ids.all()
+    assert (batch.position_ids == 0).sum() == len(lengths)
+    assert batch.num_supervised == sum(lengths) - len(lengths)
+    assert batch.attention_mask is None
+
+
 @pytest.fixture(params=[1, attention.FEW_TOKENS], ids=["each document by itself", "short ones together"])
 def model(request, mirror, local_job, monkeypatch):
     """As a run loads it."""
@@ -51,19 +62,17 @@ def model(request, mirror, local_job, monkeypatch):
 
 
 def layouts(of):
-    packed = collate(of, max_length=64, packing=True, pad_id=2)
-    padded = collate(of, max_length=64, packing=False, pad_id=2)
-    assert packed is not None
-    assert padded is not None
-    return packed, padded
+    """Joined, packed and padded."""
+    return [collate(of, capacity=capacity, pad_id=2) for capacity in (NO_LIMIT, 64, None)]
 
 
 def test_packed_padded_and_single_samples_give_the_same_loss(model):
     of = samples(9)
-    packed, padded = layouts(of)
-    assert packed.input_ids.shape[0] < padded.input_ids.shape[0]
-    assert packed.num_supervised == padded.num_supervised
-    single = sum(supervised_loss(model, collate([s], max_length=64, packing=False, pad_id=2)).item() for s in of)
+    joined, packed, padded = layouts(of)
+    assert 1 == joined.input_ids.shape[0] < packed.input_ids.shape[0] < padded.input_ids.shape[0]
+    assert joined.num_supervised == packed.num_supervised == padded.num_supervised
+    single = sum(supervised_loss(model, collate([s], capacity=None, pad_id=2)).item() for s in of)
+    assert supervised_loss(model, joined).item() == pytest.approx(single, rel=1e-5)
     assert supervised_loss(model, packed).item() == pytest.approx(single, rel=1e-5)
     assert supervised_loss(model, padded).item() == pytest.approx(single, rel=1e-5)
 
@@ -80,11 +89,11 @@ def token_losses(model, batch):
 
 def test_packed_padded_and_single_samples_give_each_token_the_same_loss(model):
     of = samples(9)
-    packed, padded = layouts(of)
-    assert packed.input_ids.shape[0] < padded.input_ids.shape[0]
-    alone = [token_losses(model, collate([s], max_length=64, packing=False, pad_id=2)) for s in of]
-    in_rows = torch.cat([alone[i] for row in pack([len(s.input_ids) for s in of], 64) for i in row])
-    torch.testing.assert_close(token_losses(model, packed), in_rows, rtol=1e-4, atol=1e-5)
+    joined, packed, padded = layouts(of)
+    alone = [token_losses(model, collate([s], capacity=None, pad_id=2)) for s in of]
+    for batch, capacity in ((joined, NO_LIMIT), (packed, 64)):
+        in_rows = torch.cat([alone[i] for row in pack([len(s.input_ids) for s in of], capacity) for i in row])
+        torch.testing.assert_close(token_losses(model, batch), in_rows, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(token_losses(model, padded), torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
@@ -93,7 +102,7 @@ def test_packed_documents_do_not_see_each_other(model, changed):
     of = samples(5, seed=1)
 
     def logits(of):
-        batch = collate(of, max_length=40, packing=True, pad_id=2)
+        batch = collate(of, capacity=40, pad_id=2)
         assert len(batch.input_ids) > 1
         with torch.no_grad():
             out = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
@@ -111,7 +120,7 @@ def test_packed_documents_do_not_see_each_other(model, changed):
 
 
 def test_the_chunked_loss_and_its_gradient_equal_plain_cross_entropy(model):
-    _, padded = layouts(samples(30, seed=2))
+    *_, padded = layouts(samples(30, seed=2))
     hidden = torch.randn(int((padded.labels != -100).sum()), model.config.hidden_size, requires_grad=True)
     targets = padded.labels[padded.labels != -100]
     assert len(targets) > CHUNK_TOKENS

@@ -296,7 +296,8 @@ def test_that_rejected_answers_are_left_out_is_said_once(local_job, mirror, tmp_
 
 
 def kept_for_backward(spec, mirror, tmp_path, tokens):
-    """Bytes of the tensors that a forward pass of the blocks saves, and the names of the functions in its graph."""
+    """Bytes of the tensors that a forward pass of the blocks saves for two documents, and the names of the functions in its
+    graph."""
     ctx = LocalContext(mirror / TINY, LocalFileSystem(), str(tmp_path), tmp_path, Console())
     trainee = load_trainee(spec, ctx)
     trainee.model.train()
@@ -308,7 +309,7 @@ def kept_for_backward(spec, mirror, tmp_path, tokens):
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    ids, positions = torch.zeros((1, tokens), dtype=torch.long), torch.arange(tokens)[None]
+    ids, positions = torch.zeros((1, tokens), dtype=torch.long), torch.arange(tokens)[None] % (tokens // 2)
     with torch.autograd.graph.saved_tensors_hooks(save, lambda saved: saved), trainee.autocast():
         blocks = trainee.model.get_base_model().base_model
         hidden = blocks(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
@@ -384,6 +385,7 @@ def test_a_sharded_base_needs_room_for_all_of_it_where_it_is_loaded(local_job):
         adapted=[(4096, 4096)],
         saved_params=0,
         leaves_experts=False,
+        joins=True,
     )
 
     def memory(workers, kind, device, bits=None):

@@ -98,7 +98,7 @@ def compare(ctx, jobs):
         folder = ctx.model_folder / spec.model_details.base_model
         plain = load_base(spec, folder, ctx.device).model
         sharded = load_trainee(spec, dataclasses.replace(ctx, model_folder=folder)).model
-        batch = collate(samples(load_tokenizer(folder)), max_length=64, packing=False, pad_id=0)
+        batch = collate(samples(load_tokenizer(folder)), capacity=None, pad_id=0)
         with torch.no_grad():
             mine, reference = (float(supervised_loss(model.eval(), batch)) for model in (sharded, plain))
         assert mine == pytest.approx(reference, rel=1e-5), folder.name

@@ -42,11 +42,14 @@ class Vision:
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows become tensors. `tokenizer` is None when they were tokenised before, `vision` where the model sees no pictures."""
+    """How rows become tensors. `tokenizer` is None when they were tokenised before, `vision` where the model sees no pictures.
+
+    `capacity` is how many tokens a row of a micro-batch takes, as `collate` has it.
+    """
 
     tokenizer: ChatTokenizer | None
     max_length: int
-    packing: bool
+    capacity: int | None
     pad_id: int
     vision: Vision | None = None
 
@@ -55,8 +58,7 @@ class Layout:
         made = [self._sample(shards, int(row)) for row in rows]
         batch = collate(
             [sample for sample, _ in made],
-            max_length=self.max_length,
-            packing=self.packing,
+            capacity=self.capacity,
             pad_id=self.pad_id,
             pictures=[pictures for _, pictures in made],
             see=None if self.vision is None else self.vision.collate,

@@ -1,11 +1,14 @@
-"""Lay a micro-batch's samples out as tensors, padded or packed.
+"""Lay a micro-batch's samples out as tensors: a padded row for each, several in a row, or all in one.
 
-The batch size counts samples either way: packing only removes padding, so packed and unpacked runs take the same steps. Packed
-documents are isolated by position ids that restart at 0, from which transformers builds a block-diagonal mask.
+The batch size counts samples any way: packing only removes padding, so packed and unpacked runs take the same steps. Packed
+documents are isolated by position ids that restart at 0. Where attention goes by document (model/attention.py) a row costs what
+is in it: all lie in one, and nothing is padding. Where it goes by a mask, with a place for any two tokens of a row, rows are no
+longer than a sample may be, and padded to the longest.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -14,6 +17,8 @@ import numpy as np
 import torch
 
 from train_loop.data.tokenize import IGNORE_INDEX, Sample
+
+NO_LIMIT = sys.maxsize  # the capacity of a row that takes all samples of a micro-batch
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -44,12 +49,17 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
+def rows_of(lengths: Sequence[int], capacity: int | None) -> list[list[int]]:
+    """Which documents lie in each row, as `pack` has it; each in a row of its own where there is no capacity."""
+    return [[i] for i in range(len(lengths))] if capacity is None else pack(lengths, capacity)
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Tensors of shape [rows, seq].
 
     `labels` are ALREADY SHIFTED: labels[r, t] is the target of position t, the next token of the same document, or
-    IGNORE_INDEX. `attention_mask` is None when packed.
+    IGNORE_INDEX. `attention_mask` is None when packed: without it a row is full of documents, the last of them maybe padding.
     """
 
     input_ids: torch.Tensor
@@ -90,20 +100,20 @@ class VisionCollate(Protocol):
 def collate(
     samples: Sequence[Sample],
     *,
-    max_length: int,
-    packing: bool,
+    capacity: int | None,
     pad_id: int,
     pictures: Sequence[Sequence[dict[str, torch.Tensor]]] = (),
     see: VisionCollate | None = None,
 ) -> MicroBatch | None:
-    """One micro-batch of the samples, or None when there are none. Rows are padded to the longest row only.
+    """One micro-batch of the samples, or None when there are none: in rows of at most `capacity` tokens, or one for each sample
+    (None). Rows are padded to the longest row only.
 
     Where the model is to `see`, `pictures` are those of each sample.
     """
     if not samples:
         return None
     lengths = [len(s.input_ids) for s in samples]
-    rows = pack(lengths, max_length) if packing else [[i] for i in range(len(samples))]
+    rows = rows_of(lengths, capacity)
     seq = max(sum(lengths[i] for i in row) for row in rows)
     input_ids = np.full((len(rows), seq), pad_id, dtype=np.int64)
     labels = np.full((len(rows), seq), IGNORE_INDEX, dtype=np.int64)
@@ -126,7 +136,7 @@ def collate(
         input_ids=ids,
         labels=torch.from_numpy(labels),
         position_ids=positions,
-        attention_mask=None if packing else torch.from_numpy(filled),
+        attention_mask=None if capacity is not None else torch.from_numpy(filled),
         num_tokens=sum(lengths),
         vision={} if see is None else see(in_order, ids, positions),
     )

@@ -1,117 +1,130 @@
 """Attention document by document.
 
 transformers tells packed documents, and padding, by a dense mask: its kernel then multiplies every token with every other one of
-the row and throws most of it away. Here torch's kernel for CPUs is called for each document, as plain causal attention; its flash
-kernel for GPUs is told where each begins, and no mask is made at all.
+the row and throws most of it away. Here what tells them is where documents begin. torch's flash kernel for GPUs takes that as it
+is; elsewhere torch's own is called for each document, as plain causal attention. Either way a row may be as long as all documents
+of a micro-batch: no token is multiplied with one of another.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 NAME = "by_document"  # what transformers finds it by
-NAME_VARLEN = "by_document_varlen"  # not "flash": it would be looked for on the hub
 WIDEST = 256  # heads that the flash kernel takes
 FEW_TOKENS = 128  # documents so short together share a call: it costs more than what it saves
 
-Span = tuple[int, int, bool]  # of positions [start, end); whether they are one document, whose tokens see all before them
+Span = tuple[int, int, torch.Tensor | None]  # of positions [start, end); what they see of each other, None: all before them
 
 
-def attend_by_document(model: Any, device: torch.device) -> None:
-    """Have a model that attends by torch's own kernels do so document by document on `device`, in place.
+def can_attend_by_document(model: Any) -> bool:
+    """Whether a model, as transformers makes it, attends by torch's own kernels and lets others do it."""
+    reader = _reader(model)
+    return reader.config._attn_implementation == "sdpa" and bool(reader._can_set_attn_implementation())
+
+
+def attend_by_document(model: Any) -> None:
+    """Have a model that can do so attend document by document, in place.
 
     Of one that sees, only what reads and writes text: it looks at an image's patches as it did.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
-    reads_only = model.config is model.config.get_text_config()
-    reader = model if reads_only else model.get_decoder()
-    if not (reader.config._attn_implementation == "sdpa" and reader._can_set_attn_implementation()):
-        return
-    if device.type == "cpu":
+    if can_attend_by_document(model):
         AttentionInterface.register(NAME, _attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        reader.set_attn_implementation(NAME)
-    elif torch.cuda.get_device_capability(device) >= (8, 0):  # Ampere, the first that the flash kernel runs on
-        AttentionInterface.register(NAME_VARLEN, _flash_attention)
-        AttentionMaskInterface.register(NAME_VARLEN, _edges)
-        reader.set_attn_implementation(NAME_VARLEN)
+        AttentionMaskInterface.register(NAME, _edges)
+        _reader(model).set_attn_implementation(NAME)
+
+
+def _reader(model: Any) -> Any:
+    reads_only = model.config is model.config.get_text_config()
+    return model if reads_only else model.get_decoder()
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[set[bool]]:
+    """Hear how attention is told inside what tokens see: True is by the edges of documents, False by a mask or a bias."""
+    from transformers import AttentionInterface
+
+    by_edges = set[bool]()
+
+    def listening(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+    ) -> Any:
+        by_edges.add(attention_mask is not None and attention_mask.ndim == 1 and kwargs.get("position_bias") is None)
+        return _attention(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register(NAME, listening)
+    try:
+        yield by_edges
+    finally:
+        AttentionInterface.register(NAME, _attention)
 
 
 def _attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
     """Of query[rows, heads, seq, width] and so on; returns [rows, seq, heads, width]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward as attention
 
-    is_plain = attention_mask is not None and kwargs.get("position_bias") is None and query.shape[2] == key.shape[2]
-    rows = _spans(attention_mask, len(query)) if is_plain and attention_mask is not None else None
-    if attention_mask is None or rows is None:
+    if (out := _flash_attention(query, key, value, attention_mask, **kwargs)) is not None:
+        return out, None
+    rows = None if attention_mask is None else _spans(attention_mask, query, key)
+    if rows is None:
         return attention(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
-    masks = attention_mask.expand(len(query), -1, -1, -1)
+    bias = kwargs.get("position_bias")
     outputs = []
     for r, spans in enumerate(rows):
-        parts = []
-        for start, end, is_whole in spans:
-            part = (slice(r, r + 1), slice(None), slice(start, end))
-            mask = None if is_whole else masks[(*part, slice(start, end))]
-            said = kwargs | {"is_causal": True}
+        parts, filled = [], 0
+        for start, filled, mask in spans:
+            part = (slice(r, r + 1), slice(None), slice(start, filled))
+            of_part = None if bias is None else bias.expand(len(rows), -1, -1, -1)[(*part, part[-1])]
+            said = kwargs | {"is_causal": True, "position_bias": of_part}
             parts.append(attention(module, query[part], key[part], value[part], mask, **said)[0])
-        padding = query.shape[2] - spans[-1][1]
-        parts.append(query.new_zeros(1, padding, query.shape[1], value.shape[-1]))
-        outputs.append(torch.cat(parts, dim=1))
-    return torch.cat(outputs), None
+        if filled < query.shape[2]:  # with padding, which nothing sees
+            parts.append(query.new_zeros(1, query.shape[2] - filled, query.shape[1], value.shape[-1]))
+        outputs.append(_joined(parts, dim=1))
+    return _joined(outputs, dim=0), None
 
 
-def _spans(mask: torch.Tensor, num_rows: int) -> list[list[Span]] | None:
-    """What mask[rows or 1, 1, seq, seq] lets see what, by rows; None where that isn't documents one after another, with padding
-    at the end. All layers are given the same tensor: what is found is kept with it."""
-    if not hasattr(mask, "spans"):
-        mask.spans = _found(mask[:, 0]) if mask.dtype == torch.bool and mask.shape[1] == 1 else None  # type: ignore[attr-defined]
-    found: list[list[Span]] | None = mask.spans  # type: ignore[attr-defined]
-    return found * num_rows if found is not None and len(found) < num_rows else found
+def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)  # of one it would be a copy to keep for the backward pass
 
 
-def _found(mask: torch.Tensor) -> list[list[Span]] | None:
-    seq = mask.shape[-1]
-    at = torch.arange(seq)
-    real = mask.diagonal(dim1=1, dim2=2)  # [rows, seq]: padding doesn't see itself
-    if (real[:, 1:] & ~real[:, :-1]).any():
+def _flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, edges: Any, **kwargs: Any
+) -> torch.Tensor | None:
+    """What `_attention` returns, of edges; None where the flash kernel can't, or knows nothing of it."""
+    if edges is None or edges.ndim != 1 or not query.is_cuda or torch.cuda.get_device_capability(query.device) < (8, 0):
+        return None  # Ampere is the first that it runs on
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value.dtype
+    fits = dtype.itemsize == 2 and query.shape[-1] == value.shape[-1] <= WIDEST
+    if not fits or kwargs.get("dropout") or kwargs.get("position_bias") is not None:
         return None
-    first = torch.where(real, mask.byte().argmax(-1), at)  # the first position that each sees, and the last
-    last = torch.where(real, seq - 1 - mask.byte().flip(-1).argmax(-1), at)
-    # A document starts where nothing from there on sees what is before, and nothing before sees what comes.
-    back = first.flip(-1).cummin(-1).values.flip(-1)
-    ahead = F.pad(last.cummax(-1).values[:, :-1], (1, 0), value=-1)
-    starts = real & (back == at) & (ahead < at)
-    begun = torch.where(starts, at, 0).cummax(-1).values
-    is_plain = (last == at) & (mask.sum(-1) == at - begun + 1)
-    return [
-        _shared([*s.nonzero()[:, 0].tolist(), int(n)], plain) for s, n, plain in zip(starts, real.sum(-1), is_plain, strict=True)
-    ]
+    from torch.nn.attention.varlen import varlen_attn
 
-
-def _shared(edges: list[int], is_plain: torch.Tensor) -> list[Span]:
-    """Spans between the edges, of several documents where they are short."""
-    spans: list[Span] = []
-    for start, end in itertools.pairwise(edges):
-        if spans and end - spans[-1][0] <= FEW_TOKENS:
-            spans[-1] = (spans[-1][0], end, False)
-        else:
-            spans.append((start, end, bool(is_plain[start:end].all())))
-    return spans
+    q, k, v = (t.transpose(1, 2).flatten(0, 1).to(dtype) for t in (query, key, value))
+    out: Any = varlen_attn(
+        *(q, k, v, edges, edges, edges.longest, edges.longest),
+        scale=kwargs.get("scaling"),
+        window_size=(edges.window - 1 if edges.window > 0 else -1, 0),
+        enable_gqa=True,
+    )
+    return out.view(len(query), -1, *out.shape[1:])  # type: ignore[no-any-return]
 
 
 def _edges(batch_size: int, q_length: int, kv_length: int, **told: Any) -> torch.Tensor | None:
     """Where documents begin in rows laid one after another, and the end of the last: int32 [documents + 1], in place of a mask.
     A mask after all where that doesn't say it all. Padding is many documents of a token.
 
-    It carries the length of the longest, and how many tokens each sees of its own (-1: all).
+    It carries the length of the longest, how many tokens each sees of its own (-1: all), and what of each row isn't padding
+    behind it.
     """
     from transformers.masking_utils import and_masks, padding_mask_function, sdpa_mask
 
@@ -127,39 +140,78 @@ def _edges(batch_size: int, q_length: int, kv_length: int, **told: Any) -> torch
             begins = torch.cat([torch.ones_like(row, dtype=torch.bool), ~back], dim=1).flatten().nonzero()[:, 0]
             edges: Any = torch.cat([begins, begins.new_tensor([batch_size * q_length])]).int()
             edges.longest, edges.window = int(edges.diff().max()), told.get("local_size") or -1
+            numbers = torch.arange(1, q_length + 1, device=device).expand(batch_size, -1)
+            edges.filled = (numbers if real is None else numbers * real).amax(1)
             return edges  # type: ignore[no-any-return]
     mask: torch.Tensor | None = sdpa_mask(batch_size, q_length, kv_length, **told)
     return mask
 
 
-def _flash_attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
-) -> tuple[torch.Tensor, None]:
-    """As `_attention`, with the edges of documents for a mask."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward as attention
-
-    if attention_mask is None or attention_mask.ndim != 1:
-        return attention(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
-    edges, rows, seq = attention_mask, len(query), query.shape[2]
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value.dtype
-    fits = query.is_cuda and dtype.itemsize == 2 and query.shape[-1] == value.shape[-1] <= WIDEST
-    if not fits or kwargs.get("dropout") or kwargs.get("position_bias") is not None:
-        return attention(module, query, key, value, _dense(edges, rows, seq), **kwargs)  # type: ignore[no-any-return]
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (t.transpose(1, 2).flatten(0, 1).to(dtype) for t in (query, key, value))
-    out: Any = varlen_attn(
-        *(q, k, v, edges, edges, edges.longest, edges.longest),
-        scale=kwargs.get("scaling"),
-        window_size=(edges.window - 1 if edges.window > 0 else -1, 0),
-        enable_gqa=True,
-    )
-    return out.view(rows, seq, *out.shape[1:]), None
+def _spans(mask: Any, query: torch.Tensor, key: torch.Tensor) -> list[list[Span]] | None:
+    """What is computed by itself, by rows, of edges or of a mask[rows or 1, 1, seq, seq]; None of one that doesn't come to
+    documents one after another, with padding at the end. All layers are given the same tensor: what is found is kept with it."""
+    if not hasattr(mask, "spans"):
+        if mask.ndim == 1:
+            mask.spans = _of_edges(mask, query.shape[2])
+        else:  # on a GPU it would be waited for
+            is_plain = mask.dtype == torch.bool and mask.shape[1] == 1 and query.shape[2] == key.shape[2]
+            mask.spans = _found(mask) if is_plain and not mask.is_cuda else None
+    found: list[list[Span]] | None = mask.spans
+    return found * len(query) if found is not None and len(found) < len(query) else found
 
 
-def _dense(edges: Any, rows: int, seq: int) -> torch.Tensor:
-    """The edges as a mask[rows, 1, seq, seq]."""
-    at = torch.arange(seq, device=edges.device)
-    document = torch.searchsorted(edges, torch.arange(rows * seq, device=edges.device), right=True).view(rows, 1, seq)
-    mask = (document[..., :, None] == document[..., None, :]) & (at[:, None] >= at)
-    return mask & (at[:, None] - at < edges.window) if edges.window > 0 else mask
+def _of_edges(edges: Any, seq: int) -> list[list[Span]]:
+    places: list[int] = edges.tolist()
+    rows = []
+    for begin, filled in zip(range(0, places[-1], seq), edges.filled.tolist(), strict=True):
+        own = [place - begin for place in places if begin <= place < begin + filled]
+        rows.append([(group[0], group[-1], _mask(group, edges)) for group in _shared([*own, filled])])
+    return rows
+
+
+def _mask(group: Sequence[int], edges: Any) -> torch.Tensor | None:
+    """[1, 1, n, n] of documents with these edges, which see no more than their window; None where it has all before a token."""
+    start, end, window = group[0], group[-1], edges.window if edges.window > 0 else edges.longest
+    if len(group) == 2 and end - start <= window:
+        return None
+    at = torch.arange(start, end, device=edges.device)
+    document = torch.bucketize(at, torch.tensor(group, device=edges.device), right=True)
+    behind = at[:, None] - at
+    sees: torch.Tensor = (document[:, None] == document) & (behind >= 0) & (behind < window)
+    return sees[None, None]
+
+
+def _found(mask: torch.Tensor) -> list[list[Span]] | None:
+    seq, sees = mask.shape[-1], mask[:, 0]
+    at = torch.arange(seq)
+    real = sees.diagonal(dim1=1, dim2=2)  # [rows, seq]: padding doesn't see itself
+    if (real[:, 1:] & ~real[:, :-1]).any():
+        return None
+    first = torch.where(real, sees.byte().argmax(-1), at)  # the first position that each sees, and the last
+    last = torch.where(real, seq - 1 - sees.byte().flip(-1).argmax(-1), at)
+    # A document starts where nothing from there on sees what is before, and nothing before sees what comes.
+    back = first.flip(-1).cummin(-1).values.flip(-1)
+    ahead = F.pad(last.cummax(-1).values[:, :-1], (1, 0), value=-1)
+    starts = real & (back == at) & (ahead < at)
+    begun = torch.where(starts, at, 0).cummax(-1).values
+    is_plain = (last == at) & (sees.sum(-1) == at - begun + 1)
+    rows = []
+    for r, (begins, plain) in enumerate(zip(starts, is_plain, strict=True)):
+        spans = list[Span]()
+        for group in _shared([*begins.nonzero()[:, 0].tolist(), int(real[r].sum())]):
+            part = slice(group[0], group[-1])
+            is_whole = len(group) == 2 and bool(plain[part].all())
+            spans.append((part.start, part.stop, None if is_whole else mask[r : r + 1, :, part, part]))
+        rows.append(spans)
+    return rows
+
+
+def _shared(edges: Sequence[int]) -> list[list[int]]:
+    """The edges of documents in groups that share a call: of several where they are short."""
+    groups: list[list[int]] = []
+    for start, end in itertools.pairwise(edges):
+        if groups and end - groups[-1][0] <= FEW_TOKENS:
+            groups[-1].append(end)
+        else:
+            groups.append([start, end])
+    return groups

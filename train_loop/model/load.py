@@ -232,7 +232,7 @@ def load_base(spec: JobSpec, folder: Path, device: torch.device, at: torch.devic
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(True)
     compute_in(model, dtype)
-    attend_by_document(model, device)
+    attend_by_document(model)
     if device.type == "cuda":
         fuse_norms(model)
     if family is not None:

@@ -29,6 +29,7 @@ class Family:
     layout: Layout
     before: tuple[str, Hook] | None = None  # a module of the loaded model, and what its inputs go through first
     mixes: bool = True  # embeddings of text and images of different dtypes
+    joins: bool = True  # rows of any length: no mask has a place for each of their tokens with all others, or all images
     config: Any = None
 
     @classmethod
@@ -238,7 +239,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": replace(QWEN, name="Qwen2.5-VL"),
     "qwen3_vl": replace(QWEN, name="Qwen3-VL", aligner=DEEPSTACK),
     "internvl": replace(PROJECTED, name="InternVL3"),
-    "gemma3": replace(PROJECTED, name="Gemma 3", layout=_with_documents, before=("model", _masked)),
+    "gemma3": replace(PROJECTED, name="Gemma 3", layout=_with_documents, before=("model", _masked), joins=False),
     "llava": replace(PROJECTED, name="LLaVA 1.5"),
     "mllama": Family(
         "Llama 3.2 Vision",
@@ -246,6 +247,7 @@ FAMILIES: dict[str, Family] = {
         ("model.multi_modal_projector",),
         _cross_attended,
         before=("model.language_model", _looking),
+        joins=False,
     ),
 }
 # Of models that pass for LLaVA and lay their images out in their own way.
