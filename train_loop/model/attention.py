@@ -18,7 +18,7 @@ NAME = "by_document"  # what transformers finds it by
 NAME_VARLEN = "by_document_varlen"  # not "flash": it would be looked for on the hub
 WIDEST = 256  # heads that the flash kernel takes
 FEW_TOKENS = 128  # documents so short together share a call: it costs more than what it saves
-SCORES = 2**21  # how many are held at a time: they stay in a CPU's caches
+SCORES = 2**20  # how many are held at a time: they stay in a CPU's caches
 
 Span = tuple[int, int, bool]  # of positions [start, end); whether they are one document, whose tokens see all before them
 
