@@ -24,15 +24,20 @@ def mask_of(*rows, seq=None):
     return mask
 
 
+def module():
+    """What transformers tells attention of its layer."""
+    layer = torch.nn.Module()
+    layer.num_key_value_groups, layer.is_causal = 2, True
+    return layer
+
+
 def attend(mask, *, seed=0, rows=None, dtype=torch.float32):
     """Query, key and value, and what by-document attention makes of them; two query heads share one of keys."""
     torch.manual_seed(seed)
     rows, seq = rows or len(mask), mask.shape[-1]
-    module = torch.nn.Module()
-    module.num_key_value_groups, module.is_causal = 2, True
     shapes = [(rows, heads, seq, WIDTH) for heads in (HEADS, HEADS // 2, HEADS // 2)]
     tensors = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
-    return tensors, attention._attention(module, *tensors, mask)[0]
+    return tensors, attention._attention(module(), *tensors, mask)[0]
 
 
 def whole(query, key, value, mask):
@@ -110,6 +115,11 @@ def test_products_are_for_what_torchs_kernel_is_slow_at(dtype, by_products, monk
     monkeypatch.setattr(attention, "_by_products", lambda *a: seen.append(a) or real(*a))
     attend(mask_of((200, 150)), dtype=dtype)
     assert len(seen) == by_products
+    # A document a row: transformers makes no mask.
+    tensors = [torch.randn(2, heads, 9, WIDTH).to(dtype) for heads in (HEADS, HEADS // 2, HEADS // 2)]
+    mine, _ = attention._attention(module(), *tensors, None)
+    assert len(seen) == 2 * by_products
+    torch.testing.assert_close(mine, whole(*tensors, mask_of((9,), (9,))), rtol=2e-2, atol=2e-2)
 
 
 def test_one_mask_may_serve_all_rows():

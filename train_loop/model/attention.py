@@ -51,18 +51,22 @@ def _attention(
     """Of query[rows, heads, seq, width] and so on; returns [rows, seq, heads, width]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward as attention
 
-    is_plain = attention_mask is not None and kwargs.get("position_bias") is None and query.shape[2] == key.shape[2]
-    rows = _spans(attention_mask, len(query)) if is_plain and attention_mask is not None else None
-    if attention_mask is None or rows is None:
-        return attention(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
-    masks = attention_mask.expand(len(query), -1, -1, -1)
     by_products = value.dtype is torch.bfloat16 and not kwargs.get("dropout") and kwargs.get("softcap") is None
+    rows = None
+    if kwargs.get("position_bias") is None and query.shape[2] == key.shape[2]:
+        if attention_mask is not None:
+            rows = _spans(attention_mask, len(query))
+        elif by_products and (getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]):
+            rows = [[(0, query.shape[2], True)]] * len(query)  # a document each
+    if rows is None:
+        return attention(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    masks = None if attention_mask is None else attention_mask.expand(len(query), -1, -1, -1)
     outputs = []
     for r, spans in enumerate(rows):
         parts = []
         for start, end, is_whole in spans:
             part = (slice(r, r + 1), slice(None), slice(start, end))
-            mask = None if is_whole else masks[(*part, slice(start, end))]
+            mask = None if is_whole or masks is None else masks[(*part, slice(start, end))]
             tensors = query[part], key[part], value[part]
             if by_products:
                 parts.append(_by_products(*tensors, mask, kwargs.get("scaling")))
