@@ -24,14 +24,20 @@ def mask_of(*rows, seq=None):
     return mask
 
 
-def attend(mask, *, seed=0, rows=None):
+def module():
+    """What transformers tells attention of its layer."""
+    layer = torch.nn.Module()
+    layer.num_key_value_groups, layer.is_causal = 2, True
+    return layer
+
+
+def attend(mask, *, seed=0, rows=None, dtype=torch.float32):
     """Query, key and value, and what by-document attention makes of them; two query heads share one of keys."""
     torch.manual_seed(seed)
     rows, seq = rows or len(mask), mask.shape[-1]
-    module = torch.nn.Module()
-    module.num_key_value_groups, module.is_causal = 2, True
-    tensors = [torch.randn(rows, heads, seq, WIDTH, requires_grad=True) for heads in (HEADS, HEADS // 2, HEADS // 2)]
-    return tensors, attention._attention(module, *tensors, mask)[0]
+    shapes = [(rows, heads, seq, WIDTH) for heads in (HEADS, HEADS // 2, HEADS // 2)]
+    tensors = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    return tensors, attention._attention(module(), *tensors, mask)[0]
 
 
 def whole(query, key, value, mask):
@@ -40,7 +46,7 @@ def whole(query, key, value, mask):
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
 
 
-@pytest.mark.parametrize(
+some_rows = pytest.mark.parametrize(
     "rows",
     [
         [(300,)],
@@ -51,6 +57,9 @@ def whole(query, key, value, mask):
     ],
     ids=["one", "long", "short and long", "at the edge", "padded rows"],
 )
+
+
+@some_rows
 def test_values_and_gradients_are_those_of_the_whole_mask(rows):
     mask = mask_of(*rows)
     tensors, mine = attend(mask)
@@ -63,21 +72,71 @@ def test_values_and_gradients_are_those_of_the_whole_mask(rows):
         torch.testing.assert_close(a, b)
 
 
+@some_rows
+def test_in_bf16_they_are_as_near_to_those_of_float32_as_torchs_own(rows, monkeypatch):
+    monkeypatch.setattr(attention, "SCORES", HEADS * 300 * 70)  # several blocks of queries
+    mask = mask_of(*rows)
+    tensors, mine = attend(mask, dtype=torch.bfloat16)
+    real = torch.stack([torch.arange(mask.shape[-1]) < sum(lengths) for lengths in rows])
+    exact = [t.detach().float().requires_grad_() for t in tensors]
+    outputs = mine, whole(*tensors, mask), whole(*exact, mask)
+    weight = torch.randn_like(outputs[2])[real]
+
+    def found(out, tensors):
+        return [out[real], *torch.autograd.grad((out[real] * weight).sum(), tensors)]
+
+    its = [found(out, of) for out, of in zip(outputs, (tensors, tensors, exact), strict=True)]
+    for a, b, c in zip(*its, strict=True):
+        mine_off, torchs_off = ((t.float() - c).norm() / c.norm() for t in (a, b))
+        assert mine_off < max(2 * torchs_off, 5e-3)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_products_have_the_value_and_the_gradients_of_torchs_kernel(masked, monkeypatch):
+    monkeypatch.setattr(attention, "SCORES", HEADS * 7 * 3)  # blocks of three positions
+    torch.manual_seed(0)
+    tensors = [
+        torch.randn(1, heads, 7, width, dtype=torch.float64, requires_grad=True)
+        for heads, width in ((HEADS, 3), (HEADS // 2, 3), (HEADS // 2, 5))
+    ]
+    mask = seen_first(sliding(mask_of((7,)), 2), 3) if masked else None
+
+    def value(*tensors):
+        return attention._by_products(*tensors, mask, 0.7)
+
+    theirs = F.scaled_dot_product_attention(*tensors, attn_mask=mask, is_causal=mask is None, scale=0.7, enable_gqa=True)
+    torch.testing.assert_close(value(*tensors), theirs.transpose(1, 2))
+    assert torch.autograd.gradcheck(value, tensors)
+
+
+@pytest.mark.parametrize(("dtype", "by_products"), [(torch.float32, 0), (torch.bfloat16, 2)])
+def test_products_are_for_what_torchs_kernel_is_slow_at(dtype, by_products, monkeypatch):
+    seen, real = [], attention._by_products
+    monkeypatch.setattr(attention, "_by_products", lambda *a: seen.append(a) or real(*a))
+    attend(mask_of((200, 150)), dtype=dtype)
+    assert len(seen) == by_products
+    # A document a row: transformers makes no mask.
+    tensors = [torch.randn(2, heads, 9, WIDTH).to(dtype) for heads in (HEADS, HEADS // 2, HEADS // 2)]
+    mine, _ = attention._attention(module(), *tensors, None)
+    assert len(seen) == 2 * by_products
+    torch.testing.assert_close(mine, whole(*tensors, mask_of((9,), (9,))), rtol=2e-2, atol=2e-2)
+
+
 def test_one_mask_may_serve_all_rows():
     mask = mask_of((150, 60))
     tensors, mine = attend(mask, rows=3)
     torch.testing.assert_close(mine, whole(*tensors, mask))
 
 
-def sliding(mask):
-    """The mask, with nothing seen that lies further back than 20 positions."""
-    return mask & ~torch.ones_like(mask).tril(-20)
+def sliding(mask, window=20):
+    """The mask, with nothing seen that lies further back than so many positions."""
+    return mask & ~torch.ones_like(mask).tril(-window)
 
 
-def seen_first(mask):
-    """The mask, with a prompt of ten tokens that see each other."""
+def seen_first(mask, prompt=10):
+    """The mask, with a prompt of so many tokens that see each other."""
     mask = mask.clone()
-    mask[..., :10, :10] = True
+    mask[..., :prompt, :prompt] = True
     return mask
 
 

@@ -2,7 +2,7 @@
 
 transformers tells packed documents, and padding, by a dense mask: its kernel then multiplies every token with every other one of
 the row and throws most of it away. Here what tells them is where documents begin. torch's flash kernel for GPUs takes that as it
-is; elsewhere torch's own is called for each document, as plain causal attention. Either way a row may be as long as all documents
+is; elsewhere each document is attended to by itself, as plain causal attention. Either way a row may be as long as all documents
 of a micro-batch: no token is multiplied with one of another.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 NAME = "by_document"  # what transformers finds it by
 WIDEST = 256  # heads that the flash kernel takes
 FEW_TOKENS = 128  # documents so short together share a call: it costs more than what it saves
+SCORES = 2**20  # how many are held at a time: they stay in a CPU's caches
 
 Span = tuple[int, int, torch.Tensor | None]  # of positions [start, end); what they see of each other, None: all before them
 
@@ -75,7 +76,11 @@ def _attention(
 
     if (out := _flash_attention(query, key, value, attention_mask, **kwargs)) is not None:
         return out, None
-    rows = None if attention_mask is None else _spans(attention_mask, query, key)
+    by_products = _goes_by_products(query, value, kwargs)
+    if attention_mask is not None:
+        rows = _spans(attention_mask, query, key)
+    else:
+        rows = [[(0, query.shape[2], None)]] * len(query) if by_products and _is_causal(module, query, key, kwargs) else None
     if rows is None:
         return attention(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
     bias = kwargs.get("position_bias")
@@ -84,17 +89,115 @@ def _attention(
         parts, filled = [], 0
         for start, filled, mask in spans:
             part = (slice(r, r + 1), slice(None), slice(start, filled))
+            tensors = query[part], key[part], value[part]
+            if by_products:
+                parts.append(_by_products(*tensors, mask, kwargs.get("scaling")))
+                continue
             of_part = None if bias is None else bias.expand(len(rows), -1, -1, -1)[(*part, part[-1])]
-            said = kwargs | {"is_causal": True, "position_bias": of_part}
-            parts.append(attention(module, query[part], key[part], value[part], mask, **said)[0])
+            parts.append(attention(module, *tensors, mask, **kwargs | {"is_causal": True, "position_bias": of_part})[0])
         if filled < query.shape[2]:  # with padding, which nothing sees
             parts.append(query.new_zeros(1, query.shape[2] - filled, query.shape[1], value.shape[-1]))
         outputs.append(_joined(parts, dim=1))
     return _joined(outputs, dim=0), None
 
 
+def _goes_by_products(query: torch.Tensor, value: torch.Tensor, told: Mapping[str, Any]) -> bool:
+    """Whether `_by_products` does what is asked for, and is faster."""
+    is_plain = not told.get("dropout") and told.get("softcap") is None and told.get("position_bias") is None
+    return value.dtype is torch.bfloat16 and not query.is_cuda and is_plain
+
+
+def _is_causal(module: Any, query: torch.Tensor, key: torch.Tensor, told: Mapping[str, Any]) -> bool:
+    """Whether, without a mask, a token sees those before it and itself, as transformers' own reads what it is told."""
+    asked = told.get("is_causal")
+    return query.shape[2] == key.shape[2] and bool(getattr(module, "is_causal", True) if asked is None else asked)
+
+
 def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)  # of one it would be a copy to keep for the backward pass
+
+
+class _InBlocks(torch.autograd.Function):
+    """`softmax(scale * q @ k.T + bias) @ v` of q[heads, n * group, width], k and v[heads, n, width]: `group` query heads share
+    one of keys and values, and their rows of a position lie one after another.
+
+    bias[n, n] is added to the scores. Where they aren't `masked`, it is a causal mask's corner, for blocks on the diagonal.
+
+    torch's kernel for CPUs multiplies bfloat16 in small tiles, at a fraction of the speed of the products of a block of queries
+    with all keys before it. Shares are computed again for the gradient, as it does.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, masked: bool, scale: float
+    ) -> torch.Tensor:
+        out = q.new_empty(*q.shape[:2], v.shape[-1])
+        for rows, seen, shares in _shares(q, k, bias, masked, scale):
+            out[:, rows] = shares @ v[:, :seen]
+        ctx.save_for_backward(q, k, v, bias)
+        ctx.masked, ctx.scale = masked, scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, bias = ctx.saved_tensors
+        of_q = torch.empty_like(q)
+        # Of every block something is added, which bfloat16 would round each time.
+        of_k, of_v = (torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (k, v))
+        for rows, seen, shares in _shares(q, k, bias, ctx.masked, ctx.scale):
+            of_out = grads[0][:, rows]
+            of_v[:, :seen] += shares.mT @ of_out
+            of_shares = of_out @ v[:, :seen].mT
+            of_scores = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype)
+            of_q[:, rows] = _scaled(of_scores, k[:, :seen], ctx.scale)
+            of_k[:, :seen] += _scaled(of_scores.mT, q[:, rows], ctx.scale)
+        return of_q, of_k.to(k.dtype), of_v.to(v.dtype), None, None, None
+
+
+def _shares(
+    q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor, masked: bool, scale: float
+) -> Iterator[tuple[slice, int, torch.Tensor]]:
+    """Block by block: its rows of q, how many of the first keys they may see, and the shares[heads, rows, keys] of these."""
+    heads, length = k.shape[:2]
+    group = q.shape[1] // length
+    for start in range(0, length, size := _block(heads * group, length)):
+        end = min(start + size, length)
+        rows, seen = slice(start * group, end * group), length if masked else end
+        scores = _scaled(q[:, rows], k[:, :seen].mT, scale)
+        by_position = scores.view(heads, end - start, group, seen)
+        if masked:
+            by_position += bias[start:end, None]
+        else:
+            by_position[..., start:] += bias[: end - start, None, : end - start]
+        yield rows, seen, scores.softmax(-1)
+
+
+def _block(heads: int, length: int) -> int:
+    """How many positions are a block."""
+    return max(1, min(length, SCORES // (heads * length)))
+
+
+def _scaled(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale * a @ b, rounded once."""
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+
+
+def _by_products(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+) -> torch.Tensor:
+    """[1, n, heads, width] of query[1, heads, n, width] and so on; each sees what mask[1, 1, n, n] says, or all before it."""
+    (heads, length, width), num_keys = query.shape[1:], key.shape[1]
+    q = query.view(num_keys, heads // num_keys, length, width).transpose(1, 2).reshape(num_keys, -1, width)
+    if mask is None:
+        size = _block(heads, length)
+        unseen = torch.ones(size, size, dtype=torch.bool).triu(1)
+    else:
+        unseen = ~mask[0, 0]
+    bias = torch.zeros(unseen.shape, dtype=query.dtype).masked_fill_(unseen, -torch.inf)
+    k, v = key[0].contiguous(), value[0].contiguous()
+    out: torch.Tensor = _InBlocks.apply(q, k, v, bias, mask is not None, width**-0.5 if scale is None else scale)
+    return out.view(num_keys, length, -1, value.shape[-1]).transpose(0, 1).reshape(1, length, heads, -1)
 
 
 def _flash_attention(
