@@ -104,7 +104,7 @@ def _attention(
 def _goes_by_products(query: torch.Tensor, value: torch.Tensor, told: Mapping[str, Any]) -> bool:
     """Whether `_by_products` does what is asked for, and is faster."""
     is_plain = not told.get("dropout") and told.get("softcap") is None and told.get("position_bias") is None
-    return value.dtype is torch.bfloat16 and not query.is_cuda and is_plain
+    return query.dtype is value.dtype is torch.bfloat16 and not query.is_cuda and is_plain
 
 
 def _is_causal(module: Any, query: torch.Tensor, key: torch.Tensor, told: Mapping[str, Any]) -> bool:
@@ -118,10 +118,9 @@ def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
 
 
 class _InBlocks(torch.autograd.Function):
-    """`softmax(scale * q @ k.T + bias) @ v` of q[heads, n * group, width], k and v[heads, n, width]: `group` query heads share
-    one of keys and values, and their rows of a position lie one after another.
-
-    bias[n, n] is added to the scores. Where they aren't `masked`, it is a causal mask's corner, for blocks on the diagonal.
+    """`softmax(scale * q @ k.T) @ v` of q[heads, n * group, width], k and v[heads, n, width]: `group` query heads share one of
+    keys and values, and their rows of a position lie one after another. mask[n, n] says what sees what; without it a position
+    sees those before it and itself.
 
     torch's kernel for CPUs multiplies bfloat16 in small tiles, at a fraction of the speed of the products of a block of queries
     with all keys before it. Shares are computed again for the gradient, as it does.
@@ -129,53 +128,51 @@ class _InBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, masked: bool, scale: float
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
     ) -> torch.Tensor:
         out = q.new_empty(*q.shape[:2], v.shape[-1])
-        for rows, seen, shares in _shares(q, k, bias, masked, scale):
+        for rows, seen, shares in _shares(q, k, mask, scale):
             out[:, rows] = shares @ v[:, :seen]
-        ctx.save_for_backward(q, k, v, bias)
-        ctx.masked, ctx.scale = masked, scale
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.scale = scale
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, bias = ctx.saved_tensors
+        q, k, v, mask = ctx.saved_tensors
         of_q = torch.empty_like(q)
         # Of every block something is added, which bfloat16 would round each time.
         of_k, of_v = (torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (k, v))
-        for rows, seen, shares in _shares(q, k, bias, ctx.masked, ctx.scale):
+        for rows, seen, shares in _shares(q, k, mask, ctx.scale):
             of_out = grads[0][:, rows]
             of_v[:, :seen] += shares.mT @ of_out
             of_shares = of_out @ v[:, :seen].mT
             of_scores = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype)
             of_q[:, rows] = _scaled(of_scores, k[:, :seen], ctx.scale)
             of_k[:, :seen] += _scaled(of_scores.mT, q[:, rows], ctx.scale)
-        return of_q, of_k.to(k.dtype), of_v.to(v.dtype), None, None, None
+        return of_q, of_k.to(k.dtype), of_v.to(v.dtype), None, None
 
 
 def _shares(
-    q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor, masked: bool, scale: float
+    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> Iterator[tuple[slice, int, torch.Tensor]]:
     """Block by block: its rows of q, how many of the first keys they may see, and the shares[heads, rows, keys] of these."""
     heads, length = k.shape[:2]
     group = q.shape[1] // length
-    for start in range(0, length, size := _block(heads * group, length)):
+    size = max(1, min(length, SCORES // (heads * group * length)))
+    unseen = torch.ones(size, size, dtype=torch.bool).triu(1) if mask is None else ~mask
+    bias = torch.zeros(unseen.shape, dtype=q.dtype).masked_fill_(unseen, -torch.inf)
+    for start in range(0, length, size):
         end = min(start + size, length)
-        rows, seen = slice(start * group, end * group), length if masked else end
+        rows, seen = slice(start * group, end * group), end if mask is None else length
         scores = _scaled(q[:, rows], k[:, :seen].mT, scale)
         by_position = scores.view(heads, end - start, group, seen)
-        if masked:
-            by_position += bias[start:end, None]
-        else:
+        if mask is None:  # all before the block is seen
             by_position[..., start:] += bias[: end - start, None, : end - start]
+        else:
+            by_position += bias[start:end, None]
         yield rows, seen, scores.softmax(-1)
-
-
-def _block(heads: int, length: int) -> int:
-    """How many positions are a block."""
-    return max(1, min(length, SCORES // (heads * length)))
 
 
 def _scaled(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
@@ -189,14 +186,8 @@ def _by_products(
     """[1, n, heads, width] of query[1, heads, n, width] and so on; each sees what mask[1, 1, n, n] says, or all before it."""
     (heads, length, width), num_keys = query.shape[1:], key.shape[1]
     q = query.view(num_keys, heads // num_keys, length, width).transpose(1, 2).reshape(num_keys, -1, width)
-    if mask is None:
-        size = _block(heads, length)
-        unseen = torch.ones(size, size, dtype=torch.bool).triu(1)
-    else:
-        unseen = ~mask[0, 0]
-    bias = torch.zeros(unseen.shape, dtype=query.dtype).masked_fill_(unseen, -torch.inf)
     k, v = key[0].contiguous(), value[0].contiguous()
-    out: torch.Tensor = _InBlocks.apply(q, k, v, bias, mask is not None, width**-0.5 if scale is None else scale)
+    out: torch.Tensor = _InBlocks.apply(q, k, v, None if mask is None else mask[0, 0], width**-0.5 if scale is None else scale)
     return out.view(num_keys, length, -1, value.shape[-1]).transpose(0, 1).reshape(1, length, heads, -1)
 
 
