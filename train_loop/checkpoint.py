@@ -18,7 +18,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: Future[None] | None = None
         self._newest: int | None = None
-        self._snapshot = Snapshot(ctx.device)
+        self._trained, self._moments = Snapshot(ctx.device), Snapshot(ctx.device)  # apart, for they go to files of their own
         self._layout: weights.Layout | None = None  # of the model: the thread doesn't touch it, for steps go on in it
         self._told_slow = False
 
@@ -73,20 +73,18 @@ class Checkpoints:
             self._take_turn()
         random_states = _of_all_ranks(_random_state(self._ctx.device), self._ctx)
         learned, state = weights.trained(model), optimizer.state_dict()
-        live = [*(p.detach() for p in learned.values()), *_tensors(state)]
-        tensors = [whole(tensor, keep=writes) for tensor in live]
+        live = [p.detach() for p in learned.values()], list(_tensors(state))
+        values, moments = ([whole(tensor, keep=writes) for tensor in tensors] for tensors in live)
         if not writes:
             return
-        copied = affordable(sum(tensor.nbytes for tensor in tensors), self._ctx.device.type)
+        copied = affordable(sum(tensor.nbytes for tensor in (*values, *moments)), self._ctx.device.type)
         if copied:
-            ours = {id(tensor): tensor for tensor in live if not is_sharded(tensor)}  # the others have just been gathered
-            copies = dict(zip(ours, self._snapshot.take(list(ours.values())), strict=True))
-            tensors = [copies.get(id(tensor), tensor) for tensor in tensors]
-        trained = dict(zip(learned, tensors[: len(learned)], strict=True))
-        moments = _with_tensors(state, iter(tensors[len(learned) :]))
+            values, moments = _copies(live[0], values, self._trained), _copies(live[1], moments, self._moments)
+        trained = dict(zip(learned, values, strict=True))
+        state = _with_tensors(state, iter(moments))
         about = {"step": step, "world_size": self._ctx.world_size, "log": metrics.state()}
         self._layout = self._layout or weights.Layout.of(model)
-        write: Callable[[], Path] = partial(self._write, self._layout, trained, moments, random_states, about)
+        write: Callable[[], Path] = partial(self._write, self._layout, trained, state, random_states, about)
         if not copied:
             write = partial(Path, write())  # before the next step changes what it is of
         best = metrics.best["step"] if metrics.best else None
@@ -169,15 +167,16 @@ class Checkpoints:
         self,
         layout: weights.Layout,
         trained: Mapping[str, torch.Tensor],
-        moments: Mapping[str, Any],
+        optimizer: Mapping[str, Any],
         random_states: torch.Tensor,
         about: Mapping[str, Any],
     ) -> Path:
         """A local folder with the files of a checkpoint."""
-        self._snapshot.wait()
+        self._trained.wait()
+        self._moments.wait()
         folder = Path(tempfile.mkdtemp(dir=self._ctx.scratch, prefix="checkpoint-"))
         layout.write(folder, trained)
-        torch.save(moments, folder / OPTIMIZER)
+        torch.save(optimizer, folder / OPTIMIZER)
         torch.save(random_states, folder / RANDOM)
         (folder / STATE).write_text(json.dumps(about))
         return folder
@@ -273,6 +272,13 @@ def _of_all_ranks(row: torch.Tensor, ctx: RunContext) -> torch.Tensor:
     rows = torch.zeros((ctx.world_size, len(row)), dtype=row.dtype, device=ctx.device)
     rows[ctx.rank] = row.to(ctx.device)
     return ctx.all_reduce_sum(rows).cpu()
+
+
+def _copies(live: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], snapshot: Snapshot) -> list[torch.Tensor]:
+    """The `tensors`, which are the `live` ones or what was gathered of them, with a copy of each that is live."""
+    ours = {id(tensor): tensor for tensor in live if not is_sharded(tensor)}
+    copies = dict(zip(ours, snapshot.take(list(ours.values())), strict=True))
+    return [copies.get(id(tensor), tensor) for tensor in tensors]
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

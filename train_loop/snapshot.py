@@ -44,13 +44,14 @@ class Snapshot:
 
 
 def _places(tensors: Sequence[torch.Tensor], *, pinned: bool) -> list[torch.Tensor]:
-    """Room for each, laid out as it is. All of a dtype are in one piece, which is pinned, and later written, at once."""
+    """Room for each, laid out as it is. All of a dtype are in one piece, which is pinned, and by torch.save written, at once; so
+    what is between them is zero."""
     sizes: Counter[torch.dtype] = Counter()
     starts = []
     for tensor in tensors:
         starts.append(sizes[tensor.dtype])
         per_line = ALIGNED_BYTES // tensor.itemsize
         sizes[tensor.dtype] += -(-tensor.numel() // per_line) * per_line
-    pieces = {dtype: torch.empty(size, dtype=dtype, pin_memory=pinned) for dtype, size in sizes.items()}
+    pieces = {dtype: torch.zeros(size, dtype=dtype, pin_memory=pinned) for dtype, size in sizes.items()}
     shapes = (torch.empty_like(tensor, device="meta") for tensor in tensors)
     return [pieces[s.dtype].as_strided(s.shape, s.stride(), start) for s, start in zip(shapes, starts, strict=True)]

@@ -7,17 +7,19 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from pyarrow.fs import LocalFileSystem
 
 from tests.conftest import TINY
 from tests.train_loop.group import run_group
 from tests.train_loop.runs import HP, STEPS, Watcher, adapter, curve, short
 from train_loop import weights
-from train_loop.checkpoint import Checkpoints
+from train_loop.checkpoint import Checkpoints, _tensors
 from train_loop.context import LocalContext
 from train_loop.data.shards import PreparedDataset
 from train_loop.errors import Cause, RunFault, Stopped
 from train_loop.loop import run
+from train_loop.snapshot import ALIGNED_BYTES
 from train_loop.spec import JobSpec
 from train_loop.storage import write_bytes, write_json
 
@@ -227,6 +229,10 @@ def test_what_is_written_of_a_step_after_the_next_one_is_still_of_that_step(loca
     with pytest.raises(RunFault):
         launch(job, "cut", Steps(break_at=3))
     assert came == [True]
+    saved = torch.load(tmp_path / "cut/checkpoints/step-00000002/optimizer.pt")
+    moments = list(_tensors(saved))
+    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in moments}
+    assert sum(stored.values()) <= sum(t.nbytes + ALIGNED_BYTES for t in moments)
     monitor = Watcher()
     launch(job, "cut", monitor)
     assert monitor.said("resumed") == ["resumed from the checkpoint of step 2"]
