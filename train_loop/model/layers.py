@@ -11,7 +11,6 @@ from __future__ import annotations
 import types
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES128
@@ -146,9 +145,9 @@ def _draws(count: int) -> torch.Tensor:
     bernoulli_ took a fifth of a step.
     """
     key = torch.empty(4, dtype=torch.int64).random_(-(2**63), None).numpy().tobytes()
-    bits = np.empty(2 * count, np.uint8)
+    bits = bytearray(2 * count)
     Cipher(AES128(key[:16]), CTR(key[16:])).encryptor().update_into(bytes(len(bits)), bits)
-    return torch.from_numpy(bits).view(torch.int16)
+    return torch.frombuffer(bits, dtype=torch.int16)
 
 
 def _dropped(x: torch.Tensor, dropout: float) -> tuple[torch.Tensor, torch.Tensor, float, float]:
