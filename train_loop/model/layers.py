@@ -66,10 +66,8 @@ class _LoraLinear(torch.autograd.Function):
             unpacked = _unpacked(weight, ctx.quantised, x.dtype)
             if mask is None:
                 of_x = (of_y @ unpacked).addmm_(of_low, a)
-            elif x.is_cuda:  # the product adds to it at no cost
+            else:  # the product adds to it at no cost
                 of_x = _masked(of_low @ a, mask, ctx.gain).addmm_(of_y, unpacked)
-            else:
-                of_x = (of_y @ unpacked).add_(_masked(of_low @ a, mask))
         return of_x, None, None, None, of_a, of_b, None, None
 
 
