@@ -23,7 +23,7 @@ from train_loop.snapshot import ALIGNED_BYTES
 from train_loop.spec import JobSpec
 from train_loop.storage import write_bytes, write_json
 
-HANG_S = 30.0
+HANG_S = 120.0
 SAVED = (2, 3, 4)  # of a short job, before its end: every second step, and the best evaluation
 
 
