@@ -72,7 +72,7 @@ def calls(monkeypatch):
 
 def drops_as_torch(x, dropout):
     """A mask that leaves what torch's own dropout would leave."""
-    return -(F.dropout(torch.ones_like(x), dropout) != 0).to(torch.int8), 1 - dropout
+    return (F.dropout(torch.ones_like(x), dropout) != 0).to(torch.uint8), 1 - dropout
 
 
 @pytest.mark.parametrize("linear", [torch.nn.Linear, four_bit, eight_bit], ids=["float", "nf4", "int8"])
@@ -117,18 +117,6 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     # No value's fate is another's: neighbours share a draw of the generator.
     kept = (y != 0).float() - 0.7
     assert all(abs((kept[:, i] * kept[:, i + 1]).mean()) < 0.02 for i in range(8))
-
-
-def test_what_is_dropped_follows_from_torchs_seed_and_is_new_each_time():
-    def drawn(seed):
-        torch.manual_seed(seed)
-        return [layers._kept(torch.empty(9, 7), 0.5)[0] for _ in range(2)]
-
-    (first, second), again, other = drawn(1), drawn(1), drawn(2)
-    assert torch.equal(first, again[0])
-    assert torch.equal(second, again[1])
-    assert not torch.equal(first, second)
-    assert not torch.equal(first, other[0])
 
 
 def test_an_evaluation_drops_nothing():

@@ -148,7 +148,7 @@ class _InBlocks(torch.autograd.Function):
             of_out = grads[0][:, rows]
             of_v[:, :seen] += shares.mT @ of_out
             of_shares = of_out @ v[:, :seen].mT
-            of_scores = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype)
+            of_scores = torch.ops.aten._softmax_backward_data(of_shares, shares, -1, shares.dtype)
             of_q[:, rows] = _scaled(of_scores, k[:, :seen], ctx.scale)
             of_k[:, :seen] += _scaled(of_scores.mT, q[:, rows], ctx.scale)
         return of_q, of_k.to(k.dtype), of_v.to(v.dtype), None, None

@@ -12,16 +12,12 @@ import types
 from typing import Any, TypeAlias
 
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher
-from cryptography.hazmat.primitives.ciphers.algorithms import AES128
-from cryptography.hazmat.primitives.ciphers.modes import CTR
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from train_loop.model.bits import Linear4bit, Linear8bitLt, MatmulLtState, QuantState, dequantize_4bit, matmul
 
 Quantised: TypeAlias = QuantState | MatmulLtState | None  # how a weight is packed: in 4 bits, in 8, not at all
 DRAWS = 2**16  # how many different numbers decide what dropout drops
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers of as many bytes
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -66,8 +62,10 @@ class _LoraLinear(torch.autograd.Function):
             unpacked = _unpacked(weight, ctx.quantised, x.dtype)
             if mask is None:
                 of_x = (of_y @ unpacked).addmm_(of_low, a)
-            else:  # the product adds to it at no cost
+            elif x.is_cuda:  # the product adds to it at no cost
                 of_x = _masked(of_low @ a, mask, ctx.gain).addmm_(of_y, unpacked)
+            else:
+                of_x = (of_y @ unpacked).add_(_masked(of_low @ a, mask))
         return of_x, None, None, None, of_a, of_b, None, None
 
 
@@ -127,25 +125,13 @@ class _DoraLinear(torch.autograd.Function):
 
 
 def _kept(x: torch.Tensor, dropout: float) -> tuple[torch.Tensor, float]:
-    """Which values of x are kept, each with about the probability 1 - `dropout`, and the share that is. On a CPU a byte for each,
-    -1 if it is kept and else 0."""
+    """A byte for each value of x, 0 with about the probability `dropout` and else 1, and the share that is kept."""
     if x.is_cuda:
         return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout), 1 - dropout
     cut = min(round(dropout * DRAWS), DRAWS - 1)
-    kept = _draws(x.numel()).ge_(cut - DRAWS // 2)  # in place: making booleans isn't vectorised
-    return kept.neg_().to(torch.int8).view(x.shape), 1 - cut / DRAWS
-
-
-def _draws(count: int) -> torch.Tensor:
-    """Random numbers of 16 bits with a sign.
-
-    AES in counter mode makes them, keyed by torch's generator: that makes numbers at a third of the speed, on one core, and its
-    bernoulli_ took a fifth of a step.
-    """
-    key = torch.empty(4, dtype=torch.int64).random_(-(2**63), None).numpy().tobytes()
-    bits = bytearray(2 * count)
-    Cipher(AES128(key[:16]), CTR(key[16:])).encryptor().update_into(bytes(len(bits)), bits)
-    return torch.frombuffer(bits, dtype=torch.int16)
+    # Four values share a draw of 64 bits. torch's bernoulli_ draws for each, and took a fifth of a step on a CPU.
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    return (draws.view(torch.int16)[: x.numel()] >= cut - DRAWS // 2).view(torch.uint8).view(x.shape), 1 - cut / DRAWS
 
 
 def _dropped(x: torch.Tensor, dropout: float) -> tuple[torch.Tensor, torch.Tensor, float, float]:
@@ -161,8 +147,7 @@ def _masked(x: torch.Tensor, mask: torch.Tensor | None, gain: float = 1.0) -> to
         return x
     if x.is_cuda:  # one pass over memory
         return torch.ops.aten.native_dropout_backward(x, mask, gain)  # type: ignore[no-any-return]
-    bits = BITS[x.element_size()]
-    return (x.view(bits) & mask.to(bits)).view(x.dtype)  # twice as fast as a product in bf16
+    return x * mask.to(x.dtype)  # cast first: five times as fast as mixing the types
 
 
 def _base_of(x: torch.Tensor, weight: torch.Tensor, quantised: Quantised, bias: torch.Tensor | None) -> torch.Tensor:
