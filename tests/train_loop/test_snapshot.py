@@ -1,5 +1,7 @@
 """Copies that a checkpoint is written from."""
 
+import os
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -7,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from train_loop.snapshot import CPU_BYTES, Snapshot, affordable
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HOST_BYTES = 16 << 30
 
 
 def tensors():
@@ -64,7 +67,9 @@ def test_a_file_of_copies_holds_each_and_nothing_twice(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("device", "size", "copied"), [("cpu", CPU_BYTES, True), ("cpu", CPU_BYTES + 1, False), ("cuda", 1 << 40, True)]
+    ("device", "size", "copied"),
+    [("cpu", CPU_BYTES, True), ("cpu", CPU_BYTES + 1, False), ("cuda", CPU_BYTES + 1, True), ("cuda", HOST_BYTES // 2, False)],
 )
-def test_a_cpu_s_memory_isn_t_taken_twice_by_what_is_large(device, size, copied):
+def test_a_machine_s_memory_isn_t_taken_twice_by_what_is_large(device, size, copied, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": HOST_BYTES // 4096}.__getitem__)
     assert affordable(size, device) == copied
