@@ -109,7 +109,9 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def cluster():
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "dashboard_host": "127.0.0.1", "include_dashboard": True})
+    # A machine that is short of memory may not answer for a while: it isn't to count as lost for that. One that is gone refuses.
+    head = {"num_cpus": 4, "dashboard_host": "127.0.0.1", "include_dashboard": True}
+    made = Cluster(initialize_head=True, head_node_args=head | {"_system_config": {"health_check_timeout_ms": 60_000}})
     ray.init(address=made.address, namespace=NAMESPACE, logging_level="warning", log_to_driver=False)
     yield made
     ray.shutdown()
