@@ -33,16 +33,11 @@ def trained(model: Any) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in named if p.requires_grad}
 
 
-def gathered(model: Any, *, keep: bool) -> dict[str, torch.Tensor]:
-    """The trained tensors by name, each whole on the ranks that `keep` them. Collective."""
-    return {name: whole(p.detach(), keep=keep) for name, p in trained(model).items()}
-
-
 def handed_out(model: Any, *, keep: bool) -> dict[str, torch.Tensor]:
-    """What a user gets, likewise: the trained tensors of an adapter, else every weight. Collective."""
-    if is_adapter(model):
-        return gathered(model, keep=keep)
-    return {name: whole(p.detach(), keep=keep) for name, p in model.named_parameters()}
+    """What a user gets by name, each whole on the ranks that `keep` it: of an adapter what is trained, else every weight.
+    Collective."""
+    parameters = trained(model) if is_adapter(model) else dict(model.named_parameters())
+    return {name: whole(p.detach(), keep=keep) for name, p in parameters.items()}
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ class Layout:
         return cls(_named_by_peft(model, names), config)
 
     def write(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write what `gathered` returned into the local folder."""
+        """Write whole tensors, by the parameters' names, into the local folder."""
         from safetensors.torch import save_file
 
         if self.config is not None:

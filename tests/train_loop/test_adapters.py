@@ -151,7 +151,7 @@ def test_an_adapter_is_written_as_peft_writes_it(make, spec_of, bases, tmp_path)
     spec_base = "tuneyard/qwen3_moe" if make == "experts" else "tuneyard/smollm"
     spec = spec_of((NF4 if "loftq" in make else FLOAT) | MAKES[make], spec_base)
     model = add_adapter(load(spec, bases), spec)
-    tensors = weights.gathered(model, keep=True)
+    tensors = weights.handed_out(model, keep=True)
     (tmp_path / "ours").mkdir()
     weights.Layout.of(model).write(tmp_path / "ours", tensors)
     model.save_pretrained(tmp_path / "theirs", state_dict=tensors, save_embedding_layers=False)

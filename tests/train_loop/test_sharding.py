@@ -19,7 +19,7 @@ from train_loop.model.tokenizer import load_tokenizer
 from train_loop.sharding import is_sharded, whole
 from train_loop.spec import JobSpec
 from train_loop.trainee import load_trainee, load_whole
-from train_loop.weights import gathered
+from train_loop.weights import handed_out
 
 FULL = {"train_config.train_type": "full", "model_details.quantization": None}
 WHAT = {"lora": {"model_details.quantization": None}, "nf4": {}, "full": FULL}
@@ -48,7 +48,7 @@ def look(ctx, job):
     mine, all_of_it = sum(p.to_local().numel() for p in parameters), sum(p.numel() for p in parameters)
     assert 0.4 * all_of_it < mine < 0.6 * all_of_it, (mine, all_of_it)
 
-    trained = gathered(model, keep=ctx.rank == 0)
+    trained = handed_out(model, keep=ctx.rank == 0)
     sizes = {p.numel() for p in trained.values()}
     assert sum(t.numel() for t in trained.values()) > 0 if ctx.rank == 0 else sizes == {0}
     if ctx.rank == 0 and start.exists():
@@ -80,7 +80,7 @@ def load_and_weigh(ctx, job):
     grown, whole = peak_bytes() - before, sum(p.numel() for p in model.parameters()) * 4
     assert (grown > whole) == (ctx.rank == 0), (grown, whole)
     # And each has its part of the same weights as anyone who loads them.
-    loaded = gathered(model, keep=True)
+    loaded = handed_out(model, keep=True)
     for name, weight in load_base(spec, ctx.model_folder, ctx.device).model.named_parameters():
         assert torch.equal(loaded[name], weight), name
 
