@@ -39,7 +39,7 @@ from train_loop.model.source import ModelPlaces, model_folder
 from train_loop.model.tokenizer import load_tokenizer
 from train_loop.parallel import BUCKET_BYTES
 from train_loop.sight import NUM_BATCHES, Sight, Size, image_spans, image_tokens, largest_sum, patches_per_token
-from train_loop.snapshot import affordable
+from train_loop.snapshot import affordable, host_bytes
 from train_loop.spec import JobSpec, Quantization, RandomSplit
 
 if TYPE_CHECKING:
@@ -104,8 +104,7 @@ class DatasetSample:
 
 def this_machine() -> Hardware:
     """The CPUs of this machine as one worker."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Hardware("cpu", memory, CPU_FLOPS_PER_CORE * len(os.sched_getaffinity(0)))
+    return Hardware("cpu", host_bytes(), CPU_FLOPS_PER_CORE * len(os.sched_getaffinity(0)))
 
 
 def make_plan(

@@ -13,11 +13,15 @@ CPU_BYTES = 512 << 20  # more than a GPU's host, a machine that trains on its CP
 HOST_SHARE = 1 / 8  # of a GPU's host
 
 
+def host_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def affordable(size_bytes: int, device: str) -> bool:
     """Whether so much is copied: up to HOST_SHARE of the host's memory from a GPU, and on a CPU up to CPU_BYTES (an adapter of
     rank 16 on a model of 8B). What is copied stays there until the run ends."""
-    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return size_bytes <= (CPU_BYTES if device == "cpu" else HOST_SHARE * host_bytes)
+    return size_bytes <= (CPU_BYTES if device == "cpu" else HOST_SHARE * host_bytes())
 
 
 class Snapshot:

@@ -52,9 +52,8 @@ def each(step: Callable[[T], S], items: Iterable[T | RowRejected]) -> list[S | R
                 done.append(step(item))
                 continue
             except RowRejected as error:
-                item = RowRejected(
-                    error.reason
-                )  # without its traceback, which would hold all that is done until it is found as garbage
+                # Without its traceback, which would hold all that is done until that is found as garbage.
+                item = RowRejected(error.reason)
         done.append(item)
     return done
 
