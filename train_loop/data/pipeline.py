@@ -1,21 +1,22 @@
-"""The same preparation on Ray Data: a read task for each part reads it, parses it and writes its shards.
+"""The same preparation on Ray Data: a task for each part reads it, parses it and writes its shards.
+
+What came of it, pickled, is all that Ray moves; rows go straight to storage.
 
 Tasks are given functions that open storage, not storage itself, so that no credential is part of a plan.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import ray.data
 from ray import cloudpickle
-from ray.data.block import BlockMetadata
-from ray.data.datasource import Datasource, ReadTask
+from ray.util.annotations import RayDeprecationWarning
 
-from train_loop.data.parts import Part, plan_parts
+from train_loop.data.parts import MANY_RANGES, RANGE_BYTES, plan_parts
 from train_loop.data.prepare import BlockSummary, finish, prepare_part
 from train_loop.data.shards import PreparedDataset
 from train_loop.data.sources import SourceFile
@@ -26,36 +27,8 @@ if TYPE_CHECKING:
 
     from train_loop.data.tokenize import ChatTokenizer
 
-LOOK_S = 0.1
 SUMMARIES = pa.schema([("summaries", pa.large_binary())])
-
-
-class PreparedParts(Datasource):
-    """What came of each part, pickled; its rows go straight to storage and not through Ray's."""
-
-    def __init__(self, parts: Sequence[Part], prepare: Callable[[Part], list[BlockSummary]]) -> None:
-        super().__init__()
-        self._parts = list(parts)
-        self._prepare = prepare
-
-    def estimate_inmemory_data_size(self) -> None:
-        """Summaries are small, and how small isn't known."""
-
-    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
-        """One task a part, whatever parallelism is asked for."""
-        prepare = self._prepare
-
-        def read(part: Part) -> Iterable[pa.Table]:
-            yield pa.table({"summaries": [cloudpickle.dumps(prepare(part))]}, schema=SUMMARIES)
-
-        return [
-            ReadTask(
-                lambda part=part: read(part),
-                BlockMetadata(num_rows=1, size_bytes=None, input_files=[part.file.path], exec_stats=None),
-                schema=SUMMARIES,
-            )
-            for part in self._parts
-        ]
+SHORT_BYTES = MANY_RANGES * RANGE_BYTES
 
 
 def prepare_with_ray(
@@ -69,32 +42,31 @@ def prepare_with_ray(
     num_cpus_per_task: float,
 ) -> PreparedDataset:
     """Prepare in parallel; same result as `prepare_local`. Errors inside tasks, DatasetError too, come in Ray's wrappers."""
-    _look_again_soon()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
 
-    def prepare(part: Part) -> list[BlockSummary]:
-        return prepare_part(spec, open_source(), part, _tokenizer_of(run_path, load_tokenizer), open_storage(), run_path)
+    def prepare(block: pa.Table) -> pa.Table:
+        part, tokenizer = cloudpickle.loads(block["item"][0].as_py()), _tokenizer_of(run_path, load_tokenizer)
+        found: list[BlockSummary] = prepare_part(spec, open_source(), part, tokenizer, open_storage(), run_path)
+        return pa.table({"summaries": [cloudpickle.dumps(found)]}, schema=SUMMARIES)
 
     parts = plan_parts(open_source(), files, spec.dataset_details.dataset_type)
-    done = ray.data.read_datasource(
-        PreparedParts(parts, prepare), override_num_blocks=len(parts), ray_remote_args={"num_cpus": num_cpus_per_task}
-    )
+    # Ray Data starts as many tasks as there are CPUs, and hears up to 0.2 s late that one has ended (Ray 2.60). Where it believes
+    # that tasks take none, all of them wait at Ray, which does count their CPUs and starts the next at once. But as long as tasks
+    # wait there, no placement group gets a CPU, so a long preparation must not do that to the jobs beside it.
+    counted = 0.0 if sum(file.size_bytes for file in files) <= SHORT_BYTES else num_cpus_per_task
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)  # of ray_remote_args_fn, which Ray 2.64 won't have
+        done = ray.data.from_items([cloudpickle.dumps(part) for part in parts], override_num_blocks=len(parts)).map_batches(
+            prepare,
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=counted,
+            ray_remote_args_fn=lambda: {"num_cpus": num_cpus_per_task},
+        )
     found = (summary for row in done.iter_rows() for summary in cloudpickle.loads(row["summaries"]))
     return finish(spec, files, found, open_storage(), run_path)
-
-
-def _look_again_soon() -> None:
-    """Have Ray Data ask again soon what the cluster has.
-
-    It doesn't wait for the first answer, and until it asks again, a second later, it runs one task at a time (Ray 2.60, where
-    that is no setting).
-    """
-    with contextlib.suppress(ImportError):
-        from ray.data._internal.execution.resource_manager import ResourceManager
-
-        ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = LOOK_S
 
 
 def _tokenizer_of(run_path: str, load: Callable[[], ChatTokenizer]) -> ChatTokenizer:
