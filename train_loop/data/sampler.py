@@ -79,6 +79,8 @@ def deal(sizes: np.ndarray, num_shares: int) -> list[np.ndarray]:
     The largest first, each to the share that has least so far and isn't full. Ascending in each share. O(n log n).
     Source: longest processing time first, Graham 1969, here with a bound on how many.
     """
+    if num_shares == 1:
+        return [np.arange(len(sizes))]
     most = math.ceil(len(sizes) / num_shares)
     shares: list[list[int]] = [[] for _ in range(num_shares)]
     open_shares = [(0, number) for number in range(num_shares)]

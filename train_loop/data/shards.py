@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,7 +154,7 @@ class ShardSet:
         self._rows = rows
         self._tables = [_mapped(folder / s.path) for s in prepared.shards]
         self._images = [None if s.images is None else _mapped(folder / s.images) for s in prepared.shards]
-        self._ends = np.cumsum([s.num_rows for s in prepared.shards])
+        self._ends = list(accumulate(s.num_rows for s in prepared.shards))
         u = [t.column("u").to_numpy() for t in self._tables]
         self._split = np.searchsorted(prepared.bounds, np.concatenate(u) if u else np.empty(0), side="right")
 
@@ -174,8 +176,8 @@ class ShardSet:
         return sizes.astype(np.int64)
 
     def _place(self, row: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self._ends, row, side="right"))
-        return shard, int(row) - (int(self._ends[shard - 1]) if shard else 0)
+        shard = bisect_right(self._ends, row)
+        return shard, int(row) - (self._ends[shard - 1] if shard else 0)
 
     def _row(self, row: int) -> tuple[pa.Table, int]:
         shard, at = self._place(row)
@@ -201,8 +203,7 @@ class ShardSet:
         """The row's tokens (eager shards)."""
         shard, at = self._place(row)
         ids, labels = (values[ends[at] : ends[at + 1]] for ends, values in self._token_lists[shard])
-        table = self._tables[shard]
-        num_images = len(table.column("images")[at]) if "images" in table.column_names else 0
+        num_images = 0 if self._images[shard] is None else len(self._tables[shard].column("images")[at])
         return Sample(ids, labels, tuple(range(num_images)))
 
     @cached_property
