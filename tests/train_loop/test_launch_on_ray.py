@@ -27,7 +27,7 @@ from tests.train_loop.test_bad_data import FILES, HTML, JSONL, listed, malformed
 from tests.train_loop.zips import FIELDS, Chat, picture, row, zipped
 from train_loop.allocator import environment
 from train_loop.cleaner import may_live
-from train_loop.data import parts
+from train_loop.data import parts, pipeline
 from train_loop.data.pipeline import prepare_with_ray
 from train_loop.data.prepare import prepare_local
 from train_loop.data.sources import find_files
@@ -397,3 +397,37 @@ def test_rows_prepared_in_parallel_are_those_prepared_one_by_one(cluster, local_
         assert len(loads) == len(set(loads)) < len(found.shards)  # once a process, which prepares several parts
         written = [{p.name: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()} for folder in folders]
         assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("counted_by", ["Ray", "Ray Data too"])
+def test_no_more_parts_at_a_time_than_cpus_allow(cluster, local_job, tmp_path, mirror, monkeypatch, counted_by):
+    monkeypatch.setattr(parts, "RANGE_BYTES", 800)
+    if counted_by == "Ray Data too":
+        monkeypatch.setattr(pipeline, "SHORT_BYTES", 0)
+    local, running, prepare_part = LocalFileSystem(), tmp_path / "running", pipeline.prepare_part
+    running.mkdir()
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(40)))
+    spec = JobSpec.model_validate(local_job({"dataset_details.dataset_path": str(tmp_path / "rows.jsonl")}))
+
+    def watched(spec, source, part, *others):
+        mine = running / str(part.index)
+        mine.touch()
+        time.sleep(0.2)
+        with (tmp_path / "together").open("a") as file:
+            file.write(f"{len([*running.iterdir()])}\n")
+        mine.unlink()
+        return prepare_part(spec, source, part, *others)
+
+    monkeypatch.setattr(pipeline, "prepare_part", watched)
+    found = prepare_with_ray(
+        spec,
+        find_files(spec, local),
+        open_source=LocalFileSystem,
+        open_storage=LocalFileSystem,
+        run_path=str(tmp_path / "run"),
+        load_tokenizer=lambda: ChatTokenizer.of(spec, load_tokenizer(mirror / TINY)),
+        num_cpus_per_task=2,
+    )
+    together = [int(number) for number in (tmp_path / "together").read_text().split()]
+    assert len(together) == len(found.shards) > 4
+    assert max(together) <= 2  # of the cluster's 4 CPUs each takes two
