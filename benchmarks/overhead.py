@@ -4,7 +4,7 @@ Jobs on an embedded service, their workers on CPUs, each submitted once nothing 
 from submitting to the end of the first step, phase by phase, and what the service's processes computed meanwhile, of all cores:
 of the service's first job, of a later one, and of one whose rows another job has prepared. Next to it Ray's own floor: from
 TorchTrainer.fit() until as many workers that do nothing are entered, the first and the second time. Then, from the times of the
-steps: how long a save holds the loop, and what a metric point of every step costs. Phases are seen by asking, POLL_S apart.
+steps: what a metric point of every step costs, against another job with few. Phases are seen by asking, POLL_S apart.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import datetime as dt
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,7 +33,7 @@ POLL_S = 0.2
 IDLE_S = 3.0  # a service that takes less than half a core for so long is at rest: the processes of Ray and Serve never do nothing
 REST_S = 300.0  # the most that is waited for that
 ROWS = 500
-SAVE_STEPS = 10
+SELDOM = 10  # steps, from one of few points to the next
 # What comes before each phase is what a job waited for until then.
 WAITS = {
     "started": "the dispatcher",
@@ -54,17 +53,6 @@ def waits(seen: Seen) -> dict[str, float]:
         now = max(at, seen.get(name, at))
         found[what], at = now - at, now
     return found
-
-
-def stalls(points: Sequence[dict[str, Any]], every: int) -> tuple[float, list[float]]:
-    """Median seconds of a step that follows no save, and of each save how long the loop was held for it.
-
-    Of a job with a point for every step and a save after every so many. The first steps, to the first save, aren't looked at.
-    """
-    times = {point["step"]: point["time"] for point in points}
-    took = {step: at - times[step - 1] for step, at in times.items() if step > every and step - 1 in times}
-    plain = statistics.median(s for step, s in took.items() if step % every != 1)
-    return plain, [s - plain for step, s in took.items() if step % every == 1]
 
 
 def step_s(points: Sequence[dict[str, Any]]) -> float:
@@ -166,7 +154,7 @@ def floor(workers: int) -> dict[str, float]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The three results as Markdown."""
+    """The two results as Markdown."""
     jobs, ray = found["jobs"][:3], found["floor"]
     took = [waits(job["seen"]) for job in jobs]
     lines = ["| seconds until | " + " | ".join(job["name"] for job in jobs) + " |", "|---" * (1 + len(jobs)) + "|"]
@@ -181,13 +169,10 @@ def table(found: dict[str, Any]) -> str:
     over = [each["the workers"] / least for each, least in zip(took, floors, strict=True)]
     lines.append("| workers / floor | " + " | ".join(f"{each:.2f}" for each in over) + " |")
     lines.append("| in all / floor | " + " | ".join(f"{t / f:.2f}" for t, f in zip(totals, floors, strict=True)) + " |")
-    plain, held = stalls(found["jobs"][2]["points"], SAVE_STEPS)
     every, seldom = (step_s(job["points"]) for job in found["jobs"][-2:])
     lines += [
         "",
-        f"A save holds the loop for {1000 * statistics.median(held):.0f} ms (median of {len(held)}), "
-        f"{statistics.median(held) / plain:.2f} steps of {1000 * plain:.0f} ms.",
-        f"A step with a point each takes {1000 * every:.1f} ms, with a point every {SAVE_STEPS} {1000 * seldom:.1f} ms: "
+        f"A step with a point each takes {1000 * every:.1f} ms, with a point every {SELDOM} {1000 * seldom:.1f} ms: "
         f"{every / seldom:.3f} of it.",
     ]
     return "\n".join(lines)
@@ -204,7 +189,7 @@ def main() -> None:
     if options.floor:
         be_floor(options.workers)
         return
-    steps, never = options.steps, options.steps + 1
+    steps = options.steps
     found: dict[str, Any] = {
         **machine(),
         "model": options.model,
@@ -216,16 +201,15 @@ def main() -> None:
         client = Client(state["url"], token)
         first, later = (put_rows(state, client, f"rows-{n}", n) for n in (ROWS, ROWS + 1))
 
-        def job(name: str, details: dict[str, Any], *, logging_steps: int = 1, save_steps: int = never) -> dict[str, Any]:
-            settings = {"max_steps": steps, "logging_steps": logging_steps, "save_steps": save_steps}
+        def job(name: str, details: dict[str, Any], logging_steps: int = 1) -> dict[str, Any]:
+            settings = {"max_steps": steps, "logging_steps": logging_steps, "save_steps": steps + 1}
             return run(client, state["home"], name, details, options.model, options.workers, **settings)
 
         found["jobs"] = [
-            job("first job", first, save_steps=SAVE_STEPS),
-            job("later job", later, save_steps=SAVE_STEPS),
-            job("later job, rows prepared before", later, save_steps=SAVE_STEPS),
-            job("a point for every step", later),
-            job("few points", later, logging_steps=SAVE_STEPS),
+            job("first job", first),
+            job("later job", later),
+            job("later job, rows prepared before", later),
+            job("few points", later, logging_steps=SELDOM),
         ]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1))

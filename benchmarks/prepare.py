@@ -126,7 +126,7 @@ def on_ray_with(task: Task, chat: ChatTokenizer) -> Callable[[JobSpec, Sequence[
 
 def ours(task: Task, rows: str, folder: str) -> tuple[Stages, dict[str, int]]:
     """What a job does before its first step, and what its workers do with the result."""
-    from train_loop.data.loader import Layout, step_batches
+    from train_loop.data.loader import Collator, step_batches
     from train_loop.data.sampler import BatchPlan
     from train_loop.data.shards import ShardSet
 
@@ -140,9 +140,9 @@ def ours(task: Task, rows: str, folder: str) -> tuple[Stages, dict[str, int]]:
     tokens = supervised = sequences = 0
     with timed(stages, "packing"):
         shards, hp = ShardSet(prepared, Path(folder, "data")), spec.train_config.hyperparameters
-        ids, layout = shards.ids("train"), Layout(None, MAX_LENGTH, MAX_LENGTH, tokenizer.pad_token_id)
+        ids, collator = shards.ids("train"), Collator(None, MAX_LENGTH, MAX_LENGTH, tokenizer.pad_token_id)
         plan = BatchPlan(len(ids), hp.per_device_train_batch_size, 1, 1, 1, None, hp.seed)
-        for _, batches in step_batches(shards, ids, plan, 0, 1, layout, num_workers=0, start_step=1):
+        for _, batches in step_batches(shards, ids, plan, 0, 1, collator, num_workers=0, start_step=1):
             for batch in batches:
                 tokens += batch.num_tokens
                 supervised += batch.num_supervised

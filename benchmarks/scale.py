@@ -44,7 +44,7 @@ from benchmarks.simulation import (
     work,
 )
 from benchmarks.train import CORES, Bench, Case, job_of, start, tell, write_rows
-from train_loop.data.loader import Layout
+from train_loop.data.loader import Collator
 from train_loop.data.prepare import prepare_local
 from train_loop.data.shards import ShardSet
 from train_loop.data.sources import find_files
@@ -174,10 +174,10 @@ def measure_rows(folder: Path, model: Path) -> dict[str, Any]:
     chat = ChatTokenizer.of(spec, tokenizer := load_tokenizer(model))
     prepared = prepare_local(spec, local, find_files(spec, local), local, str(folder), chat)
     shards = ShardSet(prepared, folder / "data")
-    layout, documents = Layout(chat, SIMULATED_LENGTH, None, tokenizer.pad_token_id), []
+    collator, documents = Collator(chat, SIMULATED_LENGTH, None, tokenizer.pad_token_id), []
     started = time.process_time()
     for row in shards.ids("train"):
-        batch = layout.micro_batch(shards, [int(row)])
+        batch = collator.micro_batch(shards, [int(row)])
         documents.append((batch.num_tokens, int((batch.labels != IGNORE_INDEX).sum())) if batch else (0, 0))
     return {"documents": documents, "loading_s": (time.process_time() - started) / len(documents)}
 

@@ -71,7 +71,7 @@ def unknown(name: str, known: Iterable[str], homes: Mapping[str, Sequence[str]] 
     if near:
         return f"unknown field, did you mean {' or '.join(near)}?"
     there_are = f"; there are {', '.join(known)}" if len(known) <= SHOWN_NAMES else "; /docs lists those that there are"
-    return f"unknown field{there_are if known else ''}"
+    return f"unknown field{there_are if known else '; there are none here'}"
 
 
 def _shortened_by(name: str, known: Iterable[str]) -> list[str]:
@@ -101,6 +101,11 @@ def validation_errors(error: ValidationError, model: type[BaseModel], *, echo: b
     They show what was given, in part, unless `echo` is False.
     """
     return [_translate(e, model, echo) for e in error.errors(include_url=False)]
+
+
+def parameter_errors(errors: Iterable[Any]) -> list[dict[str, Any]]:
+    """FastAPI's errors of parameters in our words."""
+    return [_entry(e, ".".join(map(str, e["loc"][1:]))) for e in errors]
 
 
 def _translate(error: Any, model: type[BaseModel], echo: bool) -> dict[str, Any]:
@@ -224,7 +229,7 @@ def to_api_error(error: Exception) -> ApiError:
         case ApiError():
             return error
         case RequestValidationError():
-            return invalid([_entry(e, ".".join(map(str, e["loc"][1:]))) for e in error.errors()])
+            return invalid(parameter_errors(error.errors()))
         case ValidationError():
             return invalid(validation_errors(error, JobSpec))
         case HTTPException(status_code=404):

@@ -55,7 +55,7 @@ class Checkpoints:
         self._under_way: Future[None] | None = None
         self._newest: int | None = None
         self._trained, self._moments = Snapshot(ctx.device), Snapshot(ctx.device)  # apart, for they go to files of their own
-        self._layout: weights.Layout | None = None  # of the model: the thread doesn't touch it, for steps go on in it
+        self._format: weights.FileFormat | None = None  # of the model: the thread doesn't touch it, for steps go on in it
         self._told_slow = False
 
     def save(
@@ -83,8 +83,8 @@ class Checkpoints:
         trained = dict(zip(learned, values, strict=True))
         state = _with_tensors(state, iter(moments))
         about = {"step": step, "world_size": self._ctx.world_size, "log": metrics.state()}
-        self._layout = self._layout or weights.Layout.of(model)
-        write: Callable[[], Path] = partial(self._write, self._layout, trained, state, random_states, about)
+        self._format = self._format or weights.FileFormat.of(model)
+        write: Callable[[], Path] = partial(self._write, self._format, trained, state, random_states, about)
         if not copied:
             write = partial(Path, write())  # before the next step changes what it is of
         best = metrics.best["step"] if metrics.best else None
@@ -165,7 +165,7 @@ class Checkpoints:
 
     def _write(
         self,
-        layout: weights.Layout,
+        file_format: weights.FileFormat,
         trained: Mapping[str, torch.Tensor],
         optimizer: Mapping[str, Any],
         random_states: torch.Tensor,
@@ -175,7 +175,7 @@ class Checkpoints:
         self._trained.wait()
         self._moments.wait()
         folder = Path(tempfile.mkdtemp(dir=self._ctx.scratch, prefix="checkpoint-"))
-        layout.write(folder, trained)
+        file_format.write(folder, trained)
         torch.save(optimizer, folder / OPTIMIZER)
         torch.save(random_states, folder / RANDOM)
         (folder / STATE).write_text(json.dumps(about))

@@ -60,7 +60,7 @@ def write(folder: Path, spec: JobSpec, model: Any, tensors: Mapping[str, Any], t
     """
     is_adapter = weights.is_adapter(model)
     if is_adapter:
-        weights.Layout.of(model).write(folder, tensors)
+        weights.FileFormat.of(model).write(folder, tensors)
     else:
         _write_model(folder, spec, model, tensors)
     tokenizer.save_pretrained(folder)

@@ -23,7 +23,7 @@ from train_loop import export, weights
 from train_loop.checkpoint import Checkpoints
 from train_loop.context import RunContext
 from train_loop.data.image_tokens import ImageTokens
-from train_loop.data.loader import Layout, Vision, eval_batches, step_batches
+from train_loop.data.loader import Collator, Vision, eval_batches, step_batches
 from train_loop.data.sampler import BatchPlan
 from train_loop.data.shards import PreparedDataset, ShardSet, fetch_shards
 from train_loop.data.streaming import RowReader
@@ -113,7 +113,7 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
     if pre.packing and trainee.capacity is None:
         ctx.event("packing", "this architecture can't keep packed samples apart: rows are padded instead, same loss")
     vision = Vision(images, trainee.family.collate) if images is not None and trainee.family is not None else None
-    layout = Layout(chat, pre.prompt.max_length, trainee.capacity, tokenizer.pad_token_id, vision)
+    collator = Collator(chat, pre.prompt.max_length, trainee.capacity, tokenizer.pad_token_id, vision)
     optimizer = build_optimizer(parameter_groups(model, spec.train_config), hp)
     # Dropout differs between ranks; everything before this line is the same on all of them.
     torch.manual_seed(hp.seed + 1 + ctx.rank)
@@ -137,7 +137,7 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
         if not len(eval_ids) or log.evaluated_at == step:
             return
         ctx.phase("evaluating")
-        batches = eval_batches(shards, eval_ids, ctx.rank, ctx.world_size, hp.per_device_eval_batch_size, layout)
+        batches = eval_batches(shards, eval_ids, ctx.rank, ctx.world_size, hp.per_device_eval_batch_size, collator)
         with trainee.evaluating():
             loss = evaluate(model, batches, ctx, idle=IDLE if trainee.sharded else None)
         log.evaluated_at = step
@@ -194,7 +194,7 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
             plan,
             ctx.rank,
             ctx.world_size,
-            layout,
+            collator,
             num_workers=hp.dataloader_num_workers,
             start_step=step + 1,
         )

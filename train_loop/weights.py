@@ -41,14 +41,14 @@ def handed_out(model: Any, *, keep: bool) -> dict[str, torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How what a model learns lies in a folder: in PEFT's layout for an adapter, else in one file, in float32."""
+class FileFormat:
+    """How what a model learns lies in a folder: in PEFT's format for an adapter, else in one file, in float32."""
 
     names: dict[str, str]  # of the parameters, by those in the file
     config: Any  # PEFT's, of an adapter
 
     @classmethod
-    def of(cls, model: Any) -> Layout:
+    def of(cls, model: Any) -> FileFormat:
         """The model's."""
         names = {name: name for name in trained(model)}
         if not is_adapter(model):
@@ -82,7 +82,7 @@ def _named_by_peft(model: Any, values: Mapping[str, T]) -> dict[str, T]:
 
 @torch.no_grad()
 def read(folder: Path, model: Any) -> None:
-    """Put what a `Layout` wrote into the model's parameters. Raises KeyError where they are others."""
+    """Put what a `FileFormat` wrote into the model's parameters. Raises KeyError where they are others."""
     from safetensors import safe_open
 
     into: Mapping[str, torch.Tensor] = trained(model)

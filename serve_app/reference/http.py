@@ -16,7 +16,8 @@ its trailing slash. Every call but `/healthz`, `/readyz`, `/openapi.json` and `/
 named in the path: `/job/{request_id}` with `/events`, `/logs`, `/metrics`, `/artifacts`, `/cancel`, `/resume`.
 
 Refusals are `application/problem+json` (RFC 9457): `detail` is one sentence, `errors` names every field at fault with `field`,
-`message` and, where there is one, `input` and `allowed`. Those that each call may answer with are listed there; they mean:
+`message` and, where there is one, `input` and `allowed`. A name that a call doesn't know, in its body or its query, is such a
+field. Those that each call may answer with are listed there; they mean:
 """
 
 

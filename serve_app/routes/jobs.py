@@ -25,11 +25,13 @@ from serve_app.routes.service import (
     UUID_SCHEMA,
     Asking,
     Here,
+    OfOrg,
     Service,
     find_job,
     is_uuid,
     json_body,
     refusals_noted,
+    refuse_method,
     render,
     render_one,
     told,
@@ -241,25 +243,28 @@ def _resume(here: Service, asking: Principal, request_id: str, org_id: str | Non
 
 
 # Last, or they would take the words above for ids.
+refuse_method(router, "GET", ("/job/plan", "/job/cancel", "/job/resume"), allowed="POST")
+
+
 @router.get("/job/{request_id}", responses=A_JOB)
 @router.get("/job/{request_id}/", include_in_schema=False)
-def get_by_path(asking: Asking, here: Here, request_id: str) -> Response:
+def get_by_path(asking: Asking, here: Here, request_id: str, org_id: OfOrg = None) -> Response:
     """One job, its id in the path."""
     asking.require_scope("jobs:read")
-    return reply(render_one(here, find_job(here, asking, request_id, None)))
+    return reply(render_one(here, find_job(here, asking, request_id, org_id)))
 
 
 @router.post("/job/{request_id}/cancel", responses=A_CHANGED_JOB)
 @router.post("/job/{request_id}/cancel/", include_in_schema=False)
-def cancel_by_path(asking: Asking, here: Here, request_id: str) -> Response:
+def cancel_by_path(asking: Asking, here: Here, request_id: str, org_id: OfOrg = None) -> Response:
     """Stop a job, its id in the path."""
     asking.require_scope("jobs:write")
-    return reply(_cancel(here, asking, request_id))
+    return reply(_cancel(here, asking, request_id, org_id))
 
 
 @router.post("/job/{request_id}/resume", responses=A_CHANGED_JOB)
 @router.post("/job/{request_id}/resume/", include_in_schema=False)
-def resume_by_path(asking: Asking, here: Here, request_id: str) -> Response:
+def resume_by_path(asking: Asking, here: Here, request_id: str, org_id: OfOrg = None) -> Response:
     """Queue a FAILED or CANCELED job again, its id in the path."""
     asking.require_scope("jobs:write")
-    return reply(_resume(here, asking, request_id))
+    return reply(_resume(here, asking, request_id, org_id))

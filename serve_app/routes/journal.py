@@ -20,7 +20,7 @@ from serve_app.errors import ApiError
 from serve_app.lifecycle import FINAL
 from serve_app.routes import examples
 from serve_app.routes.answers import Artifacts, Events, Logs, Points, documented, reply
-from serve_app.routes.service import MAX_ID, MAX_STEP, Asking, Here, Service, find_job
+from serve_app.routes.service import MAX_ID, MAX_STEP, Asking, Here, OfOrg, Service, find_job
 from serve_app.storage import artifacts
 from serve_app.store.jobs import Job
 from serve_app.store.tables import wire_time
@@ -40,10 +40,10 @@ def readable_job(asking: Asking, here: Here, request_id: str, org_id: str) -> Jo
     return find_job(here, asking, request_id, org_id)
 
 
-def readable_job_by_path(asking: Asking, here: Here, request_id: str) -> Job:
+def readable_job_by_path(asking: Asking, here: Here, request_id: str, org_id: OfOrg = None) -> Job:
     """The job a path names. Raises 403, 404, 422."""
     asking.require_scope("jobs:read")
-    return find_job(here, asking, request_id, None)
+    return find_job(here, asking, request_id, org_id)
 
 
 ByQuery = Annotated[Job, Depends(readable_job)]

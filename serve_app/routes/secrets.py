@@ -9,7 +9,7 @@ from serve_app.body import read_fields, unknown_names
 from serve_app.errors import ApiError, beside, field_error, invalid
 from serve_app.routes import examples
 from serve_app.routes.answers import Deleted, SecretAnswer, Secrets, documented, reply
-from serve_app.routes.service import UUID_SCHEMA, Asking, Here, json_body, org_named, refusals_noted, uuid_of
+from serve_app.routes.service import UUID_SCHEMA, Asking, Here, json_body, org_named, refusals_noted, refuse_method, uuid_of
 from serve_app.secret_types import TYPES, data_schema, faults
 from serve_app.secrets import Secret
 from serve_app.store.tables import wire_time
@@ -66,6 +66,9 @@ def list_secrets(asking: Asking, here: Here, org_id: str) -> Response:
     org = uuid_of(org_id, "org_id")
     asking.require_org(org)
     return reply({"secrets": [_render(s) for s in here.vault.list(org)]})
+
+
+refuse_method(router, "DELETE", ("/secret/list",), allowed="GET")
 
 
 @router.delete("/secret/{secret_id}", responses=documented(Deleted, "It is gone.", refused=[404]))

@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Protocol, cast
 
-from fastapi import Depends, Header, Request
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.dependencies.utils import get_flat_params, request_params_to_args  # nothing public tells what a call takes
+from fastapi.params import Query as QueryParameter
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 
 from serve_app.access import concerns
 from serve_app.auth import Principal, Verifier
-from serve_app.errors import ApiError, field_error, invalid, to_api_error
+from serve_app.body import MAX_PARTS, unknown_names
+from serve_app.errors import ApiError, field_error, invalid, parameter_errors, to_api_error
 from serve_app.lifecycle import Status
 from serve_app.quota import Places, RateLimit
 from serve_app.routes.answers import JobAnswer, JobMetrics
@@ -102,6 +106,31 @@ def _charged(asking: Principal, org_id: str | None) -> str:
 Asking = Annotated[Principal, Depends(principal)]
 
 
+async def known_query(request: Request) -> None:
+    """Refuse a query that holds a name which the call doesn't know. Raises 422 with all that is wrong in the query."""
+    given = request.query_params
+    takes = [p for p in get_flat_params(request.scope["route"].dependant) if isinstance(p.field_info, QueryParameter)]
+    known = [p.alias for p in takes]
+    strange = [name for name in given if name not in known][:MAX_PARTS]
+    if strange:
+        _, errors = request_params_to_args(takes, given)
+        raise invalid([*unknown_names(strange, known), *parameter_errors(errors)])
+
+
+OF_A_TOKEN = [Depends(principal), Depends(known_query)]  # what comes before every call that takes one
+
+
+def refuse_method(router: APIRouter, method: str, paths: Iterable[str], *, allowed: str) -> None:
+    """Answer 405 to a method that these paths don't have, before a path with an id in it takes their last word for one."""
+
+    async def refuse(request: Request) -> Response:
+        raise HTTPException(405, headers={"Allow": allowed})
+
+    for path in paths:
+        for each in (path, f"{path}/"):
+            router.add_route(each, refuse, methods=[method], include_in_schema=False)
+
+
 def is_uuid(value: Any) -> bool:
     """Whether this is a UUID in text."""
     try:
@@ -125,6 +154,9 @@ def org_named(payload: dict[str, Any], asking: Principal) -> tuple[str, list[dic
     org = uuid_of(given, "org")
     asking.require_org(org)
     return org, []
+
+
+OfOrg = Annotated[str | None, Query(description="The job's org; another one's job isn't found.")]
 
 
 def find_job(here: Service, asking: Principal, request_id: str, org_id: str | None) -> Job:

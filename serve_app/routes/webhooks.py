@@ -12,7 +12,7 @@ from serve_app.errors import ApiError, beside, field_error, invalid
 from serve_app.outbound import MAX_URL_CHARS
 from serve_app.routes import examples
 from serve_app.routes.answers import DeletedWebhook, NewWebhook, TestedWebhook, WebhookAnswer, WebhookList, documented, reply
-from serve_app.routes.service import UUID_SCHEMA, Asking, Here, json_body, org_named, refusals_noted, uuid_of
+from serve_app.routes.service import UUID_SCHEMA, Asking, Here, json_body, org_named, refusals_noted, refuse_method, uuid_of
 from serve_app.store.tables import wire_time
 from serve_app.store.webhooks import EVENTS, Webhook
 
@@ -93,6 +93,9 @@ def test(asking: Asking, here: Here, webhook_id: str, org_id: str) -> Response:
     with here.webhook_tests.hold(org):
         error = here.webhooks.test(webhook)
     return reply({"webhook_id": webhook.webhook_id, "delivered": error is None, "error": error})
+
+
+refuse_method(router, "DELETE", ("/webhook/list",), allowed="GET")
 
 
 @router.delete("/webhook/{webhook_id}", responses=documented(DeletedWebhook, "It is gone.", refused=[404]))

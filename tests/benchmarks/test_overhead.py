@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.overhead import WAITS, stalls, step_s, table, waits
+from benchmarks.overhead import WAITS, step_s, table, waits
 
 SEEN = {
     "submitted": 100.0,
@@ -15,13 +15,9 @@ SEEN = {
 }
 
 
-def points(steps, *, step=0.1, save=0.3, every=10):
-    """A point for every step of a job that is held after every tenth."""
-    found, at = [], 1000.0
-    for number in range(1, steps + 1):
-        at += step + save * (number > 1 and number % every == 1)
-        found.append({"step": number, "time": at})
-    return found
+def points(steps):
+    """A point for every step of a job, a tenth of a second apart."""
+    return [{"step": number, "time": 1000.0 + number / 10} for number in range(1, steps + 1)]
 
 
 def test_the_waits_are_all_of_the_time_to_the_first_step():
@@ -37,20 +33,14 @@ def test_a_phase_that_was_over_before_it_was_seen_took_no_time_of_its_own(missed
     assert sum(took.values()) == SEEN["first step"] - SEEN["submitted"]
 
 
-def test_a_save_is_told_from_a_step():
-    plain, held = stalls(points(45), 10)
-    assert plain == pytest.approx(0.1)
-    assert held == pytest.approx([0.3] * 4)
-
-
 def test_a_step_is_timed_between_points_however_many_there_are():
-    all_of_them = points(41, save=0)
+    all_of_them = points(41)
     few = [point for point in all_of_them if point["step"] == 1 or point["step"] % 10 == 0]
     assert step_s(all_of_them) == pytest.approx(step_s(few)) == pytest.approx(0.1)
 
 
 def test_the_table_has_every_wait_and_the_ratios():
-    names = ("first job", "later job", "later job, rows prepared before", "a point for every step", "few points")
+    names = ("first job", "later job", "later job, rows prepared before", "few points")
     found = {
         "jobs": [{"name": n, "seen": SEEN, "points": points(40), "cpu_s": 9.0} for n in names],
         "floor": {"first": 7.0, "second": 3.5},
@@ -59,4 +49,4 @@ def test_the_table_has_every_wait_and_the_ratios():
     assert all(f"| {what} |" in said for what in WAITS.values())
     assert "| CPU seconds meanwhile | 9.0 | 9.0 | 9.0 |" in said
     assert "| workers / floor | 1.00 | 2.00 | 2.00 |" in said
-    assert "holds the loop for 300 ms (median of 3), 3.00 steps of 100 ms" in said
+    assert "A step with a point each takes 100.0 ms, with a point every 10 100.0 ms: 1.000 of it." in said

@@ -102,6 +102,16 @@ def test_a_path_or_method_that_is_not_there_is_a_problem_in_words(http):
     assert refused.headers["Allow"] == "GET"
 
 
+def test_a_word_of_a_path_is_no_id_to_another_method(http):
+    refused = [("GET", f"/job/{word}", "POST") for word in ("plan", "cancel", "resume")]
+    refused += [("DELETE", f"/{kind}/list", "GET") for kind in ("secret", "webhook")]
+    for method, path, allowed in [*refused, ("PUT", "/job/cancel", "POST"), ("POST", "/job/get", "GET")]:
+        for slash in ("", "/"):
+            answer = http.request(method, path + slash, params={"org_id": ORG})
+            assert (answer.status_code, answer.headers["Allow"]) == (405, allowed), (method, path)
+            assert answer.json()["detail"] == f"this path is for {allowed}"
+
+
 def test_reading_a_job(http, job):
     request_id = http.post("/job/", json=job).json()["request_id"]
     got = http.get("/job/get/", params={"org_id": ORG, "request_id": request_id}).json()
@@ -141,10 +151,10 @@ OPEN_TO_ALL = {"/healthz", "/readyz", "/docs", "/docs/swagger-ui-bundle.js", "/d
 
 
 def closed_routes(app):
-    """Every (method, path) of the app that isn't open to all, in the document or not."""
+    """Every (method, path) of the app that isn't open to all, in the document or not, but for refused methods."""
     for found in app.routes:
         for route in found.original_router.routes if hasattr(found, "original_router") else [found]:
-            if route.path.rstrip("/") not in OPEN_TO_ALL:
+            if route.path.rstrip("/") not in OPEN_TO_ALL and route.name != "refuse":
                 yield from ((method, route.path) for method in route.methods)
 
 
@@ -540,6 +550,76 @@ def test_query_errors_say_what_was_given_and_what_is_allowed(http):
     assert "pattern" in found["experiment_name"]["allowed"]
 
 
+def test_a_name_that_a_query_cant_have_is_told_with_all_else_that_is_wrong_in_it(http):
+    found = fields(http.get("/job/list/", params={"limt": 5, "state": "QUEUED", "limit": 501, "token": CANARY}))
+    assert {name: entry["message"] for name, entry in found.items()} == {
+        "limt": "unknown field, did you mean limit?",
+        "state": "unknown field, did you mean status?",
+        "token": "unknown field; there are org_id, status, experiment_name, limit, cursor",
+        "org_id": "this field is required",
+        "limit": "must be less than or equal to 500",
+    }
+    assert CANARY not in json.dumps(found)
+
+
+QUERIES = {  # by path: names that it takes
+    "/job/get/": {"org_id", "request_id"},
+    "/job/list": {"org_id", "status", "experiment_name", "limit"},
+    "/job/events/": {"org_id", "request_id", "after"},
+    "/job/logs": {"org_id", "request_id", "after", "rank", "tail"},
+    "/job/metrics/": {"org_id", "request_id", "after_step"},
+    "/job/artifacts/": {"org_id", "request_id"},
+    "/job/{}": {"org_id"},
+    "/job/{}/events": {"org_id", "after"},
+    "/job/{}/logs/": {"org_id", "after", "rank", "tail"},
+    "/job/{}/metrics": {"org_id", "after_step"},
+    "/job/{}/artifacts": {"org_id"},
+    "/secret/list/": {"org_id"},
+    "/webhook/list/": {"org_id"},
+}
+
+
+def test_every_call_takes_what_it_knows_in_its_query_and_nothing_else(http, job):
+    request_id = http.post("/job/", json=job).json()["request_id"]
+    values = {"org_id": ORG, "request_id": request_id, "status": "QUEUED", "experiment_name": "e", "limit": 1}
+    values |= {"after": 0, "after_step": 0, "rank": 0, "tail": 1}
+    assert set(values) == set().union(*QUERIES.values())
+    for path, names in QUERIES.items():
+        query = {name: values[name] for name in names}
+        assert http.get(path.format(request_id), params=query).status_code == 200, path
+        for accepts in ("application/json", "text/event-stream"):
+            refused = http.get(path.format(request_id), params=query | {"x": ""}, headers={"accept": accepts})
+            assert fields(refused).keys() == {"x"}, path
+
+
+def test_a_call_with_a_body_takes_no_query(http):
+    for path in ("/job/", "/job/plan/", "/job/cancel/", "/job/resume", "/secret/", "/webhook/"):
+        answer = http.post(path, params={"org_id": ORG}, json={"org_id": ORG})
+        assert fields(answer)["org_id"]["message"] == "unknown field; there are none here"
+
+
+def test_who_asks_comes_before_what_is_asked_and_probes_may_ask_as_they_like(http):
+    assert http.get("/job/list/", params={"x": 1}, headers={"Authorization": ""}).status_code == 401
+    assert http.get("/healthz", params={"x": 1}).status_code == http.get("/readyz", params={"x": 1}).status_code == 200
+    assert http.get("/docs", params={"x": 1}).status_code == http.get("/openapi.json", params={"x": 1}).status_code == 200
+
+
+def test_no_query_is_too_long_to_be_judged(http):
+    answer = http.get("/job/list/", params={f"x{i}": 1 for i in range(5000)})
+    assert len(answer.json()["errors"]) < 100
+
+
+def test_the_org_may_be_named_beside_a_job_in_the_path(http, settings, job):
+    request_id = http.post("/job/", json=job).json()["request_id"]
+    headers = {"Authorization": "Bearer " + token(settings, org=None, orgs=[OTHER_ORG, ORG])}
+    for path in ("", "/events", "/logs", "/metrics", "/artifacts"):
+        asked = [http.get(f"/job/{request_id}{path}", params={"org_id": org}, headers=headers) for org in (ORG, OTHER_ORG)]
+        assert [answer.status_code for answer in asked] == [200, 404]
+    for word in ("cancel", "resume"):
+        asked = [http.post(f"/job/{request_id}/{word}", params={"org_id": org}, headers=headers) for org in (OTHER_ORG, ORG)]
+        assert [answer.status_code for answer in asked] == [404, 200]
+
+
 NASTY = [
     ({"content": b"", "headers": {"content-type": "application/json"}}, 400),
     ({"content": b"{", "headers": {"content-type": "application/json"}}, 400),
@@ -662,7 +742,8 @@ def test_what_each_call_asks_of_a_token(http, settings, job):
     for (method, path), scope in calls.items():
         for given in ("jobs:read", "jobs:write", "secrets:write"):
             headers = {"Authorization": "Bearer " + token(settings, scope=given)}
-            answer = http.request(method, path, json=named if method == "POST" else None, params=named, headers=headers)
+            how = {"json": named} if method == "POST" else {"params": {"org_id": ORG}}
+            answer = http.request(method, path, **how, headers=headers)
             assert (answer.status_code == 403) is (given != scope), (path, given)
 
 
@@ -990,10 +1071,10 @@ def test_another_org_learns_nothing_on_any_route(http, settings, job, secret_id)
             "/secret": {"org": org, "name": "n", "type": "s3"},
             "/webhook": {"org": org, "url": "https://hooks.example.com/x"},
         }
-        sent = body.get(path.rstrip("/"), {"org_id": org, "request_id": request_id}) if method == "POST" else None
-        answer = http.request(
-            method, path.format(**names), params={"org_id": org, "request_id": request_id}, json=sent, headers=stranger
-        )
+        sent = body.get(path.rstrip("/"), {"org_id": org, "request_id": request_id})
+        query = {"org_id": org} if "{" in path or "/list" in path else {"org_id": org, "request_id": request_id}
+        how = {"json": sent} if method == "POST" and "{" not in path else {"params": query}
+        answer = http.request(method, path.format(**names), **how, headers=stranger)
         reached.add(answer.status_code)
         text = answer.text
         for name in (request_id, secret, webhook):

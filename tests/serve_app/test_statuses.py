@@ -57,7 +57,9 @@ class Refusing:
         request_id = request_id or str(uuid.uuid4())
         named = {"org_id": org, "request_id": request_id}
         path = self.path.format(request_id=request_id, secret_id=request_id, webhook_id=request_id)
-        how = {"params": named} | ({"json": self.body or named} if self.method == "POST" else {}) | changes
+        query = {"org_id": org} if "{" in self.path or "/list" in self.path else named
+        takes_body = self.method == "POST" and "{" not in self.path
+        how = ({"json": self.body or named} if takes_body else {"params": query}) | changes
         return (http or self.http).request(self.method, path, **how)
 
     def other(self, store=None, runtime=None, **settings):

@@ -153,7 +153,7 @@ def test_an_adapter_is_written_as_peft_writes_it(make, spec_of, bases, tmp_path)
     model = add_adapter(load(spec, bases), spec)
     tensors = weights.handed_out(model, keep=True)
     (tmp_path / "ours").mkdir()
-    weights.Layout.of(model).write(tmp_path / "ours", tensors)
+    weights.FileFormat.of(model).write(tmp_path / "ours", tensors)
     model.save_pretrained(tmp_path / "theirs", state_dict=tensors, save_embedding_layers=False)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()

@@ -19,7 +19,7 @@ from tests.train_loop.test_check import over_characters
 from tests.train_loop.vision_models import FAMILIES, make
 from train_loop.data.formats import RowRejected
 from train_loop.data.image_tokens import ImageTokens
-from train_loop.data.loader import Layout, Vision, eval_batches, step_batches
+from train_loop.data.loader import Collator, Vision, eval_batches, step_batches
 from train_loop.data.sampler import BatchPlan
 from train_loop.data.shards import BYTES_PER_IMAGE, IMAGES, LAZY, PreparedDataset, ShardInfo, ShardSet, write_shard
 from train_loop.data.tokenize import IGNORE_INDEX, ChatTokenizer
@@ -460,12 +460,12 @@ def documents(batch):
     return [document for document in found if len(set(document)) > 1]  # the rest is padding
 
 
-def layout_of(gemma, packing, *, lazy=True, max_length=LIMIT):
+def collator_of(gemma, packing, *, lazy=True, max_length=LIMIT):
     processor, collate = gemma
     chat = chat_of(processor, max_length=max_length)
     vision = Vision(chat.images, collate)
     capacity = max_length if packing else None
-    return Layout(chat if lazy else None, max_length, capacity, processor.tokenizer.pad_token_id, vision), chat
+    return Collator(chat if lazy else None, max_length, capacity, processor.tokenizer.pad_token_id, vision), chat
 
 
 def told(document, processor):
@@ -478,8 +478,8 @@ def told(document, processor):
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_micro_batch_has_the_pictures_of_its_documents_in_their_order(gemma, packing, lazy):
     processor, _ = gemma
-    layout, chat = layout_of(gemma, packing, lazy=lazy)
-    batch = layout.micro_batch(Rows(12, None if lazy else chat), range(12))
+    collator, chat = collator_of(gemma, packing, lazy=lazy)
+    batch = collator.micro_batch(Rows(12, None if lazy else chat), range(12))
     assert (len(batch.input_ids) < 12) is packing
     shown = [told(document, processor) for document in documents(batch)]
     assert sum(map(len, shown)) == 12
@@ -491,30 +491,30 @@ def test_a_micro_batch_has_the_pictures_of_its_documents_in_their_order(gemma, p
 def test_pictures_that_are_cut_off_are_not_laid_out(gemma):
     processor, _ = gemma
     for lazy in (True, False):
-        layout, chat = layout_of(gemma, packing=False, lazy=lazy, max_length=38)
+        collator, chat = collator_of(gemma, packing=False, lazy=lazy, max_length=38)
         chat = replace(chat, truncation="left")
-        layout = replace(layout, tokenizer=chat if lazy else None)
-        batch = layout.micro_batch(Rows(12, None if lazy else chat), [2, 5, 3])
+        collator = replace(collator, tokenizer=chat if lazy else None)
+        batch = collator.micro_batch(Rows(12, None if lazy else chat), [2, 5, 3])
         shown = [told(document, processor) for document in documents(batch)]
         assert greys(batch.vision, processor) == [picture for of_one in shown for picture in of_one]
         assert shown == [[15], [36], []]
 
 
 def test_rows_without_pictures_have_none(gemma):
-    layout, _ = layout_of(gemma, packing=True)
-    assert layout.micro_batch(Rows(12), [0, 3, 6]).vision == {}
+    collator, _ = collator_of(gemma, packing=True)
+    assert collator.micro_batch(Rows(12), [0, 3, 6]).vision == {}
 
 
 def test_the_same_rows_and_pictures_make_a_step_whatever_the_number_of_workers(gemma):
     processor, _ = gemma
-    layout, _ = layout_of(gemma, packing=True)
+    collator, _ = collator_of(gemma, packing=True)
     rows, ids = Rows(18), np.arange(18)
     plan = BatchPlan(18, 3, 2, 1, 1.0, None, 0)
 
     def steps(world_size):
         made = [Counter() for _ in range(plan.total_steps)]
         for rank in range(world_size):
-            for step, batches in step_batches(rows, ids, plan, rank, world_size, layout, num_workers=0, start_step=1):
+            for step, batches in step_batches(rows, ids, plan, rank, world_size, collator, num_workers=0, start_step=1):
                 for batch in batches:
                     tiles = iter(greys(batch.vision, processor))
                     for document in documents(batch):
@@ -530,10 +530,10 @@ def test_the_same_rows_and_pictures_make_a_step_whatever_the_number_of_workers(g
 
 def test_evaluation_sees_every_picture_once(gemma):
     processor, _ = gemma
-    layout, _ = layout_of(gemma, packing=False)
+    collator, _ = collator_of(gemma, packing=False)
     seen = []
     for rank in range(2):
-        for batch in eval_batches(Rows(12), np.arange(12), rank, 2, 4, layout):
+        for batch in eval_batches(Rows(12), np.arange(12), rank, 2, 4, collator):
             seen += greys(batch.vision, processor) if batch is not None else []
     assert sorted(seen) == sorted(7 * row + i for row in range(12) for i in range(row % 3))
 
@@ -546,9 +546,9 @@ def test_a_row_that_was_usable_and_now_is_not_names_its_line(gemma):
         def source(self, row):
             return "s3://b/rows.zip", row + 1
 
-    layout, _ = layout_of(gemma, packing=False)
+    collator, _ = collator_of(gemma, packing=False)
     with pytest.raises(RunFault, match=r"line 3 of s3://b/rows\.zip was found usable"):
-        layout.micro_batch(Changed(12), [2])
+        collator.micro_batch(Changed(12), [2])
 
 
 def test_a_tokenizer_without_a_processor_makes_what_it_made(processors, tokenizer):

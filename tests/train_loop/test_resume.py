@@ -222,10 +222,10 @@ def test_what_is_written_of_a_step_after_the_next_one_is_still_of_that_step(loca
         came.append(third.wait(HANG_S))
         write(*arguments)
 
-    third, came, write = threading.Event(), [], weights.Layout.write
+    third, came, write = threading.Event(), [], weights.FileFormat.write
     job = short(local_job, changes)
     launch(job, "whole")
-    monkeypatch.setattr("train_loop.weights.Layout.write", late)
+    monkeypatch.setattr("train_loop.weights.FileFormat.write", late)
     with pytest.raises(RunFault):
         launch(job, "cut", Steps(break_at=3))
     assert came == [True]
@@ -245,9 +245,9 @@ def test_what_is_too_large_to_be_copied_is_written_before_the_next_step(local_jo
         wrote.append((threading.current_thread() is threading.main_thread(), monitor.seen))
         theirs(*arguments)
 
-    monitor, wrote, theirs = Watcher(break_at=5), [], weights.Layout.write
+    monitor, wrote, theirs = Watcher(break_at=5), [], weights.FileFormat.write
     monkeypatch.setattr("train_loop.snapshot.CPU_BYTES", 100)
-    monkeypatch.setattr("train_loop.weights.Layout.write", write)
+    monkeypatch.setattr("train_loop.weights.FileFormat.write", write)
     job = short(local_job)
     with pytest.raises(RunFault):
         launch(job, "cut", monitor)
@@ -261,7 +261,7 @@ def test_a_disk_that_is_full_behind_the_steps_ends_the_run_at_the_next_save(loca
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("train_loop.weights.Layout.write", full)
+    monkeypatch.setattr("train_loop.weights.FileFormat.write", full)
     monitor = Watcher()
     with pytest.raises(RunFault) as caught:
         launch(short(local_job), "run", monitor)
@@ -279,9 +279,9 @@ def test_steps_that_wait_for_slow_storage_say_so_once(local_job, launch, monkeyp
         time.sleep(0.1)  # the next save waits by now
         write(*arguments)
 
-    monitor, writes, write = Watcher(), [], weights.Layout.write
+    monitor, writes, write = Watcher(), [], weights.FileFormat.write
     monkeypatch.setattr("train_loop.checkpoint.SLOW_S", 0.001)
-    monkeypatch.setattr("train_loop.weights.Layout.write", slow)
+    monkeypatch.setattr("train_loop.weights.FileFormat.write", slow)
     launch(short(local_job), "run", monitor)
     (said,) = monitor.said("checkpoint_slow")
     assert said.startswith("steps waited 0 s for the checkpoint before")

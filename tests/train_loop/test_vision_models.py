@@ -46,6 +46,7 @@ ROWS = [
     ("Nothing to see.", "I see", []),
     ("A last one", "Yes", [(64, 64)]),
 ]
+WORDS = [(ask, answer, []) for ask, answer, _ in ROWS]
 PACKED = 256  # tokens of a row that takes some of them
 PICTURE_KEYS = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "aspect_ratio_ids", "aspect_ratio_mask")
 
@@ -194,14 +195,18 @@ def hidden_of(base, batch):
     return _hidden(base.model, batch.input_ids, batch.position_ids, batch.attention_mask, batch.vision)
 
 
-@pytest.mark.parametrize("capacity", [NO_LIMIT, PACKED, None], ids=["joined", "packed", "padded"])
+@pytest.mark.parametrize(
+    ("capacity", "rows"),
+    [(NO_LIMIT, ROWS), (PACKED, ROWS), (None, ROWS), (NO_LIMIT, WORDS)],
+    ids=["joined", "packed", "padded", "words joined"],
+)
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
-def test_another_document_beside_it_moves_nothing_in_one(name, capacity, folders, spec_of):
+def test_another_document_beside_it_moves_nothing_in_one(name, capacity, rows, folders, spec_of):
     """Whatever it says and shows."""
     _, base, processor = seeing(name, folders, spec_of)
     base.model.eval()
-    of_each, shown, others = samples(processor, base.model.config), pictures(processor), pictures(processor, seed=7)
+    of_each, shown, others = samples(processor, base.model.config, rows), pictures(processor, rows), pictures(processor, rows, 7)
     batch = laid_out(base.family, of_each, shown, capacity)
     before = hidden_of(base, batch)
     for i, sample in enumerate(of_each):
@@ -217,6 +222,50 @@ def test_another_document_beside_it_moves_nothing_in_one(name, capacity, folders
         assert moved[row, start:end].sum() > (1 if shown[i] else 0)
         moved[row, start:end] = False
         assert not moved.any()
+
+
+def gradients(model, micro):
+    """The loss of a micro-batch, and the gradients of all that learns."""
+    loss = supervised_loss(model, micro)
+    loss.backward()
+    found = [p.grad for p in trainable(model)]
+    model.zero_grad()
+    return [loss.detach(), *found]
+
+
+def close(ones, others):
+    return all((one - other).abs().max() <= 1e-5 * other.abs().max() for one, other in zip(ones, others, strict=True))
+
+
+@pytest.mark.parametrize("rows", [ROWS, WORDS], ids=["images", "words"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mllama"])
+def test_packed_samples_give_the_gradients_of_each_in_its_own_row(name, rows, folders, spec_of):
+    spec, base, processor = seeing(name, folders, spec_of, **{f"{ADAPTER}.dropout": 0.0})
+    model = learning(base, spec)
+    of_each, shown = samples(processor, base.model.config, rows), pictures(processor, rows)
+    joined, packed, padded = (
+        gradients(model, laid_out(base.family, of_each, shown, capacity)) for capacity in (NO_LIMIT, PACKED, None)
+    )
+    assert close(joined, padded)
+    assert close(packed, padded)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_the_language_model_of_a_base_that_sees_is_trained_on_packed_text(name, folders, spec_of):
+    told = {"model_details.model_type": "llm", "dataset_details.dataset_type": "jsonl", f"{ADAPTER}.dropout": 0.0}
+    spec, base, processor = seeing(name, folders, spec_of, **told)
+    assert (base.family, row_capacity(spec, base)) == (None, NO_LIMIT)
+    model, of_each = learning(base, spec), samples(processor, base.model.config, WORDS)
+    joined, padded = (gradients(model, collate(of_each, capacity=capacity, pad_id=2)) for capacity in (NO_LIMIT, None))
+    assert close(joined, padded)
+
+
+def learning(base, spec):
+    """The base with an adapter of which every weight has a gradient."""
+    model = make_trainable(base, spec).train()
+    for parameter in trainable(model):
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+    return model
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -253,11 +302,9 @@ def test_each_document_of_a_pack_attends_to_itself_alone_without_a_mask(name, fo
 @pytest.mark.parametrize("name", FAMILIES)
 def test_all_samples_share_a_row_where_no_mask_is_made_for_them(name, folders, spec_of):
     spec, base, processor = seeing(name, folders, spec_of)
-    # Gemma 3's images see what comes after them, and Llama's tokens are multiplied with all images of their row. In rows without
-    # images, transformers doesn't keep the documents of the older Qwens apart.
-    by_mask, apart = name in ("gemma3", "mllama"), name not in ("qwen2_vl", "qwen2_5_vl")
-    limit = spec.dataset_config.preprocessing.prompt.max_length if by_mask else NO_LIMIT
-    assert row_capacity(spec, base) == (limit if apart else None)
+    # Gemma 3's images see what comes after them, and Llama's tokens are multiplied with all images of their row.
+    by_mask = name in ("gemma3", "mllama")
+    assert row_capacity(spec, base) == (spec.dataset_config.preprocessing.prompt.max_length if by_mask else NO_LIMIT)
     of_each, shown = samples(processor, base.model.config), pictures(processor)
     with attention.heard() as by_edges, torch.no_grad():
         joined, padded = (

@@ -41,7 +41,7 @@ class Vision:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Collator:
     """How rows become tensors. `tokenizer` is None when they were tokenised before, `vision` where the model sees no pictures.
 
     `capacity` is how many tokens a row of a micro-batch takes, as `collate` has it.
@@ -96,7 +96,7 @@ class _Steps(Dataset["list[MicroBatch] | UserError | RunFault"]):
     plan: BatchPlan
     rank: int
     world_size: int
-    layout: Layout
+    collator: Collator
     start_step: int
 
     def __len__(self) -> int:
@@ -105,7 +105,7 @@ class _Steps(Dataset["list[MicroBatch] | UserError | RunFault"]):
     def __getitem__(self, i: int) -> list[MicroBatch] | UserError | RunFault:
         stripes = self.plan.micro_batches(self.start_step + i, self.rank, self.world_size, self.sizes)
         try:
-            batches = [self.layout.micro_batch(self.shards, self.ids[stripe]) for stripe in stripes]
+            batches = [self.collator.micro_batch(self.shards, self.ids[stripe]) for stripe in stripes]
         except (UserError, RunFault) as error:
             return error
         return [b for b in batches if b is not None]
@@ -117,16 +117,16 @@ def step_batches(
     plan: BatchPlan,
     rank: int,
     world_size: int,
-    layout: Layout,
+    collator: Collator,
     *,
     num_workers: int,
     start_step: int,
 ) -> Iterator[tuple[int, list[MicroBatch]]]:
     """(step, micro-batches) from `start_step` to the last step; fewer micro-batches where samples have run out."""
     sizes = shards.sizes(ids)
-    if layout.tokenizer is not None:  # of a long row no more than this is read
-        sizes = np.minimum(sizes, BYTES_PER_TOKEN * layout.max_length)
-    steps = _Steps(shards, ids, sizes, plan, rank, world_size, layout, start_step)
+    if collator.tokenizer is not None:  # of a long row no more than this is read
+        sizes = np.minimum(sizes, BYTES_PER_TOKEN * collator.max_length)
+    steps = _Steps(shards, ids, sizes, plan, rank, world_size, collator, start_step)
     if len(steps) == 0:
         return
     if shards.streamed:
@@ -165,7 +165,7 @@ def _in_threads(steps: _Steps, num_threads: int) -> Iterator[list[MicroBatch]]:
 
 
 def eval_batches(
-    shards: ShardSet, ids: np.ndarray, rank: int, world_size: int, batch_size: int, layout: Layout
+    shards: ShardSet, ids: np.ndarray, rank: int, world_size: int, batch_size: int, collator: Collator
 ) -> Iterator[MicroBatch | None]:
     """This rank's share of an evaluation, in batches of at most `batch_size` samples.
 
@@ -173,4 +173,4 @@ def eval_batches(
     """
     mine = ids[rank::world_size]
     for start in range(0, math.ceil(len(ids) / world_size), batch_size):
-        yield layout.micro_batch(shards, mine[start : start + batch_size])
+        yield collator.micro_batch(shards, mine[start : start + batch_size])

@@ -20,6 +20,8 @@ NAME = "by_document"  # what transformers finds it by
 WIDEST = 256  # heads that the flash kernel takes
 FEW_TOKENS = 128  # documents so short together share a call: it costs more than what it saves
 SCORES = 2**20  # how many are held at a time: they stay in a CPU's caches
+# Those whose tokens have places in time, height and width, and which look for documents in a fourth position alone.
+OF_FOUR_POSITIONS = ("qwen2_vl_text", "qwen2_5_vl_text")
 
 Span = tuple[int, int, torch.Tensor | None]  # of positions [start, end); what they see of each other, None: all before them
 
@@ -40,12 +42,25 @@ def attend_by_document(model: Any) -> None:
     if can_attend_by_document(model):
         AttentionInterface.register(NAME, _attention)
         AttentionMaskInterface.register(NAME, _edges)
-        _reader(model).set_attn_implementation(NAME)
+        reader = _reader(model)
+        reader.set_attn_implementation(NAME)
+        if reader.config.model_type in OF_FOUR_POSITIONS:
+            reader.register_forward_pre_hook(_with_four_positions, with_kwargs=True)
 
 
 def _reader(model: Any) -> Any:
     reads_only = model.config is model.config.get_text_config()
     return model if reads_only else model.get_decoder()
+
+
+def _with_four_positions(
+    reader: Any, args: tuple[Any, ...], inputs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Make position_ids[rows, seq], of text alone, the [4, rows, seq] by which the model tells documents apart."""
+    positions = inputs.get("position_ids")
+    if positions is None or positions.ndim != 2:
+        return None
+    return args, inputs | {"position_ids": positions.expand(4, *positions.shape)}
 
 
 @contextlib.contextmanager
