@@ -19,6 +19,25 @@ def test_a_process_started_with_it_allocates_with_jemalloc(monkeypatch):
     assert Path(environment()["LD_PRELOAD"]).is_file()
 
 
+def test_small_pieces_take_the_place_of_large_ones_that_were_freed(monkeypatch):
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    code = """
+import pathlib
+
+def held(number, size):
+    pieces = [b"x" * size for _ in range(number)]
+    return int(pathlib.Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0])
+
+print(held(64, 1 << 20), held(512, 1 << 16))
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment(), check=True, capture_output=True, text=True
+    )
+    of_large, then_of_small = (int(kib) >> 10 for kib in said.stdout.split())  # 64 MiB, then 32
+    assert of_large > 64
+    assert then_of_small < of_large + 8
+
+
 def test_an_operators_own_choice_stays(monkeypatch):
     monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc.so")
     assert environment() == {}
