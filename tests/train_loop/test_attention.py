@@ -122,6 +122,33 @@ def test_products_are_for_what_torchs_kernel_is_slow_at(dtype, by_products, monk
     torch.testing.assert_close(mine, whole(*tensors, mask_of((9,), (9,))), rtol=2e-2, atol=2e-2)
 
 
+def test_documents_of_all_lengths_are_attended_to_by_products_of_few_sizes():
+    """For each size that it meets, oneDNN compiles a product and keeps it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Products(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.sizes = set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.baddbmm):
+                self.sizes.add((function, *(a.shape for a in args if isinstance(a, torch.Tensor))))
+            return function(*args, **(kwargs or {}))
+
+    def attended(lengths):
+        with Products() as products:
+            for length in lengths:
+                tensors = [torch.randn(1, heads, length, WIDTH).bfloat16().requires_grad_() for heads in (HEADS, 2, 2)]
+                attention._by_products(*tensors, None, None).sum().backward()
+        return products.sizes
+
+    assert attended([1024])
+    assert attended(range(900, 1024, 31)) == attended([1024])
+    assert attended([600, 700, 800, 900]) <= attended([1024])
+    assert attended([49, 50, 64]) == attended([64])
+
+
 def test_one_mask_may_serve_all_rows():
     mask = mask_of((150, 60))
     tensors, mine = attend(mask, rows=3)

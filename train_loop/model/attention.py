@@ -22,6 +22,9 @@ FEW_TOKENS = 128  # documents so short together share a call: it costs more than
 SCORES = 2**20  # how many are held at a time: they stay in a CPU's caches
 # Those whose tokens have places in time, height and width, and which look for documents in a fourth position alone.
 OF_FOUR_POSITIONS = ("qwen2_vl_text", "qwen2_5_vl_text")
+# A document is made longer to a multiple of so many positions, or of so few where it is one block: oneDNN compiles a product for
+# each size that it meets, which takes as long as some products, and keeps half a MiB for each.
+TILE, SMALL_TILE = 128, 16
 
 Span = tuple[int, int, torch.Tensor | None]  # of positions [start, end); what they see of each other, None: all before them
 
@@ -174,20 +177,22 @@ def _shares(
 ) -> Iterator[tuple[slice, int, torch.Tensor]]:
     """Block by block: its rows of q, how many of the first keys they may see, and the shares[heads, rows, keys] of these."""
     heads, length = k.shape[:2]
-    group = q.shape[1] // length
-    size = max(1, min(length, SCORES // (heads * group * length)))
-    unseen = torch.ones(size, size, dtype=torch.bool).triu(1) if mask is None else ~mask
+    group, tile = q.shape[1] // length, TILE if length % TILE == 0 else length
+    unseen = torch.ones(tile, tile, dtype=torch.bool).triu(1) if mask is None else ~mask
     bias = torch.zeros(unseen.shape, dtype=q.dtype).masked_fill_(unseen, -torch.inf)
-    for start in range(0, length, size):
-        end = min(start + size, length)
-        rows, seen = slice(start * group, end * group), end if mask is None else length
-        scores = _scaled(q[:, rows], k[:, :seen].mT, scale)
-        by_position = scores.view(heads, end - start, group, seen)
-        if mask is None:  # all before the block is seen
-            by_position[..., start:] += bias[: end - start, None, : end - start]
-        else:
-            by_position += bias[start:end, None]
-        yield rows, seen, scores.softmax(-1)
+    for first in range(0, length, tile):
+        seen, size = first + tile if mask is None else length, tile
+        while size % 2 == 0 and heads * group * size * seen > SCORES:
+            size //= 2
+        for start in range(first, first + tile, size):
+            rows = slice(start * group, (start + size) * group)
+            scores = _scaled(q[:, rows], k[:, :seen].mT, scale)
+            by_position = scores.view(heads, size, group, seen)
+            if mask is None:  # all before the tile is seen
+                by_position[..., first:] += bias[start - first : start - first + size, None]
+            else:
+                by_position += bias[start : start + size, None]
+            yield rows, seen, scores.softmax(-1)
 
 
 def _scaled(a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
@@ -200,10 +205,19 @@ def _by_products(
 ) -> torch.Tensor:
     """[1, n, heads, width] of query[1, heads, n, width] and so on; each sees what mask[1, 1, n, n] says, or all before it."""
     (heads, length, width), num_keys = query.shape[1:], key.shape[1]
-    q = query.view(num_keys, heads // num_keys, length, width).transpose(1, 2).reshape(num_keys, -1, width)
-    k, v = key[0].contiguous(), value[0].contiguous()
-    out: torch.Tensor = _InBlocks.apply(q, k, v, None if mask is None else mask[0, 0], width**-0.5 if scale is None else scale)
-    return out.view(num_keys, length, -1, value.shape[-1]).transpose(0, 1).reshape(1, length, heads, -1)
+    more = -length % (SMALL_TILE if heads * length**2 <= SCORES else TILE)
+    q = _longer(query.view(num_keys, heads // num_keys, length, width).transpose(1, 2), more).reshape(num_keys, -1, width)
+    k, v = _longer(key[0], more).contiguous(), _longer(value[0], more).contiguous()
+    # What is behind the end isn't seen, and sees whatever there is.
+    sees = None if mask is None else F.pad(F.pad(mask[0, 0], (0, more)), (0, 0, 0, more), value=True)
+    out: torch.Tensor = _InBlocks.apply(q, k, v, sees, width**-0.5 if scale is None else scale)
+    by_position = out.view(num_keys, length + more, -1, value.shape[-1])[:, :length]
+    return by_position.transpose(0, 1).reshape(1, length, heads, -1)
+
+
+def _longer(tensor: torch.Tensor, more: int) -> torch.Tensor:
+    """The tensor with so many more zeros in its second dimension."""
+    return F.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, more)) if more else tensor
 
 
 def _flash_attention(
