@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +16,9 @@ from standardwebhooks import Webhook
 
 from serve_app.client import FINAL, ApiError
 from serve_app.settings import write_private
-from tests.conftest import DOCUMENTED, ORG, TINY, rows, serving
-from tests.observed import DASHBOARDS, Prometheus, Spans, dashboard_queries, rules
-from tests.running import DATASETS, FINISH_S, Running, members
+from tests.conftest import DOCUMENTED, ORG, TINY
+from tests.observed import DASHBOARDS, Prometheus, dashboard_queries, rules
+from tests.running import DATASETS, FINISH_S, Running
 from tests.serve_app.receivers import receiving, until
 from tests.train_loop.zips import FIELDS, picture, row, zipped
 from train_loop.model.mirror import TINY_VLM
@@ -27,44 +26,7 @@ from train_loop.model.mirror import TINY_VLM
 pytestmark = pytest.mark.service
 REPO = Path(__file__).parent.parent.parent
 REJECTS = "dataset_config.preprocessing.max_reject_ratio"
-
-
 ON_GPUS = ("ray_node_gram", "ray_node_gpus", "job_gpu_memory")
-
-
-@pytest.fixture(scope="module")
-def spans():
-    """The traces of all jobs of this module."""
-    collected = Spans()
-    with serving() as start:
-        collected.url = start(collected.handler())
-        yield collected
-
-
-@pytest.fixture(scope="module")
-def boards(tmp_path_factory):
-    """A folder with our dashboards, into which Ray is told to write its own."""
-    folder = tmp_path_factory.mktemp("dashboards")
-    for dashboard in DASHBOARDS:
-        shutil.copy(dashboard, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory, mirror, spans, boards):
-    watched = {"OTEL_EXPORTER_OTLP_ENDPOINT": spans.url, "OTEL_BSP_SCHEDULE_DELAY": "500"}
-    watched |= {"RAY_metrics_report_interval_ms": "5000", "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR": str(boards)}
-    running = Running(tmp_path_factory.mktemp("home"), mirror, **watched)
-    running.start()
-    s3 = running.s3()
-    s3.create_bucket(Bucket=DATASETS)
-    lines = [json.dumps(r) for r in rows(60)]
-    lines.insert(10, "{broken")
-    s3.put_object(Bucket=DATASETS, Key="rows.jsonl", Body="\n".join(lines).encode())
-    s3.put_object(Bucket=DATASETS, Key="empty.jsonl", Body=b"")
-    s3.put_object(Bucket=DATASETS, Key="unusable.jsonl", Body=b'{"text": "no conversation"}\n' * 5)
-    yield running
-    running.down()
 
 
 def test_the_documented_job_on_four_workers(service):
@@ -293,29 +255,6 @@ def test_what_is_wrong_with_a_dataset_is_said_in_a_sentence(service, wrong):
         assert service.keys["secret_access_key"] not in json.dumps(job)
 
 
-def test_a_running_job_can_be_canceled_and_resumed_from_its_checkpoint(service):
-    hp = "train_config.hyperparameters"
-    changes = {f"{hp}.max_steps": 150, "dataset_config.preprocessing.max_reject_ratio": 0.1}
-    request_id = service.client.submit(service.job("long", changes))["request_id"]
-    service.wait(request_id, lambda job: job["status"] == "FAILED" or job["step"] >= 3)
-    service.client.cancel(request_id, ORG)  # at once: the command takes as long to start as the job may take to end
-    job = service.wait(request_id)
-    assert job["status"] == "CANCELED"
-    assert job["output_model_path"] is None
-    prefix = f"runs/{ORG}/{request_id}/checkpoints/"
-    found = service.s3().list_objects_v2(Bucket="tuneyard", Prefix=prefix)["Contents"]
-    assert any(e["Key"].endswith("adapter_model.safetensors") for e in found)
-    stopped_at = job["step"]
-    service.client.resume(request_id, ORG)
-    job = service.wait(request_id)
-    assert (job["status"], job["attempt"], job["step"]) == ("COMPLETED", 2, 150)
-    query = {"org": ORG, "request_id": request_id}
-    resumed = [e for e in service.client.events(**query)["events"] if e["kind"] == "resumed"]
-    assert [e["message"] for e in resumed] == [f"resumed from the checkpoint of step {stopped_at}"]
-    steps = [p["step"] for p in service.client.metrics(**query)["points"]]
-    assert steps == sorted(set(steps))
-
-
 def test_a_job_that_is_out_of_time_ends_wherever_it_is_and_can_be_resumed(service):
     changes = {"train_config.hyperparameters.max_steps": 3000, "infra_config.max_runtime_s": 5}
     changes["dataset_config.preprocessing.max_reject_ratio"] = 0.1
@@ -326,20 +265,6 @@ def test_a_job_that_is_out_of_time_ends_wherever_it_is_and_can_be_resumed(servic
         assert "infra_config.max_runtime_s = 5 seconds" in job["error_message"]
         if attempt == 1:
             service.client.resume(request_id, ORG)
-
-
-def test_a_run_whose_processes_are_killed_goes_on_from_its_checkpoint(service):
-    hp = "train_config.hyperparameters"
-    changes = {f"{hp}.max_steps": 150, f"{hp}.save_steps": 5, "dataset_config.preprocessing.max_reject_ratio": 0.1}
-    request_id = service.client.submit(service.job("killed", changes))["request_id"]
-    service.wait(request_id, lambda job: job["status"] == "FAILED" or job["step"] >= 12)
-    actors = [p for p in members(service.state()["instance"]) if p.info["cmdline"][0].startswith("ray::JobActor")]
-    assert len(actors) == 1
-    actors[0].kill()
-    job = service.wait(request_id)
-    assert (job["status"], job["attempt"], job["step"]) == ("COMPLETED", 2, 150)
-    answer = service.client.events(request_id, ORG)
-    assert any(e["kind"] == "resumed" for e in answer["events"])
 
 
 def test_ray_job_submit_runs_the_example_without_the_service(service):

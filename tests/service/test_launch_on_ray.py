@@ -195,7 +195,8 @@ def test_a_killed_worker_ends_the_attempt_and_a_smaller_one_completes_the_job(st
 
 
 def test_a_hang_is_seen_by_the_other_worker_and_its_stacks_are_logged(start):
-    end, monitor = start(hang_floor_s=12.0, hang_factor=3.0)
+    # Without checkpoints, which may take six times as long as a step.
+    end, monitor = start({f"{HP}.save_steps": 100_000}, hang_floor_s=8.0, hang_factor=3.0)
     wait_for_step(end, monitor, 3)
     stopped = workers()[1]
     stopped.send_signal(signal.SIGSTOP)
@@ -239,7 +240,7 @@ def test_a_notice_saves_a_checkpoint_at_once_and_the_attempt_ends_as_preempted(c
     node = cluster.add_node(num_cpus=1, resources={"spot": 1})
     end, monitor = start({f"{HP}.save_steps": 100_000}, resources={"spot": 1}, num_workers=1)
     wait_for_step(end, monitor, 2)
-    notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back", "--deadline-remaining-seconds", "20"]
+    notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back", "--deadline-remaining-seconds", "10"]
     ray_command = Path(sys.executable).parent / "ray"
     subprocess.run([ray_command, "drain-node", "--address", cluster.address, "--node-id", node.node_id, *notice], check=True)
     error = end.exception(WAIT_S)
