@@ -39,6 +39,8 @@ SAVED_STEP = 2 * SAVE_STEPS + 1
 IN_TRAINING = PHASES[PHASES.index("training") :]
 PASS_S = 3.0  # of the dispatcher, on a busy machine
 LOOK_S = 0.01  # between two looks at a job's phase: some phases of a tiny job last tens of milliseconds
+S3_AWAY_S, S3_SLOW_S = 25, 16  # the latter with its restart
+STOPPED_S, GOES_S = 2.0, 0.3
 HP = "train_config.hyperparameters"
 
 
@@ -289,8 +291,28 @@ def kill_s3_for(service: Service, seconds: float) -> None:
         time.sleep(0.1)
 
 
-S3_AWAY_S = 25
+def slow_s3_for(service: Service, seconds: float) -> None:
+    """Have the object storage stand still most of the time, as one on a disk that is much too slow for it does."""
+    well_at = time.monotonic() + seconds
+    while time.monotonic() < well_at:
+        storage = S3.find(service)
+        try:
+            for process in storage:
+                process.suspend()
+            time.sleep(STOPPED_S)
+        finally:
+            for process in storage:
+                process.resume()
+        time.sleep(GOES_S)
+
+
 S3_AWAY = Victim(f"S3 for {S3_AWAY_S} s", S3.find, False, lambda service: kill_s3_for(service, S3_AWAY_S))
+S3_SLOW = Victim(
+    f"S3, which then stands still {STOPPED_S:g} s of {STOPPED_S + GOES_S:g} s",
+    S3.find,
+    False,
+    lambda service: slow_s3_for(service, S3_SLOW_S),
+)
 
 
 # --- what becomes of the job ---

@@ -7,7 +7,6 @@ import psutil
 import pytest
 
 from tests.conftest import ORG
-from tests.faults.conftest import SETTINGS
 from tests.faults.harness import Row, Service, Victim, ends_well, kill_s3_for, survives
 
 pytestmark = pytest.mark.faults
@@ -25,10 +24,10 @@ def test_a_job_waits_while_its_object_storage_is_away_for_a_minute(service, tabl
 
 
 @pytest.fixture(scope="module")
-def on_postgres(tmp_path_factory, mirror, postgres):
+def on_postgres(tmp_path_factory, mirror, postgres, shot_at):
     """A service whose store is a PostgreSQL of its own."""
     url = postgres.get_uri().replace("postgresql://", "postgresql+psycopg://")
-    running = Service(tmp_path_factory.mktemp("faults-pg"), mirror, **SETTINGS, TUNEYARD_DATABASE_URL=url)
+    running = Service(tmp_path_factory.mktemp("faults-pg"), mirror, **shot_at, TUNEYARD_DATABASE_URL=url)
     running.start()
     try:
         running.upload()

@@ -18,6 +18,7 @@ from tests.faults.harness import (
     RAYLET,
     S3,
     S3_AWAY,
+    S3_SLOW,
     SERVE,
     Strike,
     Victim,
@@ -100,10 +101,10 @@ def test_ray_itself_is_killed_and_comes_back_with_the_service_and_the_job(servic
 @pytest.mark.parametrize(
     "strikes",
     [
-        pytest.param([("preparing_data", [DATA_TASK]), ("training", [S3_AWAY]), ("saving", [S3])], id="some"),
+        pytest.param([("preparing_data", [DATA_TASK]), ("training", [S3_AWAY]), ("saving", [S3_SLOW])], id="some"),
         pytest.param(_each([S3], PHASES), id="S3-everywhere", marks=full),
     ],
 )
-def test_a_job_waits_for_an_object_storage_and_repeats_a_task_that_are_killed(service, table, strikes, request):
+def test_a_job_waits_for_an_object_storage_that_is_away_or_slow_and_repeats_a_killed_task(service, table, strikes, request):
     job = survives(service, table, f"data-{request.node.callspec.id}", strikes)
     assert job["attempt"] == 1

@@ -88,29 +88,41 @@ def documented_job_on_four_workers(service):
     assert caught.value.status == 409
 
 
-def test_a_job_is_watched_in_metrics_logs_and_traces(service, spans, boards, tmp_path):
+@pytest.fixture(scope="module")
+def prometheus(service, tmp_path_factory):
     session = Path(service.state()["ray_dir"], "session_latest")
-    prometheus = Prometheus(tmp_path, session / "prom_metrics_service_discovery.json")
-    try:
-        changes = {"train_config.hyperparameters.max_steps": 100_000, "dataset_config.preprocessing.max_reject_ratio": 0.1}
-        headers = {"Authorization": f"Bearer {service.token}", "X-Request-Id": "from-outside-1"}
-        answer = httpx.post(f"{service.up['url']}/job/", json=service.job("watched", changes), headers=headers, timeout=60)
-        assert answer.headers.get_list("x-request-id") == ["from-outside-1"]
-        request_id = answer.json()["request_id"]
-        service.wait(request_id, lambda job: job["step"] >= 3)
-        queries = [expr for dashboard in DASHBOARDS for _, expr in dashboard_queries(dashboard)]
-        queries = [expr.replace("$request_id", request_id).replace("$__rate_interval", "1m") for expr in queries]
-        prometheus.await_data([expr for expr in queries if not any(name in expr for name in ON_GPUS)])
-        for expr in [*queries, *(rule["expr"] for rule in rules())]:
-            prometheus.query(expr)  # raises where it isn't one
-        assert prometheus.query('ALERTS{alertstate="firing"}') == []
-        steps = f'ray_tuneyard_job_step{{request_id="{request_id}"}}'
-        assert [float(found["value"][1]) >= 1 for found in prometheus.query(steps)] == [True]
-        service.client.cancel(request_id, ORG)
-        assert service.wait(request_id)["status"] == "CANCELED"
-        prometheus.await_data([f"absent({steps})"])  # the job's series end with it
-    finally:
-        prometheus.stop()
+    made = Prometheus(tmp_path_factory.mktemp("prometheus"), session / "prom_metrics_service_discovery.json")
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def watched(service):
+    """A job that trains until it is canceled, submitted as from outside."""
+    changes = {"train_config.hyperparameters.max_steps": 100_000, REJECTS: 0.1}
+    headers = {"Authorization": f"Bearer {service.token}", "X-Request-Id": "from-outside-1"}
+    answer = httpx.post(f"{service.up['url']}/job/", json=service.job("watched", changes), headers=headers, timeout=60)
+    assert answer.headers.get_list("x-request-id") == ["from-outside-1"]
+    request_id = answer.json()["request_id"]
+    service.wait(request_id, lambda job: job["step"] >= 3)
+    return request_id
+
+
+def steps_of(request_id):
+    return f'ray_tuneyard_job_step{{request_id="{request_id}"}}'
+
+
+def test_a_job_is_watched_in_metrics_logs_and_traces(service, spans, boards, prometheus, watched):
+    request_id, session = watched, Path(service.state()["ray_dir"], "session_latest")
+    queries = [expr for dashboard in DASHBOARDS for _, expr in dashboard_queries(dashboard)]
+    queries = [expr.replace("$request_id", request_id).replace("$__rate_interval", "1m") for expr in queries]
+    prometheus.await_data([expr for expr in queries if not any(name in expr for name in ON_GPUS)])
+    for expr in [*queries, *(rule["expr"] for rule in rules())]:
+        prometheus.query(expr)  # raises where it isn't one
+    assert prometheus.query('ALERTS{alertstate="firing"}') == []
+    assert [float(found["value"][1]) >= 1 for found in prometheus.query(steps_of(request_id))] == [True]
+    service.client.cancel(request_id, ORG)
+    assert service.wait(request_id)["status"] == "CANCELED"
 
     provisioned = yaml.safe_load((session / "metrics/grafana/provisioning/dashboards/default.yml").read_text())
     assert [provider["options"]["path"] for provider in provisioned["providers"]] == [str(boards)]
@@ -186,6 +198,13 @@ def test_a_plan_creates_nothing_and_refuses_what_would_fail(service, unreachable
         service.client.plan(job | {"dataset_details": job["dataset_details"] | {"dataset_path": "s3://no/x"}})
     assert caught.value.status == 422
     assert {job["request_id"] for job in service.client.iter_jobs(ORG)} == before
+
+
+def test_the_series_of_a_job_end_with_it(service, prometheus, watched):
+    """Half a minute after that, in which the tests above were run."""
+    if service.client.get(watched, ORG)["status"] not in FINAL:
+        service.client.cancel(watched, ORG)
+    prometheus.await_data([f"absent({steps_of(watched)})"])
 
 
 def test_a_job_on_images_of_a_private_bucket_is_planned_and_trained_and_asked_about_one(service, tmp_path):
@@ -333,6 +352,9 @@ def test_a_ray_job_is_listed_stopped_with_a_checkpoint_and_gone_on_with_and_its_
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
         )
 
+    def status(id_):  # as `ray job status` has it, which takes seconds to start
+        return httpx.get(f"{dashboard}/api/jobs/{id_}").raise_for_status().json()["status"]
+
     def asked(*arguments):
         command = [*ray, *arguments, "--address", dashboard]
         return subprocess.run(command, env=service.env, capture_output=True, text=True, timeout=FINISH_S, check=True).stdout
@@ -343,7 +365,7 @@ def test_a_ray_job_is_listed_stopped_with_a_checkpoint_and_gone_on_with_and_its_
             break
     following.send_signal(signal.SIGINT)  # ends what follows it, and not the job
     following.communicate(timeout=FINISH_S)
-    assert "RUNNING" in asked("status", "first")
+    assert status("first") == "RUNNING"
     run_on = service.wait(request_id, lambda job: job["step"] >= 5)
     assert (run_on["status"], run_on["phase"], run_on["ray_job"]) == ("RUNNING", "training", "first")
     assert f"{request_id}  RUNNING" in service.run("list").stdout
@@ -362,7 +384,7 @@ def test_a_ray_job_is_listed_stopped_with_a_checkpoint_and_gone_on_with_and_its_
     following.communicate(timeout=FINISH_S)
     canceled = service.wait(request_id)
     assert (canceled["status"], canceled["ray_job"]) == ("CANCELED", "second"), service.describe(request_id, canceled)
-    assert "was stopped" in asked("status", "second")
+    assert status("second") == "STOPPED"
     with pytest.raises(ApiError, match=f"--request-id {request_id}") as caught:
         service.client.resume(request_id, ORG)
     assert caught.value.status == 409
@@ -371,7 +393,7 @@ def test_a_ray_job_is_listed_stopped_with_a_checkpoint_and_gone_on_with_and_its_
     out, _ = submitted("third").communicate(timeout=FINISH_S)
     assert f"resumed from the checkpoint of step {canceled['step']}" in out
     assert '"status": "COMPLETED"' in out
-    assert "succeeded" in asked("status", "third")
+    assert status("third") == "SUCCEEDED"
     done = service.wait(request_id)
     assert (done["status"], done["attempt"], done["step"]) == ("COMPLETED", 3, canceled["step"] + 3)
     assert done["output_model_path"] in out
