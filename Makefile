@@ -9,10 +9,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: setup demo demo-vlm test service memory faults faults-full check format bench docs image sbom audit clean
 
 # The lock holds every package with its version, so nothing is left for pip to resolve; the second line adds what torch's CUDA
-# build needs besides, where that is the one pip found.
+# build needs besides, where that is the one pip found. pip would compile all of it on one core; some of its files are for other Pythons.
 $(VENV)/installed: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $$(command -v $(PYTHON) || command -v python3) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-deps -r requirements.lock
+	$(BIN)/pip install --quiet --no-compile --no-deps -r requirements.lock
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	$(BIN)/pip install --quiet --no-build-isolation -c requirements.lock -e .
 	touch $@
 

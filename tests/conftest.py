@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,9 @@ Serve = Callable[[type[http.server.BaseHTTPRequestHandler]], str]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Among several processes the longest files come first, so that none is left with one of them alone in the end."""
     if worker:
+        count = Counter(item.path for item in items)
         rank = {name: place for place, name in enumerate(LONGEST)}
-        items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+        items.sort(key=lambda item: (rank.get(item.path.stem, len(rank)), -count[item.path], item.path))
 
 
 def with_fields(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -307,8 +307,6 @@ def test_the_cookbooks_ways_to_a_service(service, tmp_path):
     where = ("--gpu-type", "h100", "--dataset", dataset, "--secret-id", service.secret_id, *moved)
     tiny = ("--base-model", TINY, "--max-steps", "2")
     submitted = service.run("submit", str(REPO / "examples/cookbook/lora.json"), *where, *tiny, "--json")
-    job = service.wait(json.loads(submitted.stdout)["request_id"])
-    assert (job["status"], job["step"]) == ("COMPLETED", 2), job["error_message"]
 
     example = (REPO / "examples/submit.yaml").read_text()
     assert "HuggingFaceTB/SmolLM2-135M-Instruct" in example
@@ -325,6 +323,8 @@ def test_the_cookbooks_ways_to_a_service(service, tmp_path):
     )
     assert "COMPLETED done" in done.stdout
     assert "/adapter" in done.stdout.splitlines()[-1]
+    job = service.wait(json.loads(submitted.stdout)["request_id"])
+    assert (job["status"], job["step"]) == ("COMPLETED", 2), job["error_message"]
 
 
 def test_a_ray_job_is_listed_stopped_with_a_checkpoint_and_gone_on_with_and_its_keys_show_nowhere(service, tmp_path):
