@@ -161,7 +161,7 @@ def events(monitor, kind):
 
 
 def test_an_error_of_the_user_in_a_worker_is_raised_as_it_is(start):
-    end, _ = start({"train_config.adapter_config.targets": ["no_such_layer"]})
+    end, _ = start({"train_config.adapter_config.targets": ["no_such_layer"], "infra_config.gpu_count": 1})
     error = end.exception(WAIT_S)
     assert type(error) is ModelError
     assert error.field == "train_config.adapter_config.targets"
@@ -214,7 +214,7 @@ def test_a_hang_is_seen_by_the_other_worker_and_its_stacks_are_logged(start):
 
 
 def test_an_attempt_that_another_one_has_superseded_writes_nothing_that_counts(start, tmp_path):
-    end, monitor = start({f"{HP}.max_steps": 3000, f"{HP}.save_steps": 10})
+    end, monitor = start({f"{HP}.save_steps": 10, "infra_config.gpu_count": 1})
     wait_for_step(end, monitor, 12)
     ray.get(monitor.supersede.remote())
     error = end.exception(WAIT_S)
@@ -259,7 +259,7 @@ def has_torch(pid):
 
 
 def test_what_a_dead_controller_had_is_taken_from_it_and_a_silent_dashboard_is_no_death(cluster, start, monkeypatch):
-    end, monitor = start()
+    end, monitor = start({"infra_config.gpu_count": 1})
     wait_for_step(end, monitor, 1)
     alive = {a.class_name: a for a in list_actors(cluster.address, filters=[("state", "=", "ALIVE")])}
     assert "Cleaner" in alive
