@@ -236,7 +236,8 @@ def test_a_stopped_attempt_leaves_a_checkpoint_of_the_step_it_stopped_at(start, 
     assert (tmp_path / f"run/checkpoints/step-{step:08d}/complete.json").is_file()
 
 
-def test_a_notice_saves_a_checkpoint_at_once_and_the_attempt_ends_as_preempted(cluster, start, tmp_path):
+def test_a_notice_saves_a_checkpoint_at_once_and_the_attempt_ends_as_preempted(cluster, start, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")  # so that the notice can be a short one
     node = cluster.add_node(num_cpus=1, resources={"spot": 1})
     end, monitor = start({f"{HP}.save_steps": 100_000}, resources={"spot": 1}, num_workers=1)
     wait_for_step(end, monitor, 2)
