@@ -39,11 +39,11 @@ demo-vlm: setup
 test: setup $(PROMETHEUS)
 	TUNEYARD_MODEL_RUNS=200 $(BIN)/python -m pytest -n $$((2 * $$(nproc))) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-# Whole jobs on Ray, and the whole service: a quarter of an hour. Tests marked so are in these two folders.
+# Whole jobs on Ray, and the whole service: a quarter of an hour.
 service: setup $(PROMETHEUS)
 	$(BIN)/python -m pytest -m service tests/service
 
-# The memory that plans promise, against what a worker takes: two minutes.
+# The memory that plans promise, against what a worker takes, two at once: two minutes and a half.
 memory: setup
 	$(BIN)/python -m pytest -m service tests/benchmarks/test_memory.py -n 2 --dist load
 
