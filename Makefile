@@ -9,10 +9,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: setup demo demo-vlm test service memory faults faults-full check format bench docs image sbom audit clean
 
 # The lock holds every package with its version, so nothing is left for pip to resolve; the second line adds what torch's CUDA
-# build needs besides, where that is the one pip found.
+# build needs besides, where that is the one pip found. pip would compile all of it on one core; some of its files are for other Pythons.
 $(VENV)/installed: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $$(command -v $(PYTHON) || command -v python3) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-deps -r requirements.lock
+	$(BIN)/pip install --quiet --no-compile --no-deps -r requirements.lock
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	$(BIN)/pip install --quiet --no-build-isolation -c requirements.lock -e .
 	touch $@
 
@@ -33,22 +34,21 @@ demo: setup
 demo-vlm: setup
 	$(BIN)/python -m examples.demo_vlm
 
-# One process more than cores, up to four: many a test waits, for another process to start or for a limit to pass.
+# Two processes a core, up to four: many a test waits, for another process to start or for a limit to pass. The files come in the order
+# of tests/conftest.py. Two hundred histories of dispatchers that die anywhere are among the tests.
 test: setup $(PROMETHEUS)
-	$(BIN)/python -m pytest -n $$(($$(nproc) + 1)) --maxprocesses 4 --dist loadfile
+	TUNEYARD_MODEL_RUNS=200 $(BIN)/python -m pytest -n $$((2 * $$(nproc))) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-# Whole jobs on Ray, and the whole service: twenty minutes.
+# Whole jobs on Ray, and the whole service: a quarter of an hour.
 service: setup $(PROMETHEUS)
-	$(BIN)/python -m pytest -m service --ignore tests/benchmarks
+	$(BIN)/python -m pytest -m service tests/service
 
-# The memory that plans promise, against what a worker takes: two minutes.
+# The memory that plans promise, against what a worker takes, two at once: two minutes and a half.
 memory: setup
-	$(BIN)/python -m pytest -m service tests/benchmarks
+	$(BIN)/python -m pytest -m service tests/benchmarks/test_memory.py -n 2 --dist load
 
-# Kills every process of a running service at least once, and in every phase of a job, and plays hundreds of histories of dispatchers
-# that die anywhere: a quarter of an hour.
+# Kills every process of a running service at least once, and in every phase of a job: ten minutes.
 faults: setup
-	TUNEYARD_MODEL_RUNS=200 $(BIN)/python -m pytest tests/serve_app/test_dispatcher_model.py
 	$(BIN)/python -m pytest -m 'faults and not faults_full' tests/faults
 
 # Every process in every phase: most of an hour on two cores.

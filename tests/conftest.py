@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,34 @@ DOCUMENTED: dict[str, Any] = {
     "infra_config": {"gpu_type": "h100", "gpu_count": 2, "infra_type": "simplismart", "node_count": 2},
 }
 
+# The test files that take longest, ten seconds to three minutes each.
+LONGEST = (
+    "test_parallel",
+    "test_sharding",
+    "test_vision_parallel",
+    "test_resume",
+    "test_storage",
+    "test_doctor",
+    "test_vision_models",
+    "test_against_others",
+    "test_bad_data",
+    "test_planner",
+    "test_hang",
+    "test_node",
+    "test_dispatcher_model",
+    "test_vision_runs",
+)
+
 Job = Callable[..., dict[str, Any]]
 Serve = Callable[[type[http.server.BaseHTTPRequestHandler]], str]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Among several processes the longest files come first, so that none is left with one of them alone in the end."""
+    if worker:
+        count = Counter(item.path for item in items)
+        rank = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: (rank.get(item.path.stem, len(rank)), -count[item.path], item.path))
 
 
 def with_fields(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

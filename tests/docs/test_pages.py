@@ -86,6 +86,18 @@ def test_every_make_target_that_is_named_exists():
     assert {(page, target) for page, target in named if target not in targets} == set()
 
 
+def test_every_test_that_is_marked_service_is_where_make_looks_for_it():
+    """Its targets import their own files only."""
+    looks = [ROOT / path for path in re.findall(r"-m service (\S+)", (ROOT / "Makefile").read_text())]
+    marked = [
+        p
+        for p in (ROOT / "tests").rglob("test_*.py")
+        if re.search(r"^(pytestmark.*|@)pytest\.mark\.service", p.read_text(), re.M)
+    ]
+    assert len(marked) > 5
+    assert [str(p) for p in marked if not any(p.is_relative_to(path) for path in looks)] == []
+
+
 def test_every_variable_that_is_named_is_read_somewhere():
     read = {f"TUNEYARD_{name.upper()}" for name in Settings.model_fields}
     read |= set(re.findall(r"TUNEYARD_[A-Z_]+[A-Z]", "".join(p.read_text() for p in [*SOURCES, *(ROOT / "tests").rglob("*.py")])))

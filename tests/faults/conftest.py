@@ -17,13 +17,19 @@ def pytest_configure(config):
 
 
 @pytest.fixture(scope="session")
-def service(tmp_path_factory, mirror, request):
-    settings = SETTINGS
-    if not any(item.get_closest_marker("faults_full") for item in request.session.items):
-        # To have processes ready for each attempt costs 5 s of CPU more than to start them when it does, and 25 s each time that
-        # the service ends with them. The service on PostgreSQL has them in CI, this one in the long suite.
-        settings = SETTINGS | {"TUNEYARD_READY_WORKERS": "0"}
-    with Service(tmp_path_factory.mktemp("faults"), mirror, **settings).up_with_data() as running:
+def shot_at(request):
+    """Settings of a service whose processes are killed: with SETTINGS, and in CI with no processes kept ready.
+
+    To have them ready for each attempt costs 5 s of CPU more than to start them when it begins, and 25 s each time that the
+    service ends with them. The long suite has them, and the tests of whole jobs.
+    """
+    long = any(item.get_closest_marker("faults_full") for item in request.session.items)
+    return SETTINGS if long else SETTINGS | {"TUNEYARD_READY_WORKERS": "0"}
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory, mirror, shot_at):
+    with Service(tmp_path_factory.mktemp("faults"), mirror, **shot_at).up_with_data() as running:
         yield running
 
 

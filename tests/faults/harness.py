@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from benchmarks.api import hold_dispatcher
 from serve_app.client import FINAL
 from serve_app.store.jobs import STORE_AWAY, JobStore
-from serve_app.store.tables import leases
+from serve_app.store.tables import jobs, leases
 from tests.conftest import ORG, rows
 from tests.running import DATASETS, FINISH_S, Running, members
 
@@ -39,6 +39,8 @@ SAVED_STEP = 2 * SAVE_STEPS + 1
 IN_TRAINING = PHASES[PHASES.index("training") :]
 PASS_S = 3.0  # of the dispatcher, on a busy machine
 LOOK_S = 0.01  # between two looks at a job's phase: some phases of a tiny job last tens of milliseconds
+S3_AWAY_S, S3_SLOW_S = 25, 16  # the latter with its restart
+STOPPED_S, GOES_S = 2.0, 0.3
 HP = "train_config.hyperparameters"
 
 
@@ -163,6 +165,14 @@ class Service(Running):
                 found[attempt] = int(event["message"].rpartition(" ")[2])
         return found
 
+    def retry_at_once(self, job: dict[str, Any]) -> None:
+        """Spare a job between two attempts its wait, which tests/serve_app/test_retry.py tells of."""
+        now = dt.datetime.now(dt.UTC)
+        if job["retry_at"] is not None and job["retry_at"] > now:
+            between = (jobs.c.request_id == job["request_id"]) & jobs.c.retry_at.is_not(None)
+            with self.store.write() as tx:
+                tx.execute(sa.update(jobs).where(between).values(retry_at=now))
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """No job is started meanwhile: somebody else has the dispatcher's lease."""
@@ -237,7 +247,8 @@ def checkpoints(names: Iterable[str], *, whole: bool) -> set[int]:
 class Victim:
     """A process that can be killed.
 
-    `restarts`: whether the job's attempt ends with it. `mend` brings back what nothing of ours would start again.
+    `restarts`: whether the job's attempt ends with it. `mend` comes after that: it brings back what nothing of ours would start
+    again, or keeps away what would be back at once.
     """
 
     name: str
@@ -270,6 +281,38 @@ RANK_1 = Victim("worker, rank 1", lambda service: service.worker(1), True)
 RAYLET = _titled("raylet", "raylet", restarts=True)
 GCS = _titled("GCS", "gcs_server", restarts=True)
 S3 = _titled("S3", "weed", restarts=False)
+
+
+def kill_s3_for(service: Service, seconds: float) -> None:
+    """Keep the object storage away for so long: its supervisor starts it again each time."""
+    back_at = time.monotonic() + seconds
+    while time.monotonic() < back_at:
+        S3.kill(service)
+        time.sleep(0.1)
+
+
+def slow_s3_for(service: Service, seconds: float) -> None:
+    """Have the object storage stand still most of the time, as one on a disk that is much too slow for it does."""
+    well_at = time.monotonic() + seconds
+    while time.monotonic() < well_at:
+        storage = S3.find(service)
+        try:
+            for process in storage:
+                process.suspend()
+            time.sleep(STOPPED_S)
+        finally:
+            for process in storage:
+                process.resume()
+        time.sleep(GOES_S)
+
+
+S3_AWAY = Victim(f"S3 for {S3_AWAY_S} s", S3.find, False, lambda service: kill_s3_for(service, S3_AWAY_S))
+S3_SLOW = Victim(
+    f"S3, which then stands still {STOPPED_S:g} s of {STOPPED_S + GOES_S:g} s",
+    S3.find,
+    False,
+    lambda service: slow_s3_for(service, S3_SLOW_S),
+)
 
 
 # --- what becomes of the job ---
@@ -351,11 +394,12 @@ def strike(service: Service, request_id: str, phase: str, victims: Sequence[Vict
         files = service.run_files(request_id)
         left = 0 if "outcome.json" in files else max(checkpoints(files, whole=True), default=0)
         assert left or phase not in IN_TRAINING or "outcome.json" in files, f"no checkpoint in phase {phase}: {sorted(files)}"
-        service.until(
-            request_id,
-            lambda job: job["attempt"] > before["attempt"] or job["phase"] != phase,
-            f"an attempt after the kill in {phase}",
-        )
+
+        def goes_on(job: dict[str, Any]) -> bool:
+            service.retry_at_once(job)
+            return job["attempt"] > before["attempt"] or (job["phase"] != phase and job["retry_at"] is None)
+
+        service.until(request_id, goes_on, f"an attempt after the kill in {phase}")
         return Left(before["attempt"], left)
     service.wait_ready()
     return None

@@ -65,7 +65,7 @@ def _queue(service, org, count, path, **keys):
     return [client.submit(job)["request_id"] for job in jobs], client
 
 
-@pytest.mark.parametrize(("num_orgs", "jobs_each"), [(5, 4), pytest.param(10, 5, marks=pytest.mark.faults_full)])
+@pytest.mark.parametrize(("num_orgs", "jobs_each"), [(3, 3), pytest.param(10, 5, marks=pytest.mark.faults_full)])
 def test_jobs_of_several_orgs_start_in_turns(service, num_orgs, jobs_each):
     """Each ends at once; what is left of a machine's haste and delays counts for less than a start does."""
     orgs = [str(uuid.uuid4()) for _ in range(num_orgs)]

@@ -17,6 +17,8 @@ from tests.faults.harness import (
     RANK_1,
     RAYLET,
     S3,
+    S3_AWAY,
+    S3_SLOW,
     SERVE,
     Strike,
     Victim,
@@ -62,9 +64,17 @@ def test_a_job_runs_on_while_the_service_around_it_is_killed(service, table, str
     "strikes",
     [
         pytest.param(
-            [("preparing_data", [JOB_ACTOR]), ("waiting_for_resources", [CONTROLLER]), ("evaluating", [RANK_1])], id="1"
+            [
+                ("preparing_data", [JOB_ACTOR]),
+                ("waiting_for_resources", [CONTROLLER]),
+                ("loading_model", [RANK_0]),
+                ("evaluating", [RANK_1]),
+                ("saving", [JOB_ACTOR]),
+                ("exporting", [CONTROLLER]),
+            ],
+            id="one-after-the-other",
+            marks=pytest.mark.timeout(600),  # it has seven attempts
         ),
-        pytest.param([("loading_model", [RANK_0]), ("saving", [JOB_ACTOR]), ("exporting", [CONTROLLER])], id="2"),
         *(
             pytest.param(_each([victim], [phase]), id=f"{victim.name.replace(', ', '-').replace(' ', '-')}-{phase}", marks=full)
             for victim, phases in OWN.items()
@@ -91,10 +101,10 @@ def test_ray_itself_is_killed_and_comes_back_with_the_service_and_the_job(servic
 @pytest.mark.parametrize(
     "strikes",
     [
-        pytest.param([("preparing_data", [DATA_TASK]), ("training", [S3]), ("saving", [S3])], id="some"),
+        pytest.param([("preparing_data", [DATA_TASK]), ("training", [S3_AWAY]), ("saving", [S3_SLOW])], id="some"),
         pytest.param(_each([S3], PHASES), id="S3-everywhere", marks=full),
     ],
 )
-def test_a_job_waits_for_an_object_storage_and_repeats_a_task_that_are_killed(service, table, strikes, request):
+def test_a_job_waits_for_an_object_storage_that_is_away_or_slow_and_repeats_a_killed_task(service, table, strikes, request):
     job = survives(service, table, f"data-{request.node.callspec.id}", strikes)
     assert job["attempt"] == 1

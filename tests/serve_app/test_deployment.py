@@ -1,5 +1,6 @@
 """The application as a Serve config has it, and below the path of a proxy."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,16 +8,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cryptography.fernet import Fernet
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 from starlette.testclient import TestClient
 
 from serve_app.app import build_app
 from serve_app.auth import mint_token
+from serve_app.cli.serve import _deploy
 from serve_app.cluster import ON_HEAD
 from serve_app.deployment import APPLICATION, build
-from serve_app.settings import Settings
-from tests.conftest import ORG, Idle
+from serve_app.settings import Settings, write_private
+from tests.conftest import CANARY, ORG, Idle
 
 CONFIG = yaml.safe_load((Path(__file__).parent.parent.parent / "deploy" / "serve.yaml").read_text())
 
@@ -42,6 +45,25 @@ def test_the_application_is_built_where_no_settings_are(tmp_path):
     clean = {k: v for k, v in os.environ.items() if not k.startswith("TUNEYARD_")}
     env = clean | {"TUNEYARD_HOME": str(tmp_path / "nowhere"), "TUNEYARD_MAX_RUNNING_JOBS": "wrong", "PYTHONPATH": os.getcwd()}
     subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"jwt_secret": "weak"}, "TUNEYARD_JWT_SECRET must be at least 32 bytes"),
+        ({"secret_key": None}, "TUNEYARD_SECRET_KEY isn't set"),
+        ({"database_url": f"mysql://me:{CANARY}@127.0.0.1/tuneyard"}, "give postgresql+psycopg://"),
+        ({"max_running_jobs": 0}, "TUNEYARD_MAX_RUNNING_JOBS"),
+    ],
+)
+def test_settings_of_the_head_that_do_not_allow_a_service_are_named(tmp_path, monkeypatch, changes, said):
+    monkeypatch.setenv("TUNEYARD_HOME", str(tmp_path))
+    good = {"jwt_secret": "x" * 32, "secret_key": Fernet.generate_key().decode(), "database_url": f"sqlite:///{tmp_path}/any.db"}
+    chosen = {name: value for name, value in (good | changes).items() if value is not None}
+    write_private(tmp_path / "settings.json", json.dumps(chosen))
+    told = _deploy("127.0.0.1", 1)["error"]
+    assert said in told
+    assert CANARY not in told
 
 
 @pytest.mark.parametrize("seen", ["/tuneyard", ""], ids=["kept", "stripped"])

@@ -191,6 +191,7 @@ class Planted:
             NO_PROXY="127.0.0.1,localhost",
             AWS_SHARED_CREDENTIALS_FILE=str(identity),
             TUNEYARD_HUB_OFFLINE="false",
+            TUNEYARD_READY_WORKERS="0",  # so that each process is started for its job, with all that it is given
             TUNEYARD_AWS_ENDPOINT_URL=serve(Aws.of(stored=stored, external_id=self.external_id, role_keys=role_keys)),
             TUNEYARD_ALLOWED_SECRET_ARNS=json.dumps(["*"]),
         )

@@ -81,7 +81,7 @@ def head(tmp_path_factory, mirror, neighbour):
                 "node_config": {},
                 "min_workers": 0,
                 "max_workers": 1,
-                "idle_timeout_s": 30,
+                "idle_timeout_s": 15,
             },
         },
         **{"upscaling_speed": 1.0, "auth": {}, "docker": {}, "file_mounts": {}, "cluster_synced_files": []},

@@ -1,30 +1,25 @@
 """Processes that wait for jobs in the embedded service."""
 
-import json
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.conftest import ORG, rows
-from tests.running import DATASETS, FINISH_S, Running, members
+from tests.conftest import ORG
+from tests.running import FINISH_S, members
 from train_loop.launch import TRAINS
 
 pytestmark = pytest.mark.service
 WORKERS = 2
-LONG = {"train_config.hyperparameters.num_epochs": 500, "train_config.hyperparameters.dataloader_num_workers": 0}
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory, mirror):
-    running = Running(tmp_path_factory.mktemp("home"), mirror, TUNEYARD_READY_WORKERS=str(WORKERS))
-    running.start()
-    s3 = running.s3()
-    s3.create_bucket(Bucket=DATASETS)
-    s3.put_object(Bucket=DATASETS, Key="rows.jsonl", Body="\n".join(json.dumps(r) for r in rows(60)))
-    yield running
-    running.down()
+HP = "train_config.hyperparameters"
+LONG = {
+    "infra_config": {"gpu_type": "cpu", "gpu_count": WORKERS},
+    "dataset_config.preprocessing.max_reject_ratio": 0.1,
+    f"{HP}.max_steps": 100_000,
+    f"{HP}.save_steps": 5,
+    f"{HP}.dataloader_num_workers": 0,
+}
 
 
 def processes(service, title):
@@ -44,20 +39,39 @@ def ready(service):
     raise AssertionError(f"only {idle} wait")
 
 
+def own(service):
+    """The processes of the job that runs."""
+    found = {*processes(service, "ray::JobActor"), *processes(service, "ray::RayTrainWorker")}
+    assert len(found) == 1 + WORKERS
+    return found
+
+
+def started(service, name):
+    """A job that trains, and its processes, all of which waited for it."""
+    ready(service)
+    submitted_at = time.time()
+    request_id = service.client.submit(service.job(name, LONG))["request_id"]
+    service.wait(request_id, lambda job: job["step"] > 0)
+    its = own(service)
+    assert [p for p in its if p.create_time() > submitted_at] == []
+    return request_id, its
+
+
 def test_each_job_is_given_processes_that_waited_and_that_no_job_had_before(service):
-    had = set()
-    for name in ("first", "second"):
-        ready(service)
-        job = service.job(name, {"infra_config": {"gpu_type": "cpu", "gpu_count": WORKERS}} | LONG)
-        submitted_at = time.time()
-        request_id = service.client.submit(job)["request_id"]
-        service.wait(request_id, lambda job: job["step"] > 0)
-        own = set(processes(service, "ray::JobActor")) | set(processes(service, "ray::RayTrainWorker"))
-        assert len(own) == 1 + WORKERS
-        assert [p for p in own if p.create_time() > submitted_at] == []
-        assert not had & own
-        had |= own
-        service.client.cancel(request_id, ORG)
-        service.wait(request_id)
-    _, alive = psutil.wait_procs(had, timeout=FINISH_S)
+    first, had = started(service, "first")
+    service.client.cancel(first, ORG)
+    service.wait(first)
+    second, its = started(service, "second")
+    assert not had & its
+
+    service.wait(second, lambda job: job["step"] > 10)  # the second checkpoint waits for the first one to be whole
+    (actor,) = processes(service, "ray::JobActor")
+    actor.kill()
+    service.wait(second, lambda job: any(e["kind"] == "resumed" for e in service.client.events(second, ORG)["events"]))
+    again = own(service)
+    assert not (had | its) & again
+    service.client.cancel(second, ORG)
+    ended = service.wait(second)
+    assert (ended["status"], ended["attempt"]) == ("CANCELED", 2)
+    _, alive = psutil.wait_procs(had | its | again, timeout=FINISH_S)
     assert not alive

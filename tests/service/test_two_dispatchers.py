@@ -18,7 +18,7 @@ from tests.conftest import DOCUMENTED, TINY, postgres_server, with_fields
 from train_loop.spec import JobSpec
 
 pytestmark = pytest.mark.service
-NUM_JOBS = 8  # before the lease goes over, four of them at once, and as many after it
+NUM_JOBS = 8  # before the lease goes over, four of them at once, and half as many after it
 PATIENCE_S = 240
 
 
@@ -101,7 +101,7 @@ def test_jobs_are_started_once_while_the_lease_goes_from_one_dispatcher_to_anoth
     first.suspend()
     until(lambda: _leader(store).owner != old.owner, "the other one leads")
     first.resume()  # it may be in the middle of a pass, and thinks that it leads
-    more = submit(range(NUM_JOBS, 2 * NUM_JOBS))
+    more = submit(range(NUM_JOBS, NUM_JOBS + NUM_JOBS // 2))
     until(lambda: len(ended(ids + more)) == len(ids + more), "all jobs have ended")
     assert _leader(store).epoch == old.epoch + 1
     for request_id in ids + more:

@@ -161,7 +161,7 @@ def events(monitor, kind):
 
 
 def test_an_error_of_the_user_in_a_worker_is_raised_as_it_is(start):
-    end, _ = start({"train_config.adapter_config.targets": ["no_such_layer"]})
+    end, _ = start({"train_config.adapter_config.targets": ["no_such_layer"], "infra_config.gpu_count": 1})
     error = end.exception(WAIT_S)
     assert type(error) is ModelError
     assert error.field == "train_config.adapter_config.targets"
@@ -195,7 +195,8 @@ def test_a_killed_worker_ends_the_attempt_and_a_smaller_one_completes_the_job(st
 
 
 def test_a_hang_is_seen_by_the_other_worker_and_its_stacks_are_logged(start):
-    end, monitor = start(hang_floor_s=12.0, hang_factor=3.0)
+    # Without checkpoints, which may take six times as long as a step.
+    end, monitor = start({f"{HP}.save_steps": 100_000}, hang_floor_s=8.0, hang_factor=3.0)
     wait_for_step(end, monitor, 3)
     stopped = workers()[1]
     stopped.send_signal(signal.SIGSTOP)
@@ -213,7 +214,7 @@ def test_a_hang_is_seen_by_the_other_worker_and_its_stacks_are_logged(start):
 
 
 def test_an_attempt_that_another_one_has_superseded_writes_nothing_that_counts(start, tmp_path):
-    end, monitor = start({f"{HP}.max_steps": 3000, f"{HP}.save_steps": 10})
+    end, monitor = start({f"{HP}.save_steps": 10, "infra_config.gpu_count": 1})
     wait_for_step(end, monitor, 12)
     ray.get(monitor.supersede.remote())
     error = end.exception(WAIT_S)
@@ -235,11 +236,12 @@ def test_a_stopped_attempt_leaves_a_checkpoint_of_the_step_it_stopped_at(start, 
     assert (tmp_path / f"run/checkpoints/step-{step:08d}/complete.json").is_file()
 
 
-def test_a_notice_saves_a_checkpoint_at_once_and_the_attempt_ends_as_preempted(cluster, start, tmp_path):
+def test_a_notice_saves_a_checkpoint_at_once_and_the_attempt_ends_as_preempted(cluster, start, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.5")  # so that the notice can be a short one
     node = cluster.add_node(num_cpus=1, resources={"spot": 1})
     end, monitor = start({f"{HP}.save_steps": 100_000}, resources={"spot": 1}, num_workers=1)
     wait_for_step(end, monitor, 2)
-    notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back", "--deadline-remaining-seconds", "20"]
+    notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back", "--deadline-remaining-seconds", "10"]
     ray_command = Path(sys.executable).parent / "ray"
     subprocess.run([ray_command, "drain-node", "--address", cluster.address, "--node-id", node.node_id, *notice], check=True)
     error = end.exception(WAIT_S)
@@ -258,7 +260,7 @@ def has_torch(pid):
 
 
 def test_what_a_dead_controller_had_is_taken_from_it_and_a_silent_dashboard_is_no_death(cluster, start, monkeypatch):
-    end, monitor = start()
+    end, monitor = start({"infra_config.gpu_count": 1})
     wait_for_step(end, monitor, 1)
     alive = {a.class_name: a for a in list_actors(cluster.address, filters=[("state", "=", "ALIVE")])}
     assert "Cleaner" in alive
