@@ -47,7 +47,7 @@ service: setup $(PROMETHEUS)
 memory: setup
 	$(BIN)/python -m pytest -m service tests/benchmarks/test_memory.py -n 2 --dist load
 
-# Kills every process of a running service at least once, and in every phase of a job: ten minutes.
+# Kills every process of a running service at least once, and in every phase of a job: twelve minutes.
 faults: setup
 	$(BIN)/python -m pytest -m 'faults and not faults_full' tests/faults
 
