@@ -5,7 +5,8 @@ the packed micro-batches of an epoch, which the workers of a job make beside tra
 tokenises under the same chat template, and TRL's packing; on several cores at whichever setting a short probe finds faster.
 Sides take turns, each time in fresh processes that may use so many cores, and have prepared some rows on each of them before the
 clock starts: what is imported by then isn't counted. Memory is that of all processes of a side, what they share once, and CPU
-time what all of them have used since the clock started.
+time what all of them have used since the clock started. Memory is looked at once a second: to add up the pages of processes holds
+them up.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ MAX_LENGTH = 1024
 CORES = sorted(os.sched_getaffinity(0))
 WARM_UP_ROWS = 200
 PROBED = 0.1  # of the rows
-SAMPLE_S = 0.5
+SAMPLE_S = 1.0
 TURN = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
 # The same text with the marks that transformers needs to tell the assistant's tokens.
 MARKED_TURN = (
@@ -215,33 +216,36 @@ SIDES: dict[str, Callable[[Task, str, str], tuple[Stages, dict[str, int]]]] = {"
 def be(task: Task) -> None:
     """Be a side: warm up, say when the clock starts, say what was done."""
     os.sched_setaffinity(0, CORES[: task.cores])
-    side = SIDES[task.side]
+    side, root = SIDES[task.side], psutil.Process()
     with tempfile.TemporaryDirectory(dir=Path(task.rows).parent) as folder:
         side(task, task.warm_up, f"{folder}/before")
-        began = time.monotonic()
-        print(json.dumps({"began": began}), flush=True)
+        used = cpu_s(root)
+        print(json.dumps({"began": time.monotonic()}), flush=True)
         stages, done = side(task, task.rows, f"{folder}/run")
-        print(json.dumps({"ended": time.monotonic(), "stages": stages, **done}), flush=True)
+        print(json.dumps({"ended": time.monotonic(), "cpu_s": cpu_s(root) - used, "stages": stages, **done}), flush=True)
 
 
-@dataclass(frozen=True)
-class Use:
-    """What the processes of a side hold and have used at a time; those that have ended count as nothing."""
+def members(root: psutil.Process) -> list[psutil.Process]:
+    """A process and its descendants."""
+    return [root, *root.children(recursive=True)]
 
-    at: float
-    held_bytes: int
-    cpu_s: float
 
-    @classmethod
-    def of(cls, root: psutil.Process) -> Use:
-        """Now, of a process and its descendants."""
-        held, used = 0, 0.0
-        for process in [root, *root.children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                times = process.cpu_times()
-                used += times.user + times.system
-                held += process.memory_full_info().pss
-        return cls(time.monotonic(), held, used)
+def cpu_s(root: psutil.Process) -> float:
+    """What a process and its descendants have used, those that have ended too."""
+    used = 0.0
+    for process in members(root):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            used += sum(process.cpu_times()[:4])
+    return used
+
+
+def held_bytes(root: psutil.Process) -> int:
+    """What they hold, what they share once."""
+    held = 0
+    for process in members(root):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            held += process.memory_full_info().pss
+    return held
 
 
 def run(task: Task) -> dict[str, Any]:
@@ -249,7 +253,7 @@ def run(task: Task) -> dict[str, Any]:
     threads = {"OMP_NUM_THREADS": str(task.cores), "RAYON_NUM_THREADS": str(task.cores)}
     quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": str(task.rayon).lower()}
     command = [sys.executable, "-m", "benchmarks.prepare", "--side", json.dumps(asdict(task))]
-    samples: list[Use] = []
+    samples: list[tuple[float, int]] = []
     with (
         tempfile.TemporaryFile("w+") as log,
         subprocess.Popen(command, env=os.environ | threads | quiet, stdout=subprocess.PIPE, stderr=log, text=True) as running,
@@ -261,7 +265,7 @@ def run(task: Task) -> dict[str, Any]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 root = psutil.Process(running.pid)
                 while not over.wait(SAMPLE_S):
-                    samples.append(Use.of(root))
+                    samples.append((time.monotonic(), held_bytes(root)))
 
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -273,17 +277,14 @@ def run(task: Task) -> dict[str, Any]:
             log.seek(0)
             raise SystemExit(f"{task.side} failed:\n{log.read()[-4000:]}")
     began, done = said[0]["began"], said[1]
-    before, since = ([use for use in samples if (use.at <= began) is is_before] for is_before in (True, False))
-    since = [use for use in since if use.at <= done["ended"]]
     seconds = sum(done["stages"].values())
     return {
         **asdict(task),
         **done,
         "seconds": seconds,
         "mb_per_s": Path(task.rows).stat().st_size / 1e6 / seconds,
-        "before_bytes": max((use.held_bytes for use in before), default=0),
-        "peak_bytes": max((use.held_bytes for use in since), default=0),
-        "cpu_s": max((use.cpu_s for use in since), default=0.0) - max((use.cpu_s for use in before), default=0.0),
+        "before_bytes": max((held for at, held in samples if at <= began), default=0),
+        "peak_bytes": max((held for at, held in samples if began < at <= done["ended"]), default=0),
     }
 
 
