@@ -1,4 +1,4 @@
-"""How workers that train on CPUs hold memory. Their allocator is jemalloc, which Ray brings along.
+"""How processes hold memory. The allocator of workers that train on CPUs is jemalloc, which Ray brings along.
 
 glibc can't give back, nor often reuse, what lies freed between tensors that live on: recomputing activations it held a quarter
 more memory than jemalloc does (docs/benchmarks.md), and how much depends on chance.
@@ -6,6 +6,8 @@ more memory than jemalloc does (docs/benchmarks.md), and how much depends on cha
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +20,8 @@ SETTINGS = "oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1,lg_extent_m
 # are 0.6 GiB after some forty rows of different lengths. A micro-batch takes 100 to 300 sizes.
 PRODUCTS_HELD = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512", "LRU_CACHE_CAPACITY": "512"}
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+
 
 def environment() -> dict[str, str]:
     """The variables that a process is started with: less what whoever runs this has set, and without jemalloc where it isn't
@@ -28,3 +32,15 @@ def environment() -> dict[str, str]:
     if library is None or not library.is_file() or "LD_PRELOAD" in os.environ:
         return products
     return products | {"LD_PRELOAD": str(library), "MALLOC_CONF": SETTINGS}
+
+
+def keep_freed() -> None:
+    """Have glibc, in this process from now on, keep what is freed for what is made next.
+
+    By itself it gives large pieces back to the system, and faults their pages in again for the next batch of rows. Where there is
+    another allocator nothing happens.
+    """
+    with contextlib.suppress(AttributeError):  # a system without glibc
+        set_option = ctypes.CDLL(None).mallopt
+        set_option(M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
+        set_option(M_TRIM_THRESHOLD, 2**31 - 1)

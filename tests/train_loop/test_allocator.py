@@ -62,3 +62,26 @@ def test_an_operators_own_choice_stays(monkeypatch):
     for name in PRODUCTS_HELD:
         monkeypatch.setenv(name, "64")
     assert environment() == {}
+
+
+def test_what_was_freed_is_not_faulted_in_again(monkeypatch):
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    code = """
+import resource
+from train_loop.allocator import keep_freed
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        held = [b"x" * (16 << 20) for _ in range(5)]
+        del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+given_back = faults()
+keep_freed()
+faults()
+print(given_back, faults())
+"""
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    given_back, kept = map(int, said.stdout.split())
+    assert kept < given_back / 5  # how many that is hangs on the size of pages

@@ -16,6 +16,7 @@ import ray.data
 from ray import cloudpickle
 from ray.util.annotations import RayDeprecationWarning
 
+from train_loop.allocator import keep_freed
 from train_loop.data.parts import MANY_RANGES, RANGE_BYTES, plan_parts
 from train_loop.data.prepare import BlockSummary, finish, prepare_part
 from train_loop.data.shards import PreparedDataset
@@ -47,6 +48,7 @@ def prepare_with_ray(
     context.print_on_execution_start = False
 
     def prepare(block: pa.Table) -> pa.Table:
+        keep_freed()
         part, tokenizer = cloudpickle.loads(block["item"][0].as_py()), _tokenizer_of(run_path, load_tokenizer)
         found: list[BlockSummary] = prepare_part(spec, open_source(), part, tokenizer, open_storage(), run_path)
         return pa.table({"summaries": [cloudpickle.dumps(found)]}, schema=SUMMARIES)
