@@ -305,7 +305,16 @@ def test_a_worker_that_the_kernel_ends_for_want_of_memory_is_told_from_one_that_
 
 @pytest.mark.parametrize(
     "file",
-    ["HTML", "a bad line in gzip", "damaged zstd", "a bad element", "an array cut in a row", "Parquet with bad text", "noise"],
+    [
+        "HTML",
+        "a bad line in gzip",
+        "damaged zstd",
+        "a bad element",
+        "an array cut in a row",
+        "Parquet with bad text",
+        "noise",
+        "Parquet without row groups",
+    ],
 )
 def test_malformed_files_end_on_ray_as_in_one_process(cluster, tmp_path, tokenizer, monkeypatch, file):
     monkeypatch.setattr(parts, "RANGE_BYTES", 500)

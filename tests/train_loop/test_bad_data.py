@@ -145,6 +145,13 @@ def table(**columns):
     return out.getvalue()
 
 
+def without_groups():
+    """What a writer leaves that is closed before it was given a row: no group, where an empty table is one without rows."""
+    out = io.BytesIO()
+    pq.ParquetWriter(out, pa.schema([("conversations", pa.string())])).close()
+    return out.getvalue()
+
+
 def bad_text():
     """A text column whose second value isn't UTF-8, as writers that don't check leave it."""
     made = pa.StringArray.from_buffers(3, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffc"))
@@ -227,6 +234,7 @@ FILES = {
     ),
     "Parquet": ("f.parquet", table(conversations=[ROW["conversations"]] * 3), (3, [])),
     "Parquet without rows": ("f.parquet", table(conversations=[]), "dataset_empty"),
+    "Parquet without row groups": ("f.parquet", without_groups(), "dataset_empty"),
     "Parquet with a null row": (
         "f.parquet",
         table(conversations=[ROW["conversations"], None, ROW["conversations"]]),

@@ -60,7 +60,9 @@ def prepare_with_ray(
     counted = 0.0 if sum(file.size_bytes for file in files) <= SHORT_BYTES else num_cpus_per_task
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)  # of ray_remote_args_fn, which Ray 2.64 won't have
-        done = ray.data.from_items([cloudpickle.dumps(part) for part in parts], override_num_blocks=len(parts)).map_batches(
+        done = ray.data.from_items(
+            [cloudpickle.dumps(part) for part in parts], override_num_blocks=max(1, len(parts))
+        ).map_batches(
             prepare,
             batch_size=None,
             batch_format="pyarrow",
