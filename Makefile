@@ -39,7 +39,7 @@ demo-vlm: setup
 test: setup $(PROMETHEUS)
 	TUNEYARD_MODEL_RUNS=200 $(BIN)/python -m pytest -n $$((2 * $$(nproc))) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-# Whole jobs on Ray, and the whole service: a quarter of an hour.
+# Whole jobs on Ray, and the whole service: eighteen minutes.
 service: setup $(PROMETHEUS)
 	$(BIN)/python -m pytest -m service tests/service
 
