@@ -21,7 +21,8 @@ from train_loop.spec import JobSpec
 AMPLE_S = 300.0  # for what ends by itself
 TEMPLATE = "dataset_config.preprocessing.prompt.template"
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-# An ingress that has a plan made, says which processes that takes, and is killed.
+# An ingress that has a plan made, says which processes that takes, and is killed while the plan is at its rows: earlier, the plan
+# may find by itself that nobody asks any more, and log it.
 DYING = """
 import os, sys, threading, time
 import psutil
@@ -31,7 +32,7 @@ from train_loop.spec import JobSpec
 planner = Planner()
 spec = JobSpec.model_validate_json(sys.stdin.read())
 threading.Thread(target=planner.plan, args=(spec, time.monotonic() + 3000), daemon=True).start()
-while not (plans := psutil.Process(planner._process.pid).children()):
+while not (plans := psutil.Process(planner._process.pid).children()) or plans[0].cpu_times().user < 2:
     time.sleep(0.05)
 print(planner._process.pid, plans[0].pid, flush=True)
 os.kill(os.getpid(), 9)
