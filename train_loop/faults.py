@@ -199,7 +199,9 @@ def _what_lowers_memory(spec: JobSpec) -> tuple[str, str]:
         )
     if not hp.gradient_checkpointing:
         advice.append(("train_config.hyperparameters.gradient_checkpointing", "gradient_checkpointing true (now false)"))
-    if spec.model_details.quantization is None:
+    if spec.train_config.train_type == "full":  # which quantised weights don't take
+        advice.append(("train_config.train_type", "train_type lora (now full)"))
+    elif spec.model_details.quantization is None:
         advice.append(("model_details.quantization", "quantization.quant_bits 4 (now none)"))
     if prompt.max_length > 512:
         advice.append(

@@ -219,6 +219,7 @@ def _train(spec: JobSpec, prepared: PreparedDataset, ctx: RunContext, checkpoint
                     loss = supervised_loss(model, micro.to(ctx.device)) / max(1, agreed.supervised)
                 loss.backward()
                 losses.append(loss.detach())
+                ctx.beat()  # a step of many may take longer than a hang does to be seen
             mine = torch.stack(losses).double().tolist() if losses else []
             step_loss = sync_gradients(parameters, sum(mine), ctx)
             grad_norm = clip_gradients(parameters, hp.max_grad_norm)

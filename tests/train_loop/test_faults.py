@@ -119,6 +119,19 @@ def test_advice_names_only_what_is_left_to_lower(local_job):
     assert end.message == "A worker ran out of memory. What would lower its need: a gpu_type with more memory (now l4)."
 
 
+def test_advice_for_a_job_that_trains_every_weight_is_one_that_it_may_take(local_job):
+    changes = {
+        "train_config.hyperparameters.per_device_train_batch_size": 1,
+        "train_config.train_type": "full",
+        "model_details.quantization": None,
+    }
+    end = classify(MemoryError(), JobSpec.model_validate(local_job(changes)))
+    assert (end.field, end.message) == (
+        "train_config.train_type",
+        "A worker ran out of memory. What would lower its need: train_type lora (now full).",
+    )
+
+
 def test_a_process_that_the_kernel_ended_for_memory_is_worth_another_try_and_comes_with_the_same_advice(spec):
     end = killed_for_memory(spec)
     assert end.cause == Cause.OUT_OF_MEMORY == classify(MemoryError(), spec).code

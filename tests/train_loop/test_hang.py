@@ -1,11 +1,20 @@
 """A process that stops making steps says where it is and ends; one that goes on is left alone."""
 
+import itertools
 import subprocess
 import sys
 
 import pytest
+from pyarrow.fs import LocalFileSystem
 
+from tests.conftest import TINY
+from tests.train_loop.runs import HP, Watcher
+from train_loop.context import LocalContext
+from train_loop.data.shards import PreparedDataset
+from train_loop.errors import Stopped
 from train_loop.hang import EXIT_CODE, StepClock
+from train_loop.loop import run as train
+from train_loop.spec import JobSpec
 
 HANGS = """
 import ctypes, logging, sys, threading, time
@@ -66,3 +75,24 @@ def test_the_limit_follows_recent_steps_and_never_goes_below_the_floor(steps, li
     for step in steps:
         clock.took(step)
     assert clock.limit_s == limit
+
+
+def test_every_micro_batch_of_a_step_is_a_sign_of_life(local_job, tmp_path, mirror, launch):
+    class Beating(LocalContext):
+        def beat(self, kind="other"):
+            beats.append(kind)
+
+    few = {f"{HP}.max_steps": 2, f"{HP}.per_device_train_batch_size": 1, f"{HP}.gradient_accumulation_steps": 3}
+    job = local_job(few | {"dataset_config.split": {"type": "none"}, "model_details.quantization": None})
+    with pytest.raises(Stopped):
+        launch(job, "run", Watcher(stop_at=0))
+    prepared = PreparedDataset.from_json((tmp_path / "run/data/index.json").read_text())
+    (tmp_path / "scratch").mkdir()
+    beats = []
+    train(
+        JobSpec.model_validate(job),
+        prepared,
+        Beating(mirror / TINY, LocalFileSystem(), str(tmp_path / "run"), tmp_path / "scratch", Watcher()),
+    )
+    steps = [i for i, kind in enumerate(beats) if kind == "step"]
+    assert [beats[one + 1 : other].count("other") for one, other in itertools.pairwise([0, *steps])] == [3, 3]
