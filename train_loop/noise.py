@@ -12,19 +12,26 @@ import torch
 
 
 def add_noise(causal_lm: Any, alpha: float) -> None:
-    """Have the model add noise to its embeddings in training mode, drawn from torch's own generator."""
+    """Have the model add noise to its embeddings in training mode, drawn from torch's own generator.
 
-    def noisy(backbone: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if not backbone.training:
-            return arguments, named
-        embeddings = causal_lm.get_input_embeddings()(named["input_ids"])
-        tokens = document_lengths(named["position_ids"])
+    It is added where tokens are looked up: a model that sees tells its images' places by the tokens themselves.
+    """
+    tokens = torch.empty(0)  # of each position's document
+
+    def measure(backbone: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        nonlocal tokens
+        positions = named["position_ids"]
+        tokens = document_lengths(positions[0] if positions.ndim == 3 else positions)  # the first of several is in the text
+
+    def noisy(layer: Any, arguments: tuple[Any, ...], embeddings: torch.Tensor) -> torch.Tensor:
+        if not causal_lm.training:
+            return embeddings
         size = alpha / (tokens * embeddings.shape[-1]).sqrt().unsqueeze(-1)
-        noise = torch.empty_like(embeddings).uniform_(-1, 1) * size.to(embeddings.dtype)
-        return arguments, named | {"input_ids": None, "inputs_embeds": embeddings + noise}
+        return embeddings + torch.empty_like(embeddings).uniform_(-1, 1) * size.to(embeddings.dtype)
 
     # As in loss.py: `base_model` is what the architecture calls its model, or its transformer.
-    causal_lm.base_model.register_forward_pre_hook(noisy, with_kwargs=True)
+    causal_lm.base_model.register_forward_pre_hook(measure, with_kwargs=True)
+    causal_lm.get_input_embeddings().register_forward_hook(noisy)
 
 
 def document_lengths(position_ids: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from PIL import Image
 
 from tests.conftest import TINY
@@ -258,6 +259,38 @@ def test_the_language_model_of_a_base_that_sees_is_trained_on_packed_text(name, 
     model, of_each = learning(base, spec), samples(processor, base.model.config, WORDS)
     joined, padded = (gradients(model, collate(of_each, capacity=capacity, pad_id=2)) for capacity in (NO_LIMIT, None))
     assert close(joined, padded)
+
+
+@pytest.mark.parametrize("rows", [ROWS, WORDS], ids=["images", "words"])
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_noise_is_added_to_words_and_not_to_images(name, rows, folders, spec_of):
+    spec, base, processor = seeing(name, folders, spec_of, **{f"{HP}.neftune_noise_alpha": 5.0, f"{ADAPTER}.dropout": 0.0})
+    model, seen = make_trainable(base, spec), []
+    first = next(m for n, m in base.model.get_decoder().named_modules() if n.endswith("layers.0"))
+    first.register_forward_pre_hook(
+        lambda _, args, told: seen.append(args[0] if args else told["hidden_states"]), with_kwargs=True
+    )
+    batch = micro_batch(base, processor, rows)
+    for training in (False, True):
+        supervised_loss(model.train(training), batch)
+    moved = (seen[1] - seen[0]).abs().amax(-1) > 0
+    is_image = batch.input_ids == base.model.config.image_token_id
+    assert torch.equal(moved, torch.ones_like(is_image) if name == "mllama" else ~is_image)  # whose images are looked at
+
+
+@pytest.mark.parametrize("name", ["llava", "mllama", "qwen2_vl"])
+@torch.no_grad()
+def test_loftq_finds_the_original_weights_by_whatever_name_the_files_have_them(name, folders, spec_of):
+    changes = {"model_details.quantization": {"quant_bits": 4}, f"{ADAPTER}.init": "loftq", f"{ADAPTER}.targets": ["q_proj"]}
+    exact = dict(load_base(spec_of(name), folders(name), CPU).model.named_parameters())
+    spec = spec_of(name, **changes)
+    model = add_adapter(load_base(spec, folders(name), CPU).model, spec)
+    layers = {n: m for n, m in model.get_base_model().named_modules() if "default" in getattr(m, "lora_A", {})}
+    assert layers
+    for n, layer in layers.items():
+        lost = exact[f"{n}.weight"] - dequantize_module_weight(layer.get_base_layer())
+        assert (lost - layer.get_delta_weight("default")).norm() < 0.8 * lost.norm()
 
 
 def learning(base, spec):

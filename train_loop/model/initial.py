@@ -51,10 +51,9 @@ def from_quantisation_error(model: Any, r: int) -> None:
 
     from train_loop.model.bits import Linear4bit, Linear8bitLt
 
-    files = _files_by_tensor(Path(model.get_base_model().name_or_path))
-    for name, layer, a, b, scale in _adapted(model):
-        if not isinstance(layer.get_base_layer(), Linear4bit | Linear8bitLt):
-            continue
+    quantised = [adapted for adapted in _adapted(model) if isinstance(adapted[1].get_base_layer(), Linear4bit | Linear8bitLt)]
+    files = _files_by_weight(model.get_base_model(), {f"{name}.weight" for name, *_ in quantised})
+    for name, layer, a, b, scale in quantised:
         original = _read(files, f"{name}.weight", _weight(layer).device)
         b_data, a_data = _largest_part(original - _weight(layer), r, scale)
         a.data.copy_(a_data)
@@ -138,21 +137,31 @@ def _largest_part(weight: torch.Tensor, r: int, scale: float) -> tuple[torch.Ten
     return b, a
 
 
-def _files_by_tensor(folder: Path) -> dict[str, Path]:
+def _files_by_weight(base: Any, names: set[str]) -> dict[str, tuple[Path, str]]:
+    """Of each of these weights of a loaded base the file that it came from, and its name there: older files have other names."""
     from safetensors import safe_open
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    found: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    # Kept by transformers with what it has read, for when it writes it again.
+    steps = getattr(base, "_weight_conversions", None) or []
+    renamings, converters = ([s for s in steps if isinstance(s, kind)] for kind in (WeightRenaming, WeightConverter))
+    known = dict.fromkeys(names, True)
+    found: dict[str, tuple[Path, str]] = {}
+    for path in sorted(Path(base.name_or_path).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            found |= dict.fromkeys(file.keys(), path)
+            for key in file.keys():  # noqa: SIM118 - it is no dict
+                name, made_of = rename_source_key(key, renamings, converters, base.base_model_prefix, known)
+                if made_of is None:  # else it is a part of the weight, or turned
+                    found[name] = path, key
     return found
 
 
-def _read(files: dict[str, Path], name: str, device: torch.device) -> torch.Tensor:
+def _read(files: dict[str, tuple[Path, str]], name: str, device: torch.device) -> torch.Tensor:
     from safetensors import safe_open
 
     if name not in files:
         raise ModelError(f"init loftq needs the original weight of {name}, which the base's files don't have.", field=INIT)
-    with safe_open(files[name], "pt") as file:
-        weight: torch.Tensor = file.get_tensor(name)
+    path, key = files[name]
+    with safe_open(path, "pt") as file:
+        weight: torch.Tensor = file.get_tensor(key)
     return weight.to(device).float()
