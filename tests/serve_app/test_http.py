@@ -517,6 +517,29 @@ def test_a_json_part_that_does_not_parse_is_named_with_line_and_column(http, job
     assert said in found["infra_config"]["message"]
 
 
+def test_a_body_of_nothing_but_mistakes_costs_little(http, job):
+    def wrong(names):
+        return dict.fromkeys(names, 0)
+
+    twice = json.dumps(wrong(f"{i:x}" for i in range(80_000)))[:-1] + ', "13000": 0, "13000": 0}'
+    close = wrong(f"learning_ra{i:x}" for i in range(20_000))
+    asked = [
+        ("/job/", json.dumps(with_fields(job, {"train_config.hyperparameters": close}))),
+        ("/job/", json.dumps(wrong(f"train_confi{i:x}" for i in range(20_000)))),
+        ("/job/cancel/", json.dumps(close)),
+        ("/secret/", json.dumps({"org": ORG, "name": "n", "type": "hf", "data": close})),
+        ("/secret/", json.dumps(close)),
+        ("/webhook/", json.dumps(close)),
+    ]
+    began_s = time.process_time()
+    for path, body in [*asked, ("/job/cancel/", twice)]:
+        refused = http.post(path, content=body, headers={"content-type": "application/json"})
+        assert refused.status_code == 422, refused.text
+        assert len(refused.json()["errors"]) <= 110
+    assert "duplicate key '13000'" in refused.json()["detail"]
+    assert time.process_time() - began_s < 20  # a few; where each name is held against all others, a minute for the last body
+
+
 def test_form_fields_are_checked(http, job):
     found = fields(http.post("/job/", files=form(job) | {"infra_confg": (None, "{}")}))
     assert "did you mean infra_config?" in found["infra_confg"]["message"]
