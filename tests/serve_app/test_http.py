@@ -538,7 +538,7 @@ def test_a_body_of_nothing_but_mistakes_costs_little(http, job):
         assert refused.status_code == 422, refused.text
         assert len(refused.json()["errors"]) <= MAX_ERRORS + 4  # and the names that are missing
     assert "duplicate key '13000'" in refused.json()["detail"]
-    assert time.process_time() - began_s < 20  # a few; where each name is held against all others, a minute for the last body
+    assert time.process_time() - began_s < 40  # a few; where each name is held against all others, a minute for the last body
 
 
 def test_form_fields_are_checked(http, job):
