@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from itertools import islice
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -15,7 +17,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect
 
-from serve_app.errors import ApiError, field_error, invalid, unknown
+from serve_app.errors import MAX_ERRORS, ApiError, field_error, invalid, unknown
 
 BODY_S = 60.0
 MAX_DEPTH = 64
@@ -135,8 +137,9 @@ def _decode_parts(
 
 
 def unknown_names(given: Iterable[str], known: Collection[str]) -> list[dict[str, Any]]:
-    """An error for each name that isn't known."""
-    shown = [name[:NAME_CHARS].encode(errors="replace").decode() for name in given if name not in known]
+    """An error for each name that isn't known, for MAX_ERRORS of them."""
+    strange = islice((name for name in given if name not in known), MAX_ERRORS)
+    shown = [name[:NAME_CHARS].encode(errors="replace").decode() for name in strange]
     return [field_error(name, unknown(name, known)) for name in shown]
 
 
@@ -156,8 +159,8 @@ def decode_json(text: str, part: str | None) -> Any:
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [k for k, _ in pairs]
-            raise _Unusable(f"duplicate key {next(k for k in names if names.count(k) > 1)!r}")
+            times = Counter(name for name, _ in pairs)
+            raise _Unusable(f"duplicate key {next(name for name in times if times[name] > 1)!r}")
         return found
 
     try:

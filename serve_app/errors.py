@@ -31,6 +31,7 @@ from train_loop.spec import DatasetDetails, JobSpec
 
 log = structlog.get_logger()
 INPUT_CHARS = 200
+MAX_ERRORS = 100  # told of one request: to look for the nearest name takes its time, and a body may hold 100,000 that are wrong
 SHOWN_NAMES = 12  # that a message lists
 NO_OBJECT = ("model_type", "model_attributes_type", "dict_type")  # pydantic's errors of what should be a section
 RETRY_AFTER_S = "5"
@@ -98,9 +99,9 @@ def invalid(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 def validation_errors(error: ValidationError, model: type[BaseModel], *, echo: bool = True) -> list[dict[str, Any]]:
     """Pydantic's errors in our words: dotted names, the nearest known name for a typo, the allowed values.
 
-    They show what was given, in part, unless `echo` is False.
+    They show what was given, in part, unless `echo` is False. No more than MAX_ERRORS.
     """
-    return [_translate(e, model, echo) for e in error.errors(include_url=False)]
+    return [_translate(e, model, echo) for e in error.errors(include_url=False)[:MAX_ERRORS]]
 
 
 def parameter_errors(errors: Iterable[Any]) -> list[dict[str, Any]]:

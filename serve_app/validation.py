@@ -12,7 +12,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import ValidationError
 
 from serve_app.aws import is_arn
-from serve_app.errors import beside, field_error, invalid, validation_errors
+from serve_app.errors import MAX_ERRORS, beside, field_error, invalid, validation_errors
 from serve_app.lifecycle import Status
 from serve_app.quota import default_quota
 from serve_app.run_keys import model_keys
@@ -67,6 +67,8 @@ def validate(
         spec = JobSpec.model_validate(payload)
     except ValidationError as error:
         errors = beside(errors, validation_errors(error, JobSpec))
+        if len(errors) >= MAX_ERRORS:  # which may not be all that the checks below must know of
+            raise invalid(errors) from None
         found = _right_ones(payload, error)
         spec, right = JobSpec.model_construct(**found), set(found)
     # Each with the fields that it reads: of a job that is wrong elsewhere it is still done.

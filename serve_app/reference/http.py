@@ -15,9 +15,9 @@ its trailing slash. Every call but `/healthz`, `/readyz`, `/openapi.json` and `/
 `sub`, `org` (UUID, or `orgs`, a list), `exp`, optional `scope` (`jobs:read jobs:write secrets:write admin`). Jobs can also be
 named in the path: `/job/{request_id}` with `/events`, `/logs`, `/metrics`, `/artifacts`, `/cancel`, `/resume`.
 
-Refusals are `application/problem+json` (RFC 9457): `detail` is one sentence, `errors` names every field at fault with `field`,
-`message` and, where there is one, `input` and `allowed`. A name that a call doesn't know, in its body or its query, is such a
-field. Those that each call may answer with are listed there; they mean:
+Refusals are `application/problem+json` (RFC 9457): `detail` is one sentence, `errors` names every field at fault, or about a
+hundred where there are more, with `field`, `message` and, where there is one, `input` and `allowed`. A name that a call doesn't
+know, in its body or its query, is such a field. Those that each call may answer with are listed there; they mean:
 """
 
 

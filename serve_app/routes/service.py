@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from serve_app.access import concerns
 from serve_app.auth import Principal, Verifier
-from serve_app.body import MAX_PARTS, unknown_names
+from serve_app.body import unknown_names
 from serve_app.errors import ApiError, field_error, invalid, parameter_errors, to_api_error
 from serve_app.lifecycle import Status
 from serve_app.quota import Places, RateLimit
@@ -111,10 +111,9 @@ async def known_query(request: Request) -> None:
     given = request.query_params
     takes = [p for p in get_flat_params(request.scope["route"].dependant) if isinstance(p.field_info, QueryParameter)]
     known = [p.alias for p in takes]
-    strange = [name for name in given if name not in known][:MAX_PARTS]
-    if strange:
+    if strange := unknown_names(given, known):
         _, errors = request_params_to_args(takes, given)
-        raise invalid([*unknown_names(strange, known), *parameter_errors(errors)])
+        raise invalid([*strange, *parameter_errors(errors)])
 
 
 OF_A_TOKEN = [Depends(principal), Depends(known_query)]  # what comes before every call that takes one

@@ -17,6 +17,7 @@ from starlette.testclient import TestClient
 
 from serve_app.app import ROOMS, build_app
 from serve_app.auth import mint_token
+from serve_app.errors import MAX_ERRORS
 from serve_app.lifecycle import Status
 from serve_app.routes import jobs, journal
 from serve_app.settings import Profile, Settings
@@ -517,6 +518,29 @@ def test_a_json_part_that_does_not_parse_is_named_with_line_and_column(http, job
     assert said in found["infra_config"]["message"]
 
 
+def test_a_body_of_nothing_but_mistakes_costs_little(http, job):
+    def wrong(names):
+        return dict.fromkeys(names, 0)
+
+    twice = json.dumps(wrong(f"{i:x}" for i in range(80_000)))[:-1] + ', "13000": 0, "13000": 0}'
+    close = wrong(f"learning_ra{i:x}" for i in range(20_000))
+    asked = [
+        ("/job/", json.dumps(with_fields(job, {"train_config.hyperparameters": close}))),
+        ("/job/", json.dumps(wrong(f"train_confi{i:x}" for i in range(20_000)))),
+        ("/job/cancel/", json.dumps(close)),
+        ("/secret/", json.dumps({"org": ORG, "name": "n", "type": "hf", "data": close})),
+        ("/secret/", json.dumps(close)),
+        ("/webhook/", json.dumps(close)),
+    ]
+    began_s = time.process_time()
+    for path, body in [*asked, ("/job/cancel/", twice)]:
+        refused = http.post(path, content=body, headers={"content-type": "application/json"})
+        assert refused.status_code == 422, refused.text
+        assert len(refused.json()["errors"]) <= MAX_ERRORS + 4  # and the names that are missing
+    assert "duplicate key '13000'" in refused.json()["detail"]
+    assert time.process_time() - began_s < 40  # a few; where each name is held against all others, a minute for the last body
+
+
 def test_form_fields_are_checked(http, job):
     found = fields(http.post("/job/", files=form(job) | {"infra_confg": (None, "{}")}))
     assert "did you mean infra_config?" in found["infra_confg"]["message"]
@@ -606,7 +630,7 @@ def test_who_asks_comes_before_what_is_asked_and_probes_may_ask_as_they_like(htt
 
 def test_no_query_is_too_long_to_be_judged(http):
     answer = http.get("/job/list/", params={f"x{i}": 1 for i in range(5000)})
-    assert len(answer.json()["errors"]) < 100
+    assert len(answer.json()["errors"]) == MAX_ERRORS + 1  # and the name that is missing
 
 
 def test_the_org_may_be_named_beside_a_job_in_the_path(http, settings, job):
@@ -676,6 +700,24 @@ def test_health_and_docs_need_no_token(http):
     assert open_to_all == {"/healthz", "/readyz"}
     assert "multipart/form-data" in schema["paths"]["/job/"]["post"]["requestBody"]["content"]
     assert "learning_rate" in schema["components"]["schemas"]["Hyperparameters"]["properties"]
+
+
+def test_the_process_answers_though_all_that_it_asks_hangs(settings, store):
+    free, asked = threading.Event(), threading.Semaphore(0)
+
+    class Hanging(Idle):
+        def not_ready(self):
+            asked.release()
+            free.wait(60)
+
+    with TestClient(build_app(settings, store, Hanging())) as client, ThreadPoolExecutor(60) as others:
+        ready = [others.submit(client.get, "/readyz") for _ in range(50)]
+        try:
+            assert all(asked.acquire(timeout=60) for _ in range(40))  # all threads that answer
+            assert others.submit(client.get, "/healthz").result(20).status_code == 200
+        finally:
+            free.set()
+        assert {answer.result().status_code for answer in ready} == {200}
 
 
 @pytest.mark.parametrize("path", ["/docs", "/docs/"])

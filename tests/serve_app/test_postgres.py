@@ -1,6 +1,7 @@
 """Connections to PostgreSQL: what a request makes of them, and that the database may go away and come back."""
 
 import contextlib
+import os
 import socket
 import threading
 
@@ -94,3 +95,50 @@ def test_connections_cut_while_they_are_in_use_cost_one_request(store, postgres)
         mine.get(job.request_id)
     assert mine.get(job.request_id) == job
     mine.engine.dispose()
+
+
+@pytest.mark.parametrize("store", ["postgresql"], indirect=True)
+def test_a_database_that_takes_no_writes_for_a_while_is_away(settings, store, postgres):
+    def have_new_connections(mode):
+        with store.write() as tx:
+            tx.execute(sa.text(f"ALTER DATABASE postgres SET default_transaction_read_only = {mode}"))
+
+    have_new_connections("on")  # as by an address that leads to a standby, in the minute after a failover
+    mine = JobStore.open(postgres)
+    try:
+        with TestClient(build_app(settings, mine, Idle()), raise_server_exceptions=False) as http:
+            http.headers["Authorization"] = f"Bearer {mint_token(settings, ORG, 'tester', 600)}"
+            secret = {"org": ORG, "name": "token", "type": "hf", "data": {"token": "x"}}
+            away = http.post("/secret/", json=secret)
+            assert (away.status_code, away.headers["Retry-After"]) == (503, "5")
+            with pytest.raises(jobs.STORE_AWAY):
+                mine.insert(SPEC, "queued")
+            have_new_connections("off")
+            assert http.post("/secret/", json=secret).status_code == 200  # by another connection, which leads elsewhere
+            assert mine.insert(SPEC, "queued")[1]
+    finally:
+        have_new_connections("off")
+        mine.engine.dispose()
+
+
+@pytest.mark.parametrize("store", ["postgresql"], indirect=True)
+def test_a_database_whose_machine_is_gone_without_a_word_is_noticed_in_half_a_minute(store, postgres):
+    way = Counted(sa.make_url(postgres).query["host"] + "/.s.PGSQL.5432")
+
+    def limits_s(url):
+        """Of connecting, of what was sent and isn't there, of an answer that is owed."""
+        opened = JobStore.open(url)
+        with opened.read() as connection:
+            driver = connection.connection.driver_connection
+            with socket.socket(fileno=os.dup(driver.fileno())) as there:
+                assert there.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                idle, every, times, unsent_ms = (
+                    there.getsockopt(socket.IPPROTO_TCP, option)
+                    for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
+                )
+            connecting_s = int(driver.info.get_parameters()["connect_timeout"])
+        opened.engine.dispose()
+        return connecting_s, unsent_ms / 1000, idle + every * times
+
+    assert limits_s(way.url) == (10, 30, 30)
+    assert limits_s(f"{way.url}?connect_timeout=4&keepalives_count=2") == (4, 30, 20)
