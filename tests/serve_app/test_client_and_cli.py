@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from email.parser import BytesParser
 from email.policy import HTTP
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -320,6 +321,10 @@ def test_eval_loss_is_told_as_before_training_until_there_is_one_after() -> None
     again = once | {"best": {"step": 3, "eval_loss": 1.5}, "eval_loss_after": 1.5}
     said = [summary(job("CANCELED", "training", metrics=metrics)).splitlines()[-1] for metrics in (once, again)]
     assert said == ["eval loss 2.0000 before training", "eval loss 2.0000 -> 1.5000"]
+
+
+def test_the_version_is_printed(tmp_path: Path) -> None:
+    assert tuneyard(tmp_path, "--version").stdout == f"tuneyard {version('tuneyard')}\n"
 
 
 def test_help_is_quick_and_names_every_command(tmp_path: Path) -> None:
