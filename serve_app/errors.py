@@ -24,7 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
 from serve_app import metrics
-from serve_app.other_names import OTHER_NAMES
+from serve_app.other_names import OTHER_NAMES, OTHER_VALUES
 from serve_app.store.jobs import STORE_AWAY, Conflict, QueueFull
 from train_loop.errors import Cause, RunFault, UserError
 from train_loop.section import BUILT_IN, Marker, models_in, section_of
@@ -149,6 +149,8 @@ def one_of(values: Sequence[Any], given: Any = None) -> str:
     # Of the near ones that with the most of its words, and the fewest others: adamw_torch is adamw, not adamw_8bit.
     best = max(near, key=lambda v: sum(1 if word in words else -1 for word in v.split("_")), default=None)
     meant = next((f", did you mean {v}?" for v in values if str(v).lower() == best), "")
+    if isinstance(given, str) and given.lower() in OTHER_VALUES:
+        meant = f"; {given} is {OTHER_VALUES[given.lower()]}"
     return f"must be {', '.join(others)}{' or ' if others else ''}{last}{meant}"
 
 

@@ -33,3 +33,4 @@ OTHER_NAMES = {
     "instance_type": "infra_config.gpu_type",
     "timeout": "infra_config.max_runtime_s",
 }
+OTHER_VALUES = {"qlora": "lora with model_details.quantization"}

@@ -190,6 +190,10 @@ def test_an_error_shows_its_detail_and_every_field() -> None:
         "org: must be a UUID",
         "infra_config: required",
     ]
+    assert str(ApiError(422, "org: must be a UUID (and 1 more)", fields)).splitlines() == [
+        "422: org: must be a UUID (and 1 more)",
+        "  infra_config: required",
+    ]
 
 
 @pytest.mark.parametrize("body", ["<html>Bad gateway</html>", ["a", "list"], {"detail": [{"msg": "x"}], "errors": "y"}])

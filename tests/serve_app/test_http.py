@@ -341,6 +341,11 @@ CORRECTED = {  # what is asked, where the error is, what it says
         "training_file",
         "unknown field, did you mean dataset_details.dataset_path?",
     ),
+    "another tool's value of a field that is two here": (
+        {"train_config.train_type": "qlora"},
+        "train_config.train_type",
+        "must be lora or full; qlora is lora with model_details.quantization",
+    ),
     "another tool's value": (
         {f"{HP}.optim": "adamw_torch"},
         f"{HP}.optim",
