@@ -375,8 +375,8 @@ CORRECTED = {  # what is asked, where the error is, what it says
         "unknown field, did you mean source_type or model_type?",
     ),
     "a name like none": (
-        {"train_config.distributed.rank": 8},
-        "train_config.distributed.rank",
+        {"train_config.distributed.world": 8},
+        "train_config.distributed.world",
         "unknown field; there are type",
     ),
     "a near value": (
