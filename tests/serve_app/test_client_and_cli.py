@@ -327,6 +327,19 @@ def test_eval_loss_is_told_as_before_training_until_there_is_one_after() -> None
     assert said == ["eval loss 2.0000 before training", "eval loss 2.0000 -> 1.5000"]
 
 
+def test_of_a_start_that_fails_only_its_own_lines_of_the_log_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "s3").write_text("no folder")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "up.log").write_text("Tuneyard is up: http://127.0.0.1:1\n")
+    failed = tuneyard(tmp_path, "up", "--detach")
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines() == [
+        f"Tuneyard didn't start; the end of {tmp_path / 'logs' / 'up.log'}:",
+        f"{tmp_path / 's3'}: File exists",
+        "Tuneyard is down.",
+    ]
+
+
 def test_the_version_is_printed(tmp_path: Path) -> None:
     assert tuneyard(tmp_path, "--version").stdout == f"tuneyard {version('tuneyard')}\n"
 
