@@ -500,9 +500,9 @@ def warnings_of(spec: JobSpec, shape: ModelShape, sample: DatasetSample, plan: d
             f"and will be {verb}"
         )
     if sample.rejects:
-        limit = spec.dataset_config.preprocessing.max_reject_ratio
-        fails = len(sample.rejects) > limit * looked_at
-        then = f", more than max_reject_ratio = {limit:g} allows: it will fail" if fails else ": they are left out"
+        allowed = spec.dataset_config.preprocessing.max_reject_ratio
+        fails = len(sample.rejects) > allowed * looked_at
+        then = f", more than max_reject_ratio = {allowed:g} allows: it will fail" if fails else ": they are left out"
         found.append(f"{len(sample.rejects)} of {looked_at} rows looked at can't be used (the first: {sample.rejects[0]}){then}")
     if spec.train_config.train_type == "lora" and not shape.adapted:
         found.append("adapter_config.targets names no layer of this model: the job will fail")
