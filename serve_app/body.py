@@ -51,6 +51,8 @@ async def read_fields(
         if not isinstance(payload, dict):
             raise ApiError(400, "the JSON body must be an object")
         return payload, []
+    if kind == "application/x-www-form-urlencoded" and text.lstrip().startswith("{"):  # what curl -d says of any body
+        raise ApiError(415, "the body is JSON and its Content-Type says that it is a form: send application/json")
     pairs = await _multipart(request, body) if kind == "multipart/form-data" else _urlencoded(text)
     return _decode_parts(pairs, plain, json_parts)
 

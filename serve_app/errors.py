@@ -24,6 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
 from serve_app import metrics
+from serve_app.other_names import OTHER_NAMES, OTHER_VALUES
 from serve_app.store.jobs import STORE_AWAY, Conflict, QueueFull
 from train_loop.errors import Cause, RunFault, UserError
 from train_loop.section import BUILT_IN, Marker, models_in, section_of
@@ -117,6 +118,8 @@ def _translate(error: Any, model: type[BaseModel], echo: bool) -> dict[str, Any]
     match error["type"]:
         case "extra_forbidden":
             # Without its value, which may be a secret that went to the wrong place.
+            if model is JobSpec and name in OTHER_NAMES:
+                return field_error(path, f"unknown field, did you mean {OTHER_NAMES[name]}?")
             return field_error(path, unknown(name, section.model_fields if section else (), _homes(model)))
         case "union_tag_not_found" | "union_tag_invalid" if section is not None:
             options = list(models_in(section.model_fields[name].annotation))
@@ -142,8 +145,13 @@ def offered(section: type[BaseModel], name: str, values: Iterable[Any]) -> list[
 def one_of(values: Sequence[Any], given: Any = None) -> str:
     """The message for what is none of the values, with the nearest of them."""
     *others, last = map(str, values)
-    near = difflib.get_close_matches(str(given).lower(), [str(v).lower() for v in values], n=1) if others else []
-    meant = next((f", did you mean {v}?" for v in values if [str(v).lower()] == near), "")
+    words = str(given).lower().split("_")
+    near = difflib.get_close_matches(str(given).lower(), [str(v).lower() for v in values]) if others else []
+    # Of the near ones that with the most of its words, and the fewest others: adamw_torch is adamw, not adamw_8bit.
+    best = max(near, key=lambda v: sum(1 if word in words else -1 for word in v.split("_")), default=None)
+    meant = next((f", did you mean {v}?" for v in values if str(v).lower() == best), "")
+    if isinstance(given, str) and given.lower() in OTHER_VALUES:
+        meant = f"; {given} is {OTHER_VALUES[given.lower()]}"
     return f"must be {', '.join(others)}{' or ' if others else ''}{last}{meant}"
 
 

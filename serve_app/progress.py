@@ -42,7 +42,9 @@ def summary(job: JobAnswer) -> str:
     said, error = job.get("message") or "", job.get("error_message") or ""
     lines = [said, *([error] if error and error not in said else [])]
     if metrics.get("eval_loss_before") is not None and metrics.get("eval_loss_after") is not None:
-        lines.append(f"eval loss {metrics['eval_loss_before']:.4f} -> {metrics['eval_loss_after']:.4f}")
+        # Until an evaluation after training began, both are the one before it.
+        later = f" -> {metrics['eval_loss_after']:.4f}" if metrics.get("best") else " before training"
+        lines.append(f"eval loss {metrics['eval_loss_before']:.4f}{later}")
     if job.get("output_model_path"):
         lines.append(f"output: {job['output_model_path']}")
     return "\n".join(map(plain, "\n".join(lines).splitlines()))

@@ -37,10 +37,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run the job; 0 when it completed, 1 when it failed, 2 when job.json isn't a job."""
     home = Path(os.environ.get("TUNEYARD_HOME", Path.home() / ".tuneyard"))
     parser = argparse.ArgumentParser(prog="python -m train_loop", description="Run one fine-tuning job.")
-    parser.add_argument("job", type=Path, help="the job as JSON: the body of POST /job/")
+    parser.add_argument("job", type=Path, help="the job as JSON (not YAML): the body of POST /job/")
     parser.add_argument("--local", action="store_true", help="in this process, without Ray, as one worker")
     parser.add_argument("--storage", default=str(home / "runs"), help="where runs go: a folder or s3://bucket/prefix")
-    parser.add_argument("--mirror", default=os.environ.get("TUNEYARD_MODEL_MIRROR", str(home / "models")))
+    parser.add_argument(
+        "--mirror",
+        default=os.environ.get("TUNEYARD_MODEL_MIRROR", str(home / "models")),
+        help="where base models are looked up first: a folder or s3://bucket/prefix",
+    )
     parser.add_argument("--request-id", default=None, help="the id of a run to go on with")
     parser.add_argument(
         "--keys",
@@ -55,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"{args.job} can't be read: {error.strerror}", 2)
     except ValidationError as error:
-        lines = (f"  {'.'.join(map(str, e['loc'])) or 'job'}: {e['msg']}" for e in error.errors())
+        said = {"extra_forbidden": "unknown field"}
+        lines = (f"  {'.'.join(map(str, e['loc'])) or 'job'}: {said.get(e['type'], e['msg'])}" for e in error.errors())
         return _fail(f"{args.job} isn't a valid job:\n" + "\n".join(lines), 2)
 
     request_id = args.request_id or str(uuid.uuid4())

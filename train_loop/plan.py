@@ -24,8 +24,9 @@ from train_loop.data.formats import Conversation, Preference, RowRejected, parse
 from train_loop.data.glance import Glance, glance
 from train_loop.data.image_source import ImageSource, image_source
 from train_loop.data.image_tokens import ImageTokens
+from train_loop.data.mistaken import mistaken_for
 from train_loop.data.packing import NO_LIMIT, rows_of
-from train_loop.data.prepare import decode_row
+from train_loop.data.prepare import EXCERPT_CHARS, decode_row
 from train_loop.data.sampler import BatchPlan
 from train_loop.data.sources import SourceFile, filesystem_for, find_files
 from train_loop.data.tokenize import IGNORE_INDEX, ChatTokenizer, Sample
@@ -95,7 +96,7 @@ class DatasetSample:
     lengths: list[int]
     too_long: list[int]  # those over max_length, of rows that are rejected for it too
     supervised: list[int]
-    num_rejected: int
+    rejects: list[str]  # the reasons
     num_read: int
     shown: list[dict[str, Any]]
     images: list[list[Size]]  # of each row whose length is here
@@ -171,7 +172,7 @@ def make_plan(
             "per_row_mean": round(statistics.fmean(sample.lengths), 1),
             "per_row_max": max([*sample.lengths, *sample.too_long]),
             "supervised_share": round(sum(sample.supervised) / max(1, sum(kept)), 4),
-            "truncated_share": round(len(sample.too_long) / (len(sample.lengths) + sample.num_rejected), 4),
+            "truncated_share": round(len(sample.too_long) / (len(sample.lengths) + len(sample.rejects)), 4),
             "trained_on": tokens_seen,
         },
         "steps": steps,
@@ -302,12 +303,17 @@ def look(spec: JobSpec, uri: str, seen: Glance, chat: ChatTokenizer, source: Ima
         images.append(sizes)
         if len(shown) < SHOWN_SAMPLES:
             shown.append(show(conversation, sample, chat, [sizes[i] for i in sample.images]))
+    if not lengths and not rejects:
+        raise DatasetError(f"{uri} has no rows, only blank lines.", field="dataset_details.dataset_path", code="dataset_empty")
     if not lengths:
+        begins = seen.lines[0].data[: 4 * EXCERPT_CHARS].decode(errors="replace")
+        details = spec.dataset_details
+        hint, field = mistaken_for(begins, rejects[0], details.dataset_type) or ("", "dataset_details.dataset_format")
         raise DatasetError(
-            f"none of the {num_read} rows looked at in {uri} can be used (dataset_format "
-            f"{spec.dataset_details.dataset_format}): {rejects[0] if rejects else 'only blank lines'}.",
-            field="dataset_details.dataset_format",
-            code="no_usable_rows" if rejects else "dataset_empty",
+            f"none of the {num_read} rows looked at in {uri} can be used (dataset_format {details.dataset_format}): "
+            f"{rejects[0]}. {hint}".rstrip(),
+            field=field,
+            code="no_usable_rows",
         )
     usable = len(lengths) / (len(lengths) + len(rejects))
     return DatasetSample(
@@ -316,7 +322,7 @@ def look(spec: JobSpec, uri: str, seen: Glance, chat: ChatTokenizer, source: Ima
         lengths=lengths,
         too_long=too_long,
         supervised=supervised,
-        num_rejected=len(rejects),
+        rejects=rejects,
         num_read=num_read,
         shown=shown,
         images=images,
@@ -485,7 +491,7 @@ def warnings_of(spec: JobSpec, shape: ModelShape, sample: DatasetSample, plan: d
     found = list(advice(spec, hidden=shape.hidden, context=shape.context))
     if sample.num_preferences and PREFERENCES not in found:
         found.append(PREFERENCES)  # auto shows it by the rows alone
-    looked_at = len(sample.lengths) + sample.num_rejected
+    looked_at = len(sample.lengths) + len(sample.rejects)
     if sample.too_long:
         limit, longest = spec.dataset_config.preprocessing.prompt.max_length, max(sample.too_long)
         verb = "rejected" if spec.dataset_config.preprocessing.truncation == "reject" else "truncated"
@@ -493,10 +499,11 @@ def warnings_of(spec: JobSpec, shape: ModelShape, sample: DatasetSample, plan: d
             f"{len(sample.too_long)} of {looked_at} rows looked at are longer than max_length {limit} (up to {longest} tokens) "
             f"and will be {verb}"
         )
-    if sample.num_rejected > spec.dataset_config.preprocessing.max_reject_ratio * looked_at:
-        found.append(
-            f"{sample.num_rejected} of {looked_at} rows looked at can't be used, more than max_reject_ratio allows: it will fail"
-        )
+    if sample.rejects:
+        allowed = spec.dataset_config.preprocessing.max_reject_ratio
+        fails = len(sample.rejects) > allowed * looked_at
+        then = f", more than max_reject_ratio = {allowed:g} allows: it will fail" if fails else ": they are left out"
+        found.append(f"{len(sample.rejects)} of {looked_at} rows looked at can't be used (the first: {sample.rejects[0]}){then}")
     if spec.train_config.train_type == "lora" and not shape.adapted:
         found.append("adapter_config.targets names no layer of this model: the job will fail")
     if shape.leaves_experts:
@@ -512,7 +519,8 @@ def warnings_of(spec: JobSpec, shape: ModelShape, sample: DatasetSample, plan: d
         found.append("the eval split is empty: there are too few rows for its share")
     asked = hp.per_device_train_batch_size * hp.gradient_accumulation_steps * spec.infra_config.num_workers
     if asked > plan["rows"]["train"]:
-        found.append(f"a step asks for {asked} samples and there are {plan['rows']['train']}: every step is the whole dataset")
+        there = f"there {'is' if plan['rows']['train'] == 1 else 'are'} {plan['rows']['train']}"
+        found.append(f"a step asks for {asked} samples and {there}: every step is the whole dataset")
     memory, available = plan["memory"]["total_bytes"], plan["memory"]["available_bytes"]
     if available is not None and memory > 0.95 * available:
         found.append(
@@ -520,5 +528,6 @@ def warnings_of(spec: JobSpec, shape: ModelShape, sample: DatasetSample, plan: d
             "per_device_train_batch_size or max_length, or quantise the base"
         )
     if hp.max_steps is None and plan["steps"] < math.ceil(1 / max(hp.warmup_ratio, 1e-9)) and plan["steps"] < 10:
-        found.append(f"only {plan['steps']} steps: raise num_epochs, or lower the batch size")
+        steps = "1 step" if plan["steps"] == 1 else f"{plan['steps']} steps"
+        found.append(f"only {steps}: raise num_epochs, or lower the batch size")
     return found

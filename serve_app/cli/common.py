@@ -25,6 +25,23 @@ app = typer.Typer(
     epilog=f"Exit codes: {', '.join(f'{code} {what}' for code, what in EXIT_CODES.items())}.",
 )
 
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"tuneyard {version('tuneyard')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
 Org = Annotated[str | None, typer.Option(help="Organisation (UUID); default TUNEYARD_ORG, then the last one used.")]
 Url = Annotated[str | None, typer.Option(envvar="TUNEYARD_URL", help="The service; default the one running here.")]
 Token = Annotated[str | None, typer.Option(envvar="TUNEYARD_TOKEN", help="Bearer token; default one minted here.")]

@@ -31,7 +31,9 @@ def takes_job(command: Callable[[dict[str, Any], str | None, str | None, bool], 
 
     def run(
         file: Annotated[Path, typer.Argument(help="The job: the JSON body of POST /job/, as YAML or JSON.")],
-        assign: Annotated[list[str] | None, typer.Option("--set", help="Any field: a.b.c=value")] = None,
+        assign: Annotated[
+            list[str] | None, typer.Option("--set", help="Any field: a.b.c=value, where value is JSON or plain text.")
+        ] = None,
         org: Org = None,
         url: Url = None,
         token: Token = None,

@@ -152,5 +152,7 @@ def download(
     saved = client_for(url, token, org).download(request_id, org, target)
     if as_json:
         show({"files": [str(path) for path in saved]})
-    else:
-        typer.echo(f"{len(saved)} files in {target}" if saved else "the job has no files yet")
+        return
+    typer.echo(f"{len(saved)} files in {target}" if saved else "the job has no files yet")
+    if saved and not any(path.relative_to(target).parts[0] in ("adapter", "merged") for path in saved):
+        typer.echo("no adapter is among them: a job has one once it is COMPLETED", err=True)

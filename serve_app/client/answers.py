@@ -32,8 +32,10 @@ class ApiError(Exception):
     ) -> None:
         self.status, self.detail, self.errors, self.retry_after_s = status, detail, errors, retry_after_s
         self.by_service = by_service
-        lines = [f"  {e.get('field')}: {e.get('message')}" for e in errors]
-        super().__init__("\n".join([f"{status}: {detail}", *(lines if len(lines) > 1 else [])]))
+        lines = [f"{e.get('field')}: {e.get('message')}" for e in errors]
+        if lines and detail.startswith(lines[0]):  # the sentence says the first
+            lines = lines[1:]
+        super().__init__("\n  ".join([f"{status}: {detail}", *lines]))
 
 
 def is_transient(error: BaseException) -> bool:

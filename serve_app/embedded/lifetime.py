@@ -118,6 +118,7 @@ def _announce(state: dict[str, Any], json_output: bool, already: bool = False) -
 def _up_detached(home: Path, json_output: bool) -> int:
     log_path = _logs(home) / "up.log"
     with log_path.open("ab") as log:
+        begins = log.tell()
         child = subprocess.Popen(
             [sys.executable, "-m", "serve_app.cli", "up"],
             stdout=log,
@@ -126,10 +127,11 @@ def _up_detached(home: Path, json_output: bool) -> int:
             start_new_session=True,
             env=os.environ | {"TUNEYARD_HOME": str(home)},
         )
-    return _await_ready(home, json_output, child)
+    return _await_ready(home, json_output, child, begins)
 
 
-def _await_ready(home: Path, json_output: bool, child: subprocess.Popen[bytes] | None) -> int:
+def _await_ready(home: Path, json_output: bool, child: subprocess.Popen[bytes] | None, begins: int = 0) -> int:
+    """`child` is the supervisor, if this process started it; its log begins at that byte, after those of earlier ones."""
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
         state = read_state(home)
@@ -137,11 +139,15 @@ def _await_ready(home: Path, json_output: bool, child: subprocess.Popen[bytes] |
             _announce(state, json_output)
             return 0
         if child is not None and child.poll() is not None:
+            said = "didn't start"
             break
         time.sleep(0.2)
+    else:
+        said = f"isn't ready after {READY_TIMEOUT_S} s, as on a machine that is too busy, and is stopped"
     log_path = _logs(home) / "up.log"
-    sys.stderr.write(f"Tuneyard didn't start; the end of {log_path}:\n")
-    sys.stderr.writelines(log_path.read_text(errors="replace").splitlines(keepends=True)[-15:])
+    lines = log_path.read_bytes()[begins:].decode(errors="replace").splitlines(keepends=True)
+    sys.stderr.write(f"Tuneyard {said}; the end of {log_path}:\n")
+    sys.stderr.writelines(lines[-15:])
     down()
     return 1
 

@@ -18,7 +18,7 @@ Made from the commands themselves by `make docs`; `tuneyard --help`, and `--help
 
 They talk to the service of `TUNEYARD_HOME` (default `~/.tuneyard`), or to any other by `--url` and `--token`. `--json` prints
 JSON alone. Ctrl-C in `watch`, `logs -f` and `events -f` ends the looking, not the job. `tuneyard --install-completion` sets up
-the shell.
+the shell, `tuneyard --version` prints the version.
 
 `tuneyard up` picks free ports, so two homes run side by side, and keeps them for the next time; `tuneyard down` ends everything
 that `up` started. Between the two it looks after what it started: when Ray's head (its GCS or raylet) or the S3 server dies, it

@@ -12,7 +12,7 @@ def type_of(schema: dict[str, Any]) -> str:
         return str(schema["$ref"].rpartition("/")[2])
     for key in ("anyOf", "oneOf"):
         if key in schema:
-            return " or ".join(type_of(s) for s in schema[key])
+            return " or ".join(dict.fromkeys(type_of(s) for s in schema[key]))
     if "enum" in schema:
         return ", ".join(f"`{v}`" for v in schema["enum"])
     if "const" in schema:

@@ -55,7 +55,7 @@ NEW_SECRET = {
 WEBHOOK = {
     "webhook_id": "b9d6f1a4-2f77-4c39-9d57-0b0a3a3a7a10",
     "url": "https://hooks.example.com/tuneyard",
-    "events": ["job.canceled", "job.completed", "job.failed"],
+    "events": ["job.completed", "job.failed"],
     "created_at": "2026-01-02T03:04:05.678Z",
 }
 WEBHOOK_ONCE = {**WEBHOOK, "secret": "whsec_…"}

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from email.parser import BytesParser
 from email.policy import HTTP
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -35,7 +36,7 @@ from serve_app.cli import read_spec
 from serve_app.client import ApiError, AsyncClient, Client
 from serve_app.client.answers import MAX_TRIES, PATIENCE_S, gives_up
 from serve_app.embedded.lifetime import _since_boot_s
-from serve_app.progress import describe, follow
+from serve_app.progress import describe, follow, summary
 from tests.conftest import DOCUMENTED, ORG
 
 SECTIONS = ("dataset_config", "model_details", "train_config", "dataset_details", "infra_config")
@@ -189,6 +190,10 @@ def test_an_error_shows_its_detail_and_every_field() -> None:
         "org: must be a UUID",
         "infra_config: required",
     ]
+    assert str(ApiError(422, "org: must be a UUID (and 1 more)", fields)).splitlines() == [
+        "422: org: must be a UUID (and 1 more)",
+        "  infra_config: required",
+    ]
 
 
 @pytest.mark.parametrize("body", ["<html>Bad gateway</html>", ["a", "list"], {"detail": [{"msg": "x"}], "errors": "y"}])
@@ -313,6 +318,30 @@ def test_where_the_outcome_is_is_told_whichever_kind_it_is(folder: str) -> None:
     done = job("COMPLETED", "done", progress=1.0, output_model_path=f"s3://b/run/{folder}")
     follow(iter([done]), Console(file=screen))
     assert screen.getvalue().splitlines()[-1] == f"output: s3://b/run/{folder}"
+
+
+def test_eval_loss_is_told_as_before_training_until_there_is_one_after() -> None:
+    once = {"last": None, "best": None, "eval_loss_before": 2.0, "eval_loss_after": 2.0}
+    again = once | {"best": {"step": 3, "eval_loss": 1.5}, "eval_loss_after": 1.5}
+    said = [summary(job("CANCELED", "training", metrics=metrics)).splitlines()[-1] for metrics in (once, again)]
+    assert said == ["eval loss 2.0000 before training", "eval loss 2.0000 -> 1.5000"]
+
+
+def test_of_a_start_that_fails_only_its_own_lines_of_the_log_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "s3").write_text("no folder")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "up.log").write_text("Tuneyard is up: http://127.0.0.1:1\n")
+    failed = tuneyard(tmp_path, "up", "--detach")
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines() == [
+        f"Tuneyard didn't start; the end of {tmp_path / 'logs' / 'up.log'}:",
+        f"{tmp_path / 's3'}: File exists",
+        "Tuneyard is down.",
+    ]
+
+
+def test_the_version_is_printed(tmp_path: Path) -> None:
+    assert tuneyard(tmp_path, "--version").stdout == f"tuneyard {version('tuneyard')}\n"
 
 
 def test_help_is_quick_and_names_every_command(tmp_path: Path) -> None:
@@ -726,6 +755,19 @@ def test_downloads_are_checked_and_stay_in_their_folder(server: Server, tmp_path
     with pytest.raises(ValueError, match="outside"):
         download("../escaped", right)
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["weights"]
+
+
+def test_a_download_without_the_adapter_says_so(server: Server, tmp_path: Path) -> None:
+    def said(name: str) -> str:
+        file = {"name": name, "uri": f"s3://b/{name}", "size_bytes": 4, "sha256": None, "url": f"{server.url}/link"}
+        server.answers = [Answer(200, {"files": [file]}), Answer(200, "data")]
+        target = ("download", JOB, str(tmp_path / "to"), "--org", ORG, "--url", server.url, "--token", TOKEN)
+        done = tuneyard(tmp_path, *target)
+        assert (done.returncode, done.stdout) == (0, f"1 files in {tmp_path / 'to'}\n"), done.stderr
+        return done.stderr
+
+    assert said("adapter/adapter_model.safetensors") == ""
+    assert said("metrics.jsonl") == "no adapter is among them: a job has one once it is COMPLETED\n"
 
 
 def test_reading_commands_print_what_the_service_says(server: Server, tmp_path: Path) -> None:

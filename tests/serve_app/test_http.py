@@ -19,6 +19,7 @@ from serve_app.app import ROOMS, build_app
 from serve_app.auth import mint_token
 from serve_app.errors import MAX_ERRORS
 from serve_app.lifecycle import Status
+from serve_app.other_names import OTHER_NAMES
 from serve_app.routes import jobs, journal
 from serve_app.settings import Profile, Settings
 from serve_app.store.jobs import JobStore
@@ -26,6 +27,7 @@ from serve_app.store.journal import Journal, Notes
 from tests.conftest import CANARY, ORG, OTHER_ORG, Idle, fields, with_fields
 from tests.docs.test_site import Page
 from train_loop.errors import UserError
+from train_loop.section import models_in
 from train_loop.spec import JobSpec
 
 TEMPLATE = "dataset_config.preprocessing.prompt.template"
@@ -324,7 +326,37 @@ CORRECTED = {  # what is asked, where the error is, what it says
         "unknown field, did you mean per_device_train_batch_size or per_device_eval_batch_size?",
     ),
     "the initials of a name": ({f"{HP}.lr": 1e-4}, f"{HP}.lr", "unknown field, did you mean learning_rate?"),
-    "a name like none of many": ({f"{HP}.fp16": True}, f"{HP}.fp16", "unknown field; /docs lists those that there are"),
+    "a name like none of many": ({f"{HP}.dry_run": True}, f"{HP}.dry_run", "unknown field; /docs lists those that there are"),
+    "another tool's name": (
+        {f"{HP}.fp16": True},
+        f"{HP}.fp16",
+        "unknown field, did you mean train_config.torch_dtype?",
+    ),
+    "another tool's name that is near to one of another meaning": (
+        {f"{HP}.gradient_clipping": 1},
+        f"{HP}.gradient_clipping",
+        "unknown field, did you mean train_config.hyperparameters.max_grad_norm?",
+    ),
+    "another tool's name at the top": (
+        {"training_file": "file-1"},
+        "training_file",
+        "unknown field, did you mean dataset_details.dataset_path?",
+    ),
+    "another tool's value of a field that is two here": (
+        {"train_config.train_type": "qlora"},
+        "train_config.train_type",
+        "must be lora or full; qlora is lora with model_details.quantization",
+    ),
+    "another tool's value": (
+        {f"{HP}.optim": "adamw_torch"},
+        f"{HP}.optim",
+        "must be adamw, adamw_8bit or paged_adamw_8bit, did you mean adamw?",
+    ),
+    "another tool's value with more words of ours": (
+        {f"{HP}.optim": "adamw_bnb_8bit"},
+        f"{HP}.optim",
+        "must be adamw, adamw_8bit or paged_adamw_8bit, did you mean adamw_8bit?",
+    ),
     "too much": ({"infra_config.gpu_count": 17}, "infra_config.gpu_count", "must be less than or equal to 16"),
     "text for a number": ({f"{HP}.max_steps": "9"}, f"{HP}.max_steps", "must be an integer"),
     "too few": ({SPLIT: {"type": "random", "ratios": [1]}}, f"{SPLIT}.ratios", "must have at least 2 items, not 1"),
@@ -344,8 +376,8 @@ CORRECTED = {  # what is asked, where the error is, what it says
         "unknown field, did you mean source_type or model_type?",
     ),
     "a name like none": (
-        {"train_config.distributed.rank": 8},
-        "train_config.distributed.rank",
+        {"train_config.distributed.world": 8},
+        "train_config.distributed.world",
         "unknown field; there are type",
     ),
     "a near value": (
@@ -677,6 +709,29 @@ def test_no_body_is_a_server_error(http, store, request_, status):
     assert answer.status_code == status, answer.text
     assert answer.json()["status"] == status
     assert store.list_jobs(ORG) == ([], None)
+
+
+def test_json_that_says_it_is_a_form_is_told_its_type_and_not_shown(http):
+    """As curl -d sends it without a header."""
+    for path in ("/job/", "/job/plan/", "/job/cancel/", "/secret/"):
+        content = json.dumps({"org": ORG, "data": {"token": CANARY}})
+        answer = http.post(path, content=content, headers={"content-type": "application/x-www-form-urlencoded"})
+        assert answer.status_code == 415
+        assert answer.json()["detail"] == "the body is JSON and its Content-Type says that it is a form: send application/json"
+        assert "errors" not in answer.json()
+
+
+def test_fields_of_other_names_are_fields_of_a_job():
+    def has(model, path):
+        name, _, rest = path.partition(".")
+        field = model.model_fields.get(name)
+        return field is not None and (not rest or any(has(inner, rest) for inner in models_in(field.annotation)))
+
+    def names(model):
+        return {n for name, f in model.model_fields.items() for n in ({name}.union(*map(names, models_in(f.annotation))))}
+
+    assert [path for path in OTHER_NAMES.values() if not has(JobSpec, path)] == []
+    assert OTHER_NAMES.keys() & names(JobSpec) == set()
 
 
 def test_json_in_another_encoding_is_refused_in_a_sentence(http):

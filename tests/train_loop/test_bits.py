@@ -16,6 +16,7 @@ print(torch.compile.__module__, *(name for name in ("bitsandbytes", "torch._indu
 """
 
 
-def test_a_process_that_trains_has_bitsandbytes_but_no_compiler():
-    said = subprocess.run([sys.executable, "-c", TRAIN], check=True, stdout=subprocess.PIPE, text=True).stdout
-    assert said.split() == ["torch", "bitsandbytes"]
+def test_a_process_that_trains_has_bitsandbytes_but_no_compiler_and_no_advice_about_packages():
+    said = subprocess.run([sys.executable, "-c", TRAIN], check=True, capture_output=True, text=True)
+    assert said.stdout.split() == ["torch", "bitsandbytes"]
+    assert "pip install" not in said.stderr

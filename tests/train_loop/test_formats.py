@@ -116,6 +116,33 @@ def test_a_row_of_no_or_several_shapes_is_rejected_with_those_that_there_are(row
         to_conversation(row, "auto")
 
 
+@pytest.mark.parametrize(
+    ("row", "named", "reason"),
+    [
+        ({"input": "1?", "output": "1"}, "openai", 'no list "messages"; it has input, output'),
+        (
+            {"prompt": "1?", "completion": "1"},
+            "openai",
+            'no list "messages"; its keys are those of dataset_format prompt_completion',
+        ),
+        (
+            chat(("user", "Hi")),
+            "sharegpt",
+            'no list "conversations" or "conversation"; its keys are those of dataset_format openai',
+        ),
+        ({"question": "1?", "answer": "1"}, "alpaca", "instruction is not a string but null; it has question, answer"),
+        ({}, "openai", 'no list "messages"; it has no keys'),
+        ({"messages": None}, "openai", 'no list "messages"'),
+        ({"question": "1?"}, "auto", "chosen and rejected; text; this one has question"),
+        (dict.fromkeys(map(str, range(9)), "x"), "openai", 'no list "messages"; it has 0, 1, 2, 3, 4, 5, 6, 7, …'),
+    ],
+)
+def test_of_a_row_of_another_shape_the_keys_are_told(row, named, reason):
+    with pytest.raises(RowRejected) as caught:
+        to_conversation(row, named)
+    assert caught.value.reason.endswith(reason)
+
+
 def called(content="", **arguments):
     function = {"name": "weather", "arguments": arguments}
     return {

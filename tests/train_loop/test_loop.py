@@ -218,6 +218,7 @@ def test_the_command_without_ray(local_job, tmp_path, mirror, capsys):
         ({"train_config.adapter_config.targets": ["no_such_layer"]}, "the adapter doesn't fit"),
         ({"dataset_config.preprocessing.prompt.max_length": 16}, "no usable row in"),
         ({"train_config.hyperparameters.learning_rate": "x"}, "train_config.hyperparameters.learning_rate"),
+        ({"train_config.hyperparameters.lr": 1}, "train_config.hyperparameters.lr: unknown field\n"),
     ],
 )
 def test_the_command_says_what_is_wrong_in_a_sentence(local_job, tmp_path, mirror, capsys, changes, said):

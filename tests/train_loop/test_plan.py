@@ -11,7 +11,7 @@ import pytest
 import torch
 from pyarrow.fs import LocalFileSystem
 
-from tests.conftest import TINY, rows, write_jsonl
+from tests.conftest import TINY, rows, with_fields, write_jsonl
 from tests.train_loop.models import make_base
 from train_loop.__main__ import Console, main
 from train_loop.context import LocalContext
@@ -242,9 +242,17 @@ def test_rows_that_would_fail_the_job_and_few_steps_are_warned_of(local_job, mir
     assert any("only" in w and "steps: raise num_epochs" in w for w in planned(job, mirror)["warnings"])
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"text": "no turns"}\n' * 3)
-    assert any("3 of 43 rows looked at can't be used" in w for w in planned(job, mirror)["warnings"])
-    patient = planned(local_job({f"{HP}.max_steps": None, f"{HP}.num_epochs": 100}), mirror)["warnings"]
-    assert not any("steps: raise" in w or "can't be used" in w for w in patient)
+    why = '3 of 43 rows looked at can\'t be used (the first: no list "conversations" or "conversation"; '
+    why += "its keys are those of dataset_format text)"
+    assert f"{why}, more than max_reject_ratio = 0.01 allows: it will fail" in planned(job, mirror)["warnings"]
+    patient = with_fields(job, {f"{HP}.num_epochs": 100, "dataset_config.preprocessing.max_reject_ratio": 0.1})
+    warnings = planned(patient, mirror)["warnings"]
+    assert f"{why}: they are left out" in warnings
+    assert not any("raise num_epochs" in w for w in warnings)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows(1)[0]))
+    once = planned(job, mirror)["warnings"]
+    assert "only 1 step: raise num_epochs, or lower the batch size" in once
+    assert any(w.endswith("and there is 1: every step is the whole dataset") for w in once)
 
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow.fs import LocalFileSystem
@@ -284,6 +285,35 @@ def test_a_file_of_their_own_gives_the_rows_to_evaluate_on(local_job, prepared_a
     (folder / "a.jsonl").unlink()
     with pytest.raises(DatasetError, match="nothing is left to train on"):
         find_files(spec, LOCAL)
+
+
+@pytest.mark.parametrize(
+    ("data", "about", "hint"),
+    [
+        (json.dumps(rows(3)), "type", "that is dataset_type json."),
+        (json.dumps(rows(3), indent=2), "type", "that is dataset_type json."),
+        ("PAR1\x15\x04", "type", "that is dataset_type parquet."),
+        (gzip.compress(json.dumps(rows(1)[0]).encode()), "path", "its name must end in .jsonl.gz."),
+        (zstandard.compress(json.dumps(rows(1)[0]).encode()), "path", "its name must end in .jsonl.zst."),
+        (json.dumps(rows(1)[0]).encode("utf-16"), "path", "write it as UTF-8."),
+        (json.dumps(rows(1)[0], indent=2), "path", "write each on one."),
+        ("prompt,completion\n1?,1", "path", "CSV and other text isn't read."),
+        ("\n\n", "path", "has no rows, only blank lines."),
+        ('{"input": "1?", "output": "1"}', "format", "it has input, output."),
+    ],
+)
+def test_of_a_file_without_a_usable_row_it_is_told_what_it_seems_to_be(
+    local_job, mirror, prepared_at, tmp_path, data, about, hint
+):
+    spec = JobSpec.model_validate(local_job({"dataset_details.dataset_format": "openai"}))
+    (tmp_path / "rows.jsonl").write_bytes(data if isinstance(data, bytes) else data.encode())
+    with pytest.raises(DatasetError) as looked_at:
+        make_plan(spec, ModelPlaces(str(mirror)), this_machine())
+    with pytest.raises(DatasetError) as prepared:
+        prepared_at(spec, tmp_path / "run")
+    for caught in (looked_at, prepared):
+        assert caught.value.field == f"dataset_details.dataset_{about}"
+        assert caught.value.message.endswith(hint)
 
 
 def test_a_file_added_to_a_prefix_moves_no_row_between_splits(local_job, prepared_at, tmp_path):

@@ -491,7 +491,7 @@ def test_the_chat_template_of_an_old_processor_is_the_tokenizers(folders, tmp_pa
 def test_the_plan_counts_the_patches_that_the_tower_looks_at(name, folders, spec_of):
     shape, processor = model_shape(spec_of(name), folders(name)), processor_of(folders(name))
     sizes = [[size for size in shown if size == (64, 64)] for _, _, shown in ROWS]
-    sample = DatasetSample(4, True, [9] * 4, [], [1] * 4, 0, 4, [], sizes, 0)
+    sample = DatasetSample(4, True, [9] * 4, [], [1] * 4, [], 4, [], sizes, 0)
     side = shape.sight.config.vision_config.patch_size
     a_patch = 3 * side**2 * getattr(shape.sight.config.vision_config, "temporal_patch_size", 1)
     of_each = [sum(one["pixel_values"].numel() for one in row) / a_patch for row in pictures(processor, ROWS[-1:])]

@@ -156,7 +156,7 @@ def _wrong_type(file: SourceFile, dataset_type: str, wrong: WrongType) -> Datase
     }.get(dataset_type, "a JSONL file")
     mend = " (rows one a line are dataset_type jsonl)" if dataset_type == "json" else ""
     return DatasetError(
-        f"{file.uri} can't be read as {what}: {wrong.reason}. Mend the file, or correct dataset_type{mend}.",
+        f"{file.uri} can't be read as {what}: {wrong.reason.rstrip('.')}. Mend the file, or correct dataset_type{mend}.",
         field="dataset_details.dataset_type",
         code="wrong_dataset_type",
     )

@@ -27,6 +27,7 @@ from train_loop.data.formats import Conversation, Preference, RowRejected, each,
 from train_loop.data.gallery import Gallery
 from train_loop.data.image_source import image_source, shortened
 from train_loop.data.lines import Line, blocks
+from train_loop.data.mistaken import mistaken_for
 from train_loop.data.parts import Part, plan_parts, read_part
 from train_loop.data.shards import (
     EAGER,
@@ -331,10 +332,13 @@ def _check_rejects(
         if not any(s.num_lines - s.num_blank for s in mine):
             raise DatasetError(f"{uri} has no rows, only blank lines.", field=field, code="dataset_empty")
         if not any(len(s.lines) for s in mine):
-            first = _first_reasons([r for r in rejected if any(f.is_eval is is_eval and f.uri == r["file"] for f in files)], kind)
+            details, named = spec.dataset_details, {f.uri for f in files if f.is_eval is is_eval}
+            bad = [r for r in rejected if r["file"] in named]
+            wrong = mistaken_for(bad[0]["excerpt"], bad[0]["reason"], details.dataset_type) if bad else None
+            hint, blamed = wrong or ("", "dataset_details.dataset_format")
             raise DatasetError(
-                f"no usable row in {uri} (dataset_format {spec.dataset_details.dataset_format}): {first}.",
-                field="dataset_details.dataset_format",
+                f"no usable row in {uri} (dataset_format {details.dataset_format}): {_first_reasons(bad, kind)}. {hint}".rstrip(),
+                field=field if is_eval and wrong else blamed,
                 code="no_usable_rows",
             )
     num_rejected, num_rows = sum(s.num_rejected for s in ordered), sum(s.num_lines - s.num_blank for s in ordered)

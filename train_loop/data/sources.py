@@ -209,7 +209,7 @@ def explain(error: BaseException | None, uri: str, field: str = PATH) -> Dataset
     if isinstance(error, PermissionError) or any(s in text for s in DENIED):
         return DatasetError(
             f"the storage refused the keys for {uri}: check that the secret named by secret_id holds valid keys "
-            "that may read this bucket.",
+            "that may read this bucket. Without a secret_id it must be public.",
             field=SECRET,
             code="storage_access_denied",
         )
@@ -228,7 +228,8 @@ def explain(error: BaseException | None, uri: str, field: str = PATH) -> Dataset
         )
     if isinstance(error, TimeoutError) or any(s in text for s in ("NETWORK_CONNECTION", "curlCode", "timed out", "Timeout")):
         return DatasetError(
-            f"the storage of {uri} can't be reached: check the endpoint_url of the secret and that the storage is up.",
+            f"the storage of {uri} can't be reached: check the endpoint_url of the secret and that the storage is up. "
+            "Without a secret_id s3:// is AWS's own.",
             field=field,
             code="storage_unreachable",
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial, wraps
+from logging import getLogger
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ def _later(function: Any = None, **options: Any) -> Any:
     return wraps(function)(lambda *arguments, **named: compiled()(*arguments, **named))
 
 
+# When it is imported it asks for an optional package by which it would fetch a kernel from the hub.
+getLogger("bitsandbytes").setLevel("ERROR")
 torch.compile = _later  # type: ignore[assignment]
 try:
     from bitsandbytes import MatmulLtState, matmul

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import cache
-from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +84,10 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype, family: 
 
 
 def quieten() -> None:
-    """Keep the libraries from printing what a user can't act on: progress bars, an optional package, a deprecated name that
-    PEFT reads."""
+    """Keep the libraries from printing what a user can't act on: progress bars, a deprecated name that PEFT reads."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    getLogger("bitsandbytes").setLevel("ERROR")
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 

@@ -32,6 +32,7 @@ SHAPES: dict[str, tuple[frozenset[str], ...]] = {
 KNOWN_SHAPES = (
     "messages; conversations; instruction and output; prompt and completion; query and response; chosen and rejected; text"
 )
+SHOWN_KEYS, SHOWN_CHARS = 8, 40
 IMAGE_KEYS = ("images", "image")
 OTHER_MEDIA_KEYS = ("videos", "video", "audios", "audio")
 NEED_VLM = "images need model_type vlm"
@@ -54,7 +55,10 @@ def parse(row: Any, dataset_format: str, *, vision: bool = False) -> Conversatio
         return {"text": plain_text(row)}
     shown = images if vision else None
     if dataset_format != "preference":
-        return _conversation(PARSERS[dataset_format](row), row, shown)
+        try:
+            return _conversation(PARSERS[dataset_format](row), row, shown)
+        except RowRejected as error:
+            raise RowRejected(f"{error.reason}{_keys_of_another(row, dataset_format)}") from None
     chosen, rejected = preference(row)
     if isinstance(row.get("input"), dict):
         row = row["input"] | row  # OpenAI's rows have their tools there
@@ -108,4 +112,18 @@ def detect(row: dict[str, Any]) -> str:
         return fits[0]
     if fits:
         raise RowRejected(f"fits {' and '.join(fits)}: name one of them in dataset_format")
-    raise RowRejected(f"of no known shape: a row has the keys {KNOWN_SHAPES}")
+    raise RowRejected(f"of no known shape: a row has the keys {KNOWN_SHAPES}; this one has {_shown(row)}")
+
+
+def _keys_of_another(row: dict[str, Any], dataset_format: str) -> str:
+    """What the keys of a row tell that hasn't those of its format; nothing of one that has."""
+    if any(keys <= row.keys() for keys in SHAPES[dataset_format]):
+        return ""
+    try:
+        return f"; its keys are those of dataset_format {detect(row)}"
+    except RowRejected:
+        return f"; it has {_shown(row)}"
+
+
+def _shown(row: dict[str, Any]) -> str:
+    return ", ".join(str(key)[:SHOWN_CHARS] for key in [*row][:SHOWN_KEYS]) + ", …" * (len(row) > SHOWN_KEYS) or "no keys"
