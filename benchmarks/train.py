@@ -124,7 +124,7 @@ def prepare(job: dict[str, Any], model: Path, folder: Path) -> None:
 def start(task: Task, workers: int, limit_s: float) -> tuple[list[list[dict[str, Any]]], float | None]:
     """Run a side: what each of its processes said; and when they were ended, if they took longer than `limit_s`."""
     threads = {"OMP_NUM_THREADS": str(max(1, CORES // workers)), "TOKENIZERS_PARALLELISM": "false"}
-    ours = environment() if task.side == "ours" else {}  # as a worker is started
+    ours = environment() if task.side == "ours" and DEVICE.type == "cpu" else {}  # as a worker is started
     ranks = [os.environ | threads | ours | {"HF_HUB_OFFLINE": "1"} for _ in range(workers)]
     if workers > 1:
         with socket.create_server(("127.0.0.1", 0)) as free:

@@ -32,6 +32,7 @@ from train_loop.errors import Cause, RunFault
 from train_loop.layout import CHECKPOINTS
 from train_loop.metrics import MetricLog
 from train_loop.node import barrier, from_first_worker
+from train_loop.optim import page_again
 from train_loop.sharding import is_sharded, placed_like, whole
 from train_loop.snapshot import Snapshot, affordable
 from train_loop.storage import delete_file, delete_folder, download_file, list_files, read_bytes, upload_folder, write_json
@@ -304,6 +305,7 @@ def _load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         p = parameters[index]
         values |= {k: placed_like(v, p) for k, v in values.items() if isinstance(v, torch.Tensor) and v.shape == p.shape}
     optimizer.load_state_dict(state)
+    page_again(optimizer)
 
 
 def _read(folder: Path, model: Any, optimizer: torch.optim.Optimizer, ctx: RunContext) -> MetricLog:

@@ -70,6 +70,16 @@ def _optimizer_class(name: str, device: torch.device) -> Callable[..., torch.opt
     return bitsandbytes.optim.AdamW8bit if name == "adamw_8bit" else bitsandbytes.optim.PagedAdamW8bit  # type: ignore[no-any-return]
 
 
+def page_again(optimizer: torch.optim.Optimizer) -> None:
+    """Put what an optimizer that pages has been loaded with where it pages: bitsandbytes leaves it in the GPU's own memory."""
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, values in optimizer.state.items():
+        for name in values.keys() & {"state1", "state2"}:
+            place = optimizer.get_state_buffer(parameter, dtype=values[name].dtype)  # type: ignore[attr-defined]
+            values[name] = place.copy_(values[name])
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Use `value` for the next step, times each group's own factor."""
     for group in optimizer.param_groups:

@@ -10,7 +10,7 @@ import torch
 
 ALIGNED_BYTES = 64  # where a copy begins, as torch allocates
 CPU_BYTES = 512 << 20  # more than a GPU's host, a machine that trains on its CPUs needs its memory for training
-HOST_SHARE = 1 / 8  # of a GPU's host
+HOST_SHARE = 1 / 8  # of a GPU's host; torch may take twice as much, for it rounds pinned memory up to a power of two
 
 
 def host_bytes() -> int:

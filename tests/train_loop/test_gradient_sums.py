@@ -15,11 +15,11 @@ def add_up(ctx, _):
     sizes = [(3,), (5, 2), (40,), (1,), (2, 2), (30,)]
     for bucket_bytes in (1 << 20, 80, 1):  # all at once, a few at a time, each by itself
         parallel.BUCKET_BYTES = bucket_bytes
-        parameters = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
+        parameters = [torch.nn.Parameter(torch.zeros(size, device=ctx.device)) for size in sizes]
         for i, p in enumerate(parameters):
             if ctx.rank == 0 or i % 2:  # no sample of the other rank reached these
-                p.grad = torch.arange(1.0, 1 + p.numel()).view_as(p) * 10**ctx.rank * (i + 1)
+                p.grad = torch.arange(1.0, 1 + p.numel(), device=p.device).view_as(p) * 10**ctx.rank * (i + 1)
         assert sync_gradients(parameters, 0.25 + ctx.rank, ctx) == 1.5
         for i, p in enumerate(parameters):
-            expected = torch.arange(1.0, 1 + p.numel()).view_as(p) * (11 if i % 2 else 1) * (i + 1)
+            expected = torch.arange(1.0, 1 + p.numel(), device=p.device).view_as(p) * (11 if i % 2 else 1) * (i + 1)
             assert torch.equal(p.grad, expected), (bucket_bytes, i)

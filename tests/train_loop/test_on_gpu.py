@@ -8,13 +8,15 @@ import json
 import pytest
 import torch
 
-from tests.train_loop.models import ARCHITECTURES, make_base
+from tests.train_loop.models import ARCHITECTURES, config_of, make_base, save_base
 from train_loop.model import attention, layers
 from train_loop.model.load import load_base
 from train_loop.model.norms import fuse_norms
-from train_loop.spec import JobSpec
+from train_loop.optim import build_optimizer, page_again
+from train_loop.spec import Hyperparameters, JobSpec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = torch.device("cuda")
 HP = "train_config.hyperparameters"
 PLAIN = {"train_config.adapter_config.dropout": 0.0, "model_details.quantization": None}
 
@@ -25,12 +27,11 @@ def losses(folder):
 
 
 @pytest.mark.parametrize("window", [-1, 40])
-def test_the_flash_kernel_attends_by_document(window):
-    rows, seq, lengths = 2, 300, [5, 1, 130, 164, 300]
-    edges = torch.tensor([0, 5, 6, 136, 300, 600], dtype=torch.int32, device="cuda")
-    edges.longest, edges.window, edges.filled = max(lengths), window, torch.tensor([seq, seq])
-    module = torch.nn.Module()
-    module.num_key_value_groups, module.is_causal = 2, True
+@pytest.mark.parametrize("lengths", [[5, 1, 130, 164], [5, 1, 130, 164, 300]], ids=["joined", "rows"])
+def test_the_flash_kernel_attends_by_document(lengths, window):
+    seq, rows = 300, sum(lengths) // 300
+    edges = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    edges.longest, edges.window, edges.filled = max(lengths), window, torch.tensor([seq] * rows)
     torch.manual_seed(0)
     tensors = [torch.randn(rows, h, seq, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (4, 2, 2)]
     mine = attention._flash_attention(*tensors, edges, scaling=0.2)
@@ -44,6 +45,20 @@ def test_the_flash_kernel_attends_by_document(window):
     torch.testing.assert_close(mine.float(), theirs, atol=2e-2, rtol=2e-2)
     for a, b in zip(*(torch.autograd.grad(out.float().square().sum(), tensors) for out in (mine, theirs)), strict=True):
         torch.testing.assert_close(a.float(), b.float(), atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize("width", [16, 20])
+def test_heads_of_any_width_are_attended_to(width, local_job, tmp_path, tokenizer):
+    """The flash kernel takes multiples of 8."""
+    config = config_of("llama", len(tokenizer))
+    config.head_dim = width
+    base = save_base(config, "llama", tmp_path, tokenizer)
+    model = load_base(JobSpec.model_validate(local_job({"model_details.base_model": base} | PLAIN)), tmp_path / base, GPU).model
+    ids, positions = torch.arange(3, 43, device=GPU)[None], torch.cat([torch.arange(30), torch.arange(10)])[None].to(GPU)
+    with torch.no_grad():
+        together = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        apart = torch.cat([model(input_ids=part, use_cache=False).logits for part in (ids[:, :30], ids[:, 30:])], dim=1)
+    assert (together - apart).float().square().mean() < 1e-2 * apart.float().square().mean()
 
 
 def test_an_adapter_drops_what_has_no_gradient():
@@ -112,6 +127,26 @@ def test_paged_steps_are_those_of_the_8_bit_optimizer(local_job, launch, tmp_pat
     for optim in ("adamw_8bit", "paged_adamw_8bit"):
         launch(local_job(PLAIN | {f"{HP}.optim": optim, f"{HP}.max_steps": 6, f"{HP}.logging_steps": 1}), optim)
     assert losses(tmp_path / "adamw_8bit") == pytest.approx(losses(tmp_path / "paged_adamw_8bit"), rel=1e-3)
+
+
+def test_an_optimizer_pages_after_it_was_loaded_too():
+    saved, loaded = (build_optimizer(large_group(), Hyperparameters(optim="paged_adamw_8bit")) for _ in range(2))
+    (before,), (after,) = (optimizer.param_groups[0]["params"] for optimizer in (saved, loaded))
+    before.grad = torch.randn_like(before)
+    saved.step()
+    loaded.load_state_dict(saved.state_dict())
+    page_again(loaded)
+    after.data.copy_(before.data)
+    assert loaded.state[after]["state1"].is_paged
+    assert loaded.state[after]["state2"].is_paged
+    before.grad = after.grad = torch.randn_like(before)
+    for optimizer in (saved, loaded):
+        optimizer.step()
+    assert torch.equal(before, after)
+
+
+def large_group():
+    return [{"params": [torch.nn.Parameter(torch.ones(400, 400, device=GPU))], "lr_factor": 1.0}]
 
 
 def test_a_run_on_a_gpu_follows_the_one_on_a_cpu(local_job, launch, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from transformers import get_scheduler
 
 from train_loop.errors import TrainingError
-from train_loop.optim import build_optimizer, learning_rate, set_learning_rate
+from train_loop.optim import build_optimizer, learning_rate, page_again, set_learning_rate
 from train_loop.spec import Hyperparameters
 
 TOTAL = 20
@@ -92,6 +92,25 @@ def test_the_8_bit_optimizer_follows_adamw_with_a_state_of_bytes_and_goes_on_fro
     steps(optimizer, mine, 3, 1)
     steps(again, resumed, 3, 1)
     assert torch.equal(mine, resumed)
+
+
+def test_an_optimizer_that_pages_does_so_after_it_was_loaded_too(monkeypatch):
+    def place(self, parameter, dtype=torch.float32):
+        buffer = torch.zeros_like(parameter, dtype=dtype)
+        buffer.is_paged = True  # as what bitsandbytes takes from the GPU's driver
+        return buffer
+
+    monkeypatch.setattr(bitsandbytes.optim.PagedAdamW8bit, "get_state_buffer", place)
+    kinds = bitsandbytes.optim.AdamW8bit, bitsandbytes.optim.PagedAdamW8bit
+    saved, loaded = (kind([torch.nn.Parameter(torch.ones(64, 128))]) for kind in kinds)
+    (before,), (after,) = (optimizer.param_groups[0]["params"] for optimizer in (saved, loaded))
+    before.grad = torch.randn(64, 128)
+    saved.step()
+    loaded.load_state_dict(saved.state_dict())
+    page_again(loaded)
+    for name in ("state1", "state2"):
+        assert torch.equal(loaded.state[after][name], saved.state[before][name])
+        assert loaded.state[after][name].is_paged
 
 
 def test_paging_needs_a_gpu():

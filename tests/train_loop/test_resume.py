@@ -246,7 +246,7 @@ def test_what_is_too_large_to_be_copied_is_written_before_the_next_step(local_jo
         theirs(*arguments)
 
     monitor, wrote, theirs = Watcher(break_at=5), [], weights.FileFormat.write
-    monkeypatch.setattr("train_loop.snapshot.CPU_BYTES", 100)
+    monkeypatch.setattr("train_loop.checkpoint.affordable", lambda size_bytes, device: False)
     monkeypatch.setattr("train_loop.weights.FileFormat.write", write)
     job = short(local_job)
     with pytest.raises(RunFault):

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 NAME = "by_document"  # what transformers finds it by
-WIDEST = 256  # heads that the flash kernel takes
+WIDEST, WIDTHS_APART = 256, 8  # heads that the flash kernel takes: of widths that are multiples of this
 FEW_TOKENS = 128  # documents so short together share a call: it costs more than what it saves
 SCORES = 2**20  # how many are held at a time: they stay in a CPU's caches
 # Those whose tokens have places in time, height and width, and which look for documents in a fourth position alone.
@@ -227,7 +227,8 @@ def _flash_attention(
     if edges is None or edges.ndim != 1 or not query.is_cuda or torch.cuda.get_device_capability(query.device) < (8, 0):
         return None  # Ampere is the first that it runs on
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value.dtype
-    fits = dtype.itemsize == 2 and query.shape[-1] == value.shape[-1] <= WIDEST
+    width = query.shape[-1]
+    fits = dtype.itemsize == 2 and width == value.shape[-1] <= WIDEST and width % WIDTHS_APART == 0
     if not fits or kwargs.get("dropout") or kwargs.get("position_bias") is not None:
         return None
     from torch.nn.attention.varlen import varlen_attn
