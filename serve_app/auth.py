@@ -28,6 +28,7 @@ from serve_app.store.audit import By
 MIN_KEY_BYTES = 32
 MIN_RSA_BITS = 2048
 JWKS_TIMEOUT_S = 5.0
+MALFORMED = (ValueError, TypeError, RecursionError)  # what an answer raises that is no JWKS
 DEFAULT_SCOPES = frozenset({"jobs:read", "jobs:write", "secrets:write"})
 CURVES = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
 JWKS_ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "ES512", "EdDSA"]
@@ -157,7 +158,7 @@ class _Jwks:
             if now - self._tried_at < self._refresh_s:
                 return
             self._tried_at = now
-            with contextlib.suppress(jwt.PyJWTError, OSError, ValueError):
+            with contextlib.suppress(jwt.PyJWTError, OSError, *MALFORMED):
                 self._keys = {k.key_id: k for k in self._client.get_jwk_set().keys if _is_sound(k)}
                 self._known_at = now
         finally:

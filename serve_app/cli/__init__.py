@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from serve_app.cli import admin, chat, here, identity, jobs, plan, reads, secret, serve, webhook
+# As `tuneyard --help` lists them.
+from serve_app.cli import here, identity, plan, jobs, reads, chat, serve, secret, webhook, admin  # isort: skip
 from serve_app.cli.common import app, plain
 from serve_app.cli.failures import in_words
 from serve_app.cli.job_file import read_spec

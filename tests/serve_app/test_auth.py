@@ -83,12 +83,13 @@ class Issuer:
     """A real JWKS server that counts how often it is asked."""
 
     def __init__(self):
-        self.keys, self.asked, issuer = {}, 0, self
+        self.keys, self.body, self.asked, issuer = {}, None, 0, self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 issuer.asked += 1
-                body = json.dumps({"keys": [issuer.jwk(kid, key) for kid, key in issuer.keys.items()]}).encode()
+                keys = [issuer.jwk(kid, key) for kid, key in issuer.keys.items()]
+                body = json.dumps({"keys": keys}).encode() if issuer.body is None else issuer.body
                 self.send_response(200)
                 self.end_headers()
                 self.wfile.write(body)
@@ -168,6 +169,20 @@ def test_an_issuer_that_is_away(service, issuer):
         issuer.close()
         assert status(token("RS256", headers={"kid": "a"})) == 200
         assert status(token("RS256", headers={"kid": "b"})) == 401
+    with service(jwt_jwks_url=issuer.url) as status:
+        assert status(token("RS256", headers={"kid": "a"})) == 503
+
+
+@pytest.mark.parametrize(
+    "body", [b"[" * 100_000, b'{"keys": [7]}', json.dumps({"keys": [Issuer.jwk(["a"], RSA)]}).encode()], ids=["deep", "7", "kid"]
+)
+def test_an_issuer_whose_keys_are_none(service, issuer, body):
+    issuer.keys = {"a": RSA}
+    with service(jwt_jwks_url=issuer.url, jwt_jwks_refresh_s=0) as status:
+        assert status(token("RS256", headers={"kid": "a"})) == 200
+        issuer.body = body
+        assert status(token("RS256", headers={"kid": "b"})) == 401
+        assert status(token("RS256", headers={"kid": "a"})) == 200
     with service(jwt_jwks_url=issuer.url) as status:
         assert status(token("RS256", headers={"kid": "a"})) == 503
 
