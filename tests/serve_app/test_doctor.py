@@ -84,7 +84,8 @@ def test_each_thing_that_is_wrong_is_named_with_what_mends_it(look, store, setti
 
 def test_what_hangs_keeps_nobody_from_the_rest(look, silent):
     began = time.monotonic()
-    found = look(limit_s=15.0, database_url=f"postgresql+psycopg://me:{CANARY}@{silent}/x", jwt_jwks_url=f"http://{silent}/keys")
+    patient = f"postgresql+psycopg://me:{CANARY}@{silent}/x?connect_timeout=300"
+    found = look(limit_s=15.0, database_url=patient, jwt_jwks_url=f"http://{silent}/keys")
     assert time.monotonic() - began < 200  # nobody was waited for as long as they hang
     assert (found["database"].level, found["database"].said) == (Level.FAIL, "no answer within 15 s")
     assert "gives no keys" in found["token key"].said
