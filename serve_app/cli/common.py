@@ -47,7 +47,7 @@ Url = Annotated[str | None, typer.Option(envvar="TUNEYARD_URL", help="The servic
 Token = Annotated[str | None, typer.Option(envvar="TUNEYARD_TOKEN", help="Bearer token; default one minted here.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
 RequestId = Annotated[str, typer.Argument(help="The job's request_id.")]
-
+NOT_HERE = "Tuneyard isn't running here; start it with: tuneyard up --detach"
 
 CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")  # all but the tab
 
@@ -89,13 +89,18 @@ def org_of(given: Any) -> str:
         die("which organisation? Give --org UUID, or set TUNEYARD_ORG.", 2)
 
 
-def home_url() -> str | None:
-    """The URL of the service that runs from this home, if one does."""
+def service_here() -> dict[str, Any] | None:
+    """What the service that runs from this home says of itself, if one does."""
     from serve_app.embedded.lifetime import read_state
     from serve_app.settings import Settings
 
     state = read_state(Settings.load().home) or {}
-    return state["url"] if state.get("ready") else None
+    return state if state.get("ready") else None
+
+
+def home_url() -> str | None:
+    """Its URL."""
+    return state["url"] if (state := service_here()) else None
 
 
 def credentials(url: str | None, token: str | None, org: str) -> tuple[str, str]:
@@ -103,7 +108,7 @@ def credentials(url: str | None, token: str | None, org: str) -> tuple[str, str]
     here = home_url()
     url = url or here
     if url is None:
-        die("Tuneyard isn't running here; start it with: tuneyard up --detach (or give --url and --token)")
+        die(f"{NOT_HERE} (or give --url and --token)")
     if token is not None:
         return url, token
     # A token signed with this home's key opens this home's service, so nobody else gets to see one.

@@ -3,34 +3,67 @@
 from __future__ import annotations
 
 import datetime as dt
+import shlex
 from typing import Annotated, Any
 
 import typer
 
-from serve_app.cli.common import AsJson, Org, Token, Url, app, credentials, die, home_url, org_of, plain, show
+from serve_app.cli.common import (
+    NOT_HERE,
+    AsJson,
+    Org,
+    Token,
+    Url,
+    app,
+    credentials,
+    die,
+    home_url,
+    org_of,
+    plain,
+    service_here,
+    show,
+    uuid_of,
+)
+
+DAY_S = 86_400
 
 
 @app.command()
 def token(
     org: Annotated[str, typer.Option(help="Organisation (UUID) the token speaks for.")],
     subject: Annotated[str, typer.Option(help="Who it is for.")] = "dev",
-    ttl_s: Annotated[int, typer.Option(min=1, help="Seconds until it expires.")] = 86_400,
+    ttl_s: Annotated[int, typer.Option(min=1, help="Seconds until it expires.")] = DAY_S,
     scope: Annotated[str | None, typer.Option(help="Scopes, separated by blanks; default jobs and secrets.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print a bearer token, signed with this home's key."""
-    import uuid
+    made = _minted(uuid_of(org), subject, ttl_s, scope)
+    show({"token": made}) if as_json else typer.echo(made)
 
+
+@app.command()
+def env(org: Org = None, as_json: AsJson = False) -> None:
+    """Print what curl and S3 tools need of the service that runs here, a token of a day among it: eval "$(tuneyard env)"."""
+    state, org = service_here(), org_of(org)
+    if state is None:
+        die(NOT_HERE)
+    said = {"ORG": org, "URL": state["url"], "TOKEN": _minted(org)}
+    said |= {f"AWS_{name.upper()}": state[f"s3_{name}"] for name in ("endpoint_url", "access_key_id", "secret_access_key")}
+    if as_json:
+        show(said)
+        return
+    for name, value in said.items():
+        typer.echo(f"export {name}={shlex.quote(value)}")
+
+
+def _minted(org: str, subject: str = "dev", ttl_s: int = DAY_S, scope: str | None = None) -> str:
     from serve_app.auth import mint_token
     from serve_app.settings import Settings
 
     try:
-        made = mint_token(Settings.load(), str(uuid.UUID(org)), subject, ttl_s, scope)
-    except ValueError:
-        die("--org must be a UUID", 2)
+        return mint_token(Settings.load(), org, subject, ttl_s, scope)
     except RuntimeError as error:
         die(str(error))
-    show({"token": made}) if as_json else typer.echo(made)
 
 
 @app.command()

@@ -407,11 +407,32 @@ def test_a_home_shows_its_token_to_its_own_service_only(tmp_path: Path, server: 
     assert refused.returncode == 1
     assert "give --token" in refused.stderr
     assert server.requests == []
-    me = {"pid": os.getpid(), "since_boot_s": _since_boot_s(psutil.Process())}
-    (tmp_path / "up.json").write_text(json.dumps(me | {"ready": True, "url": server.url}))
+    runs_here(tmp_path, server)
     allowed = tuneyard(tmp_path, "list", "--org", ORG, "--json")
     assert json.loads(allowed.stdout) == {"jobs": [], "next_cursor": None}
     assert server.requests[-1][1]["Authorization"].startswith("Bearer ey")
+
+
+def runs_here(home: Path, server: Server, **more: str) -> None:
+    """Have `server` be the service of this home."""
+    me = {"pid": os.getpid(), "since_boot_s": _since_boot_s(psutil.Process())}
+    (home / "up.json").write_text(json.dumps(me | {"ready": True, "url": server.url} | more))
+
+
+def test_a_shell_takes_what_it_needs_of_the_service_here(tmp_path: Path, server: Server) -> None:
+    (tmp_path / "jwt.key").write_text("k" * 48)
+    away = tuneyard(tmp_path, "env", "--org", ORG)
+    assert (away.returncode, away.stdout) == (1, "")
+    assert "tuneyard up --detach" in away.stderr
+    runs_here(tmp_path, server, s3_endpoint_url="http://127.0.0.1:9", s3_access_key_id="AK", s3_secret_access_key="a'b $HOME")
+    printed = tuneyard(tmp_path, "env", "--org", ORG.upper())
+    said = "$ORG $URL $AWS_ENDPOINT_URL $AWS_ACCESS_KEY_ID $AWS_SECRET_ACCESS_KEY"
+    script = f'{printed.stdout}\nsh -c \'printf "%s\\n" "{said}" "$TOKEN"\''
+    *shown, token = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert shown == [f"{ORG} {server.url} http://127.0.0.1:9 AK a'b $HOME"]
+    whoami = json.loads(tuneyard(tmp_path, "whoami", "--token", token, "--json").stdout)
+    assert (whoami["orgs"], whoami["expired"]) == ([ORG], False)
+    assert json.loads(tuneyard(tmp_path, "env", "--json").stdout)["URL"] == server.url  # the org is remembered
 
 
 @pytest.mark.parametrize(("status", "code"), [("COMPLETED", 0), ("FAILED", 1), ("CANCELED", 1)])
