@@ -44,9 +44,11 @@ HP = "train_config.hyperparameters"
 NAMESPACE = "attempts"
 WAIT_S = 240
 # Takes what the control group has, files that the kernel can drop included, until it has ended a process: Ray has the kernel
-# choose its workers first. Slow enough to stop before it is the next one.
+# choose its workers first. Slow enough to stop before there is a next one. Where the kernel looks for one before the first has
+# given its memory back, it is to find this one, not the agent without which the raylet ends.
 HOG = """
 import contextlib, pathlib, sys, time
+pathlib.Path("/proc/self/oom_score_adj").write_text("500")
 held, command = [], pathlib.Path("/proc", sys.argv[1], "cmdline")
 with contextlib.suppress(OSError):
     while command.read_bytes():
