@@ -35,7 +35,9 @@ def materialise(mirror: Path) -> list[str]:
     if package is not None and package.submodule_search_locations and not all(mirrored(mirror, m) for m in EMBEDDED):
         from transformers.utils import logging
 
-        logging.disable_progress_bar()
+        from train_loop.model.load import quieten
+
+        quieten()
         logging.set_verbosity_error()  # it tells how to read the file faster
         gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
         mirror.mkdir(parents=True, exist_ok=True)
